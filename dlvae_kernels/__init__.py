@@ -1,0 +1,34 @@
+"""Vector-quantization and dictionary-learning layers for PyTorch: exact, deterministic, small in memory."""
+
+from .backends import BackendUnavailable, backend_info, use_backend
+from .functional import (
+    VectorQuantizeOutput,
+    ema_update,
+    gather_codes,
+    nearest_code,
+    one_hot,
+    sparse_decode,
+    topk_codes,
+    vector_quantize,
+)
+from .layers import DictionaryLearning, SparseRepresentation, VectorQuantizer, VectorQuantizerEMA
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BackendUnavailable",
+    "DictionaryLearning",
+    "SparseRepresentation",
+    "VectorQuantizeOutput",
+    "VectorQuantizer",
+    "VectorQuantizerEMA",
+    "backend_info",
+    "ema_update",
+    "gather_codes",
+    "nearest_code",
+    "one_hot",
+    "sparse_decode",
+    "topk_codes",
+    "use_backend",
+    "vector_quantize",
+]

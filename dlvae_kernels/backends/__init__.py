@@ -1,0 +1,107 @@
+"""Which backend runs an operation.
+
+The choice is made at each call, from the inputs, and never fixed at import. A backend is a module that holds one
+function an operation and `why_not(op, *args)`, the reason why it cannot run one (None: it can).
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from . import native, reference, triton
+
+__all__ = ["BACKENDS", "BackendUnavailable", "backend_info", "choose", "forced_backend", "use_backend", "why_not"]
+
+BACKENDS: dict[str, ModuleType] = {"triton": triton, "native": native, "reference": reference}
+_PREFERENCE = {"cuda": ("triton", "native", "reference"), "cpu": ("native", "reference")}
+
+_log = logging.getLogger("dlvae_kernels")
+_logged: set[tuple[str, str]] = set()
+# Process-wide and not a context variable: autograd runs the backward of CUDA tensors on threads of its own.
+_forced: str | None = None
+
+
+class BackendUnavailable(RuntimeError):
+    """The backend that was asked for cannot run these inputs; the message says why."""
+
+
+def _checked_name(name: str, source: str) -> str:
+    if name not in BACKENDS:
+        raise ValueError(f"{source} is {name!r}; it needs to be one of {', '.join(BACKENDS)}")
+    return name
+
+
+def forced_backend() -> str | None:
+    """The backend forced by `use_backend` or else by the variable DLVAE_BACKEND, or None."""
+    if _forced is not None:
+        return _forced
+    name = os.environ.get("DLVAE_BACKEND")
+    return _checked_name(name, "DLVAE_BACKEND") if name else None
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Force every operation in this process onto one backend: `with use_backend("reference"): ...`.
+
+    Args:
+        name: "triton", "native" or "reference".
+    Raises:
+        ValueError: no backend has that name.
+
+    Inside, an input that the backend cannot take raises `BackendUnavailable`; nothing falls back.
+    """
+    global _forced
+    previous = _forced
+    _forced = _checked_name(name, "name")
+    try:
+        yield
+    finally:
+        _forced = previous
+
+
+def why_not(backend: str, op: str, *args: Any) -> str | None:
+    """Why `backend` cannot run `op` on `args` (without args: at all, on this machine); None if it can."""
+    return BACKENDS[_checked_name(backend, "backend")].why_not(op, *args)
+
+
+def backend_info() -> dict[str, dict[str, str | None]]:
+    """For each operation and backend, the reason why it cannot run on this machine, or None where it can."""
+    return {op: {backend: why_not(backend, op) for backend in BACKENDS} for op in reference.__all__}
+
+
+def choose(op: str, *args: Any) -> Callable[..., Any]:
+    """The implementation of `op` for these inputs.
+
+    Raises:
+        BackendUnavailable: a backend is forced and cannot take them.
+    """
+    forced = forced_backend()
+    if forced is not None:
+        reason = why_not(forced, op, *args)
+        if reason is not None:
+            raise BackendUnavailable(f"{op}: the backend {forced!r} was asked for, but {reason}")
+        return getattr(BACKENDS[forced], op)
+    device = next(arg.device.type for arg in args if isinstance(arg, torch.Tensor))
+    reasons = []
+    for name in _PREFERENCE.get(device, ("reference",)):
+        reason = why_not(name, op, *args)
+        if reason is None:
+            _log_choice(op, device, name, reasons)
+            return getattr(BACKENDS[name], op)
+        reasons.append(f"not {name}: {reason}")
+    raise BackendUnavailable(f"{op}: no backend can run these inputs ({'; '.join(reasons)})")
+
+
+def _log_choice(op: str, device: str, name: str, reasons: list[str]) -> None:
+    """Say once per op and device what was passed over: on a GPU a fallback costs so much that it is a warning."""
+    if reasons and (op, device) not in _logged:
+        _logged.add((op, device))
+        level = logging.WARNING if device == "cuda" else logging.INFO
+        _log.log(level, "%s on %s runs on the backend %s (%s)", op, device, name, "; ".join(reasons))

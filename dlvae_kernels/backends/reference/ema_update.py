@@ -1,0 +1,28 @@
+"""Reference of `ema_update`: statistics of a batch, and the moving averages that they change."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .segment_sum import segment_sum
+
+
+def ema_statistics(x: Tensor, indices: Tensor, num_codes: int) -> Tensor:
+    rows = x.reshape(-1, x.shape[-1]).to(torch.promote_types(x.dtype, torch.float32))  # [N, D]
+    codes = indices.flatten()
+    counts = torch.bincount(codes, minlength=num_codes)
+    return torch.cat([segment_sum(rows, None, codes, num_codes, None), counts[:, None].to(rows.dtype)], dim=1)
+
+
+def ema_step(
+    codebook: Tensor, cluster_size: Tensor, embed_sum: Tensor, statistics: Tensor, decay: float, epsilon: float
+) -> None:
+    counts = statistics[:, -1]  # [K]
+    cluster_size.lerp_(counts.to(cluster_size.dtype), 1 - decay)
+    embed_sum.lerp_(statistics[:, :-1].to(embed_sum.dtype), 1 - decay)
+    total = cluster_size.sum()
+    smoothed = (cluster_size + epsilon) / (total + len(codebook) * epsilon) * total  # [K]
+    # A code that no row took stays where it is: smoothing would pull it to the origin step by step.
+    is_used = (counts > 0) & (cluster_size > 0)
+    codebook.copy_(torch.where(is_used[:, None], embed_sum / smoothed[:, None], codebook))

@@ -1,0 +1,17 @@
+"""Reference of `gather_codes`: rows of the codebook, and the sums of their gradients."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .segment_sum import segment_sum
+
+
+def gather_codes_fwd(codebook: Tensor, indices: Tensor) -> Tensor:
+    return codebook[indices]
+
+
+def gather_codes_bwd(grad: Tensor, indices: Tensor, num_codes: int) -> Tensor:
+    rows = grad.reshape(-1, grad.shape[-1]).to(torch.promote_types(grad.dtype, torch.float32))  # [N, D]
+    return segment_sum(rows, None, indices.flatten(), num_codes, None)

@@ -1,0 +1,22 @@
+"""The public functions, one file an operation: checks, docstring, and the `torch.autograd.Function` where there is one."""
+
+from .ema_update import ema_statistics, ema_step, ema_update
+from .gather_codes import gather_codes
+from .nearest_code import nearest_code
+from .one_hot import one_hot
+from .sparse_decode import sparse_decode
+from .topk_codes import topk_codes
+from .vector_quantize import VectorQuantizeOutput, vector_quantize
+
+__all__ = [
+    "VectorQuantizeOutput",
+    "ema_statistics",
+    "ema_step",
+    "ema_update",
+    "gather_codes",
+    "nearest_code",
+    "one_hot",
+    "sparse_decode",
+    "topk_codes",
+    "vector_quantize",
+]

@@ -1,0 +1,43 @@
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .. import ops  # noqa: F401  (defines torch.ops.dlvae)
+from .checks import check_codebook, check_indices, check_same_device
+
+
+class _GatherCodes(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, codebook: Tensor, indices: Tensor) -> Tensor:
+        ctx.save_for_backward(indices)
+        ctx.num_codes, ctx.dtype = codebook.shape[0], codebook.dtype
+        return torch.ops.dlvae.gather_codes_fwd(codebook, indices)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (indices,) = ctx.saved_tensors
+        return torch.ops.dlvae.gather_codes_bwd(grad, indices, ctx.num_codes).to(ctx.dtype), None
+
+
+def gather_codes(codebook: Tensor, indices: Tensor) -> Tensor:
+    """The codebook rows at `indices`.
+
+    Args:
+        codebook: [K, D] float16, bfloat16, float32 or (reference) float64.
+        indices: [...] int64, same device.
+    Returns:
+        [..., D] of the codebook's dtype. Its gradient goes to the codebook, summed without float atomics.
+    Raises:
+        ValueError: dtype, rank or device do not fit, or (on the CPU) an index lies outside [0, K).
+    """
+    check_codebook("codebook", codebook)
+    check_indices("indices", indices)
+    check_same_device("indices", indices, "codebook", codebook)
+    if torch.is_grad_enabled() and codebook.requires_grad:
+        return _GatherCodes.apply(codebook, indices)
+    return torch.ops.dlvae.gather_codes_fwd(codebook.detach(), indices)

@@ -1,0 +1,59 @@
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .. import ops  # noqa: F401  (defines torch.ops.dlvae)
+from .checks import check_codebook, check_floating, check_indices, check_same_device
+
+
+class _SparseDecode(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, indices: Tensor, dictionary: Tensor) -> Tensor:
+        ctx.save_for_backward(values, indices, dictionary)
+        return torch.ops.dlvae.sparse_decode_fwd(values, indices, dictionary)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, Tensor | None]:
+        values, indices, dictionary = ctx.saved_tensors
+        need_values, _, need_dictionary = ctx.needs_input_grad
+        grad_values, grad_dictionary = torch.ops.dlvae.sparse_decode_bwd(
+            grad, values, indices, dictionary, need_values, need_dictionary
+        )
+        return (
+            grad_values.to(values.dtype) if need_values else None,
+            None,
+            grad_dictionary.to(dictionary.dtype) if need_dictionary else None,
+        )
+
+
+def sparse_decode(values: Tensor, indices: Tensor, dictionary: Tensor) -> Tensor:
+    """For each row the sum of k dictionary atoms: sum_j values[..., j] * dictionary[indices[..., j]].
+
+    Args:
+        values: [..., k] float16, bfloat16, float32 or (reference) float64.
+        indices: [..., k] int64, same shape and device; an atom may occur twice in a row.
+        dictionary: [K, D], same device.
+    Returns:
+        [..., D], the wider dtype of values and dictionary; sums accumulate in float32 (float64 for float64).
+        Gradients go to values and dictionary, summed without float atomics.
+    Raises:
+        ValueError: shape, dtype or device do not fit, or (on the CPU) an index lies outside [0, K).
+    """
+    check_floating("values", values)
+    check_codebook("dictionary", dictionary)
+    check_indices("indices", indices)
+    if values.ndim == 0 or values.shape[-1] == 0 or values.shape != indices.shape:
+        raise ValueError(
+            f"values has shape {tuple(values.shape)} and indices {tuple(indices.shape)};"
+            " they need one shape [..., k] with k >= 1"
+        )
+    check_same_device("values", values, "dictionary", dictionary)
+    check_same_device("indices", indices, "dictionary", dictionary)
+    if torch.is_grad_enabled() and (values.requires_grad or dictionary.requires_grad):
+        return _SparseDecode.apply(values, indices, dictionary)
+    return torch.ops.dlvae.sparse_decode_fwd(values.detach(), indices, dictionary.detach())

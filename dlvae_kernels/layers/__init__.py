@@ -1,0 +1,7 @@
+"""The `nn.Module`s: parameters, buffers and state_dict; no kernels."""
+
+from .dictionary_learning import DictionaryLearning, SparseRepresentation
+from .vector_quantizer import VectorQuantizer
+from .vector_quantizer_ema import VectorQuantizerEMA
+
+__all__ = ["DictionaryLearning", "SparseRepresentation", "VectorQuantizer", "VectorQuantizerEMA"]

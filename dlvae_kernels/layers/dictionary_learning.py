@@ -1,0 +1,140 @@
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import mse_loss
+
+from ..functional import sparse_decode, topk_codes
+from ..functional.checks import check_at_least, check_between, check_choice
+from .maps import codes_to_map, map_to_rows, rows_to_map
+
+# Weight of the commitment of x to its reconstruction, as in the notebook.
+_COMMITMENT_COST = 0.25
+
+
+class SparseRepresentation(NamedTuple):
+    """Coefficients of the kept atoms: values [B, *spatial, k] and int64 indices [B, *spatial, k]."""
+
+    values: Tensor
+    indices: Tensor
+
+
+class DictionaryLearning(nn.Module):
+    """Sparse coding of each position of a map over a learned dictionary.
+
+    The coefficients are softmax(Linear(x)) over all atoms, kept at the `sparsity_level` atoms nearest to x; the
+    reconstruction R is the sum of the atoms with those coefficients.
+    loss = mean (sg[x] - R)^2 + 0.25 * mean (x - sg[R])^2 + sparsity * mean over positions of sum |coefficients|.
+
+    Args:
+        dim: D, the channels of the map.
+        num_atoms: K, the size of the dictionary.
+        sparsity: weight of the L1 norm of the coefficients, >= 0; the norm is a mean over positions, so that it
+            does not grow with the batch.
+        sparsity_level: k, the atoms kept for each position, 1 <= k <= K.
+        representation: what `forward` returns last: "dense" ([N, K]) or "sparse" (`SparseRepresentation`).
+        gradient: how the reconstruction passes the decoder's gradient: "straight_through" (to x unchanged; the
+            dictionary and the coefficients learn by the loss alone) or "direct" (through coefficients and atoms).
+        channel_last: maps are [B, *spatial, D].
+    Raises:
+        ValueError: an argument is out of its range.
+
+    state_dict: `dictionary` [K, D], `representation.0.weight` [K, D], `representation.0.bias` [K].
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_atoms: int,
+        sparsity: float,
+        sparsity_level: int,
+        *,
+        representation: Literal["dense", "sparse"] = "dense",
+        gradient: Literal["straight_through", "direct"] = "straight_through",
+        channel_last: bool = False,
+    ) -> None:
+        super().__init__()
+        check_at_least("dim", dim, 1)
+        check_at_least("num_atoms", num_atoms, 1)
+        check_at_least("sparsity", sparsity, 0)
+        check_between("sparsity_level", sparsity_level, 1, num_atoms)
+        check_choice("representation", representation, ("dense", "sparse"))
+        check_choice("gradient", gradient, ("straight_through", "direct"))
+        self.dim = dim
+        self.num_atoms = num_atoms
+        self.sparsity = sparsity
+        self.sparsity_level = sparsity_level
+        self.dictionary = nn.Parameter(torch.rand(num_atoms, dim))
+        self.representation = nn.Sequential(nn.Linear(dim, num_atoms), nn.Softmax(dim=-1))
+        self._representation = representation
+        self._gradient = gradient
+        self._channel_last = channel_last
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | SparseRepresentation]:
+        """Reconstruct a map from its sparse coefficients.
+
+        Args:
+            x: [B, D, *spatial], or [B, *spatial, D] with channel_last, float16, bfloat16 or float32.
+        Returns:
+            loss: scalar float32.
+            reconstruction: shape and dtype of x.
+            representation: the coefficients, dense [B * positions, K] or a `SparseRepresentation`.
+        Raises:
+            ValueError: rank, D, dtype or device do not fit.
+        """
+        rows = map_to_rows(x, self.dim, self._channel_last)
+        values, indices = self._code_rows(rows)
+        decoded = sparse_decode(values, indices, self.dictionary)
+        loss = (
+            _mean_square(rows.detach(), decoded)
+            + _COMMITMENT_COST * _mean_square(rows, decoded.detach())
+            + self.sparsity * values.abs().sum(-1).mean()
+        )
+        if self._gradient == "straight_through":
+            # As x + (R - x).detach(), but with exactly the value of R.
+            decoded = decoded.detach() + (rows - rows.detach())
+        reconstruction = rows_to_map(decoded.to(x.dtype), x, self._channel_last)
+        if self._representation == "sparse":
+            return loss, reconstruction, self._sparse_map(values, indices, x)
+        return loss, reconstruction, self._dense(values, indices)
+
+    def encode(self, x: Tensor) -> SparseRepresentation:
+        """The kept coefficients of each position; `x` as in `forward`."""
+        values, indices = self._code_rows(map_to_rows(x, self.dim, self._channel_last))
+        return self._sparse_map(values, indices, x)
+
+    def decode(self, values: Tensor, indices: Tensor) -> Tensor:
+        """The map [B, D, *spatial] of coefficients values and int64 indices, both [B, *spatial, k].
+
+        Raises:
+            ValueError: shapes or dtypes do not fit, or (on the CPU) an index lies outside [0, K).
+        """
+        return codes_to_map(sparse_decode(values, indices, self.dictionary), self._channel_last)
+
+    def extra_repr(self) -> str:
+        return (
+            f"dim={self.dim}, num_atoms={self.num_atoms}, sparsity={self.sparsity},"
+            f" sparsity_level={self.sparsity_level}"
+        )
+
+    def _code_rows(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Coefficients of the nearest atoms and their indices, both [B, S, k]."""
+        indices, _ = topk_codes(rows, self.dictionary, self.sparsity_level)
+        return self.representation(rows).gather(-1, indices), indices
+
+    def _dense(self, values: Tensor, indices: Tensor) -> Tensor:
+        values, indices = values.flatten(0, -2), indices.flatten(0, -2)  # [N, k]
+        return values.new_zeros(values.shape[0], self.num_atoms).scatter(1, indices, values)
+
+    def _sparse_map(self, values: Tensor, indices: Tensor, x: Tensor) -> SparseRepresentation:
+        spatial = x.shape[1:-1] if self._channel_last else x.shape[2:]
+        shape = (x.shape[0], *spatial, self.sparsity_level)
+        return SparseRepresentation(values.view(shape), indices.view(shape))
+
+
+def _mean_square(a: Tensor, b: Tensor) -> Tensor:
+    """Mean of (a - b)^2 in float32 or wider."""
+    dtype = torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)
+    return mse_loss(a.to(dtype), b.to(dtype))

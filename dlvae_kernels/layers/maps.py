@@ -1,0 +1,34 @@
+"""Feature maps as rows and back, by views alone."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ..functional.checks import check_floating
+
+
+def map_to_rows(inputs: Tensor, dim: int, channel_last: bool) -> Tensor:
+    """View a map [B, D, *spatial] as rows [B, S, D], S the number of positions; [B, *spatial, D] is rows already.
+
+    Raises:
+        ValueError: inputs has fewer than two dimensions, another D, or is not floating.
+    """
+    check_floating("inputs", inputs)
+    layout = "[B, *spatial, D]" if channel_last else "[B, D, *spatial]"
+    if inputs.ndim < 2 or inputs.shape[-1 if channel_last else 1] != dim:
+        raise ValueError(f"inputs has shape {tuple(inputs.shape)}; it needs {layout} with D = {dim}")
+    if channel_last or inputs.ndim == 2:
+        return inputs
+    return inputs.flatten(2).transpose(1, 2)
+
+
+def rows_to_map(rows: Tensor, like: Tensor, channel_last: bool) -> Tensor:
+    """The inverse of `map_to_rows` for the map `like`; a last dimension other than D is kept."""
+    if channel_last or like.ndim == 2:
+        return rows
+    return rows.transpose(1, 2).unflatten(2, like.shape[2:])
+
+
+def codes_to_map(rows: Tensor, channel_last: bool) -> Tensor:
+    """Codes looked up for every position, [B, *spatial, D], in the layout of the layer's maps."""
+    return rows if channel_last else rows.movedim(-1, 1)

@@ -1,0 +1,91 @@
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..functional import VectorQuantizeOutput
+from .codebook_layer import CodebookLayer, Encodings, Init
+from .distributed import all_reduce_sum, sample_rows
+
+# Weight of the past in the average use of a code, by which dead ones are told.
+_USE_DECAY = 0.99
+
+
+class VectorQuantizer(CodebookLayer):
+    """Vector quantizer whose codebook learns by gradient.
+
+    loss = mean (q - sg[x])^2 + commitment_cost * mean (sg[q] - x)^2, with q the nearest code of each position and sg
+    the stopped gradient.
+
+    Args:
+        num_embeddings: K, the number of codes.
+        embedding_dim: D, the channels of the map.
+        commitment_cost: beta, >= 0.
+        encodings: what `forward` returns last: "one_hot" (dense [N, K]) or "indices" ([B, *spatial]).
+        init: "uniform" in [-1/K, 1/K], "normal", or from the first training batch: "data" (random rows), "kmeans".
+        dead_code_threshold: codes that on average fewer rows of a batch (over all ranks) take are re-drawn from the
+            batch; 0 leaves them.
+        sync: join statistics over the ranks of torch.distributed whenever it is initialised.
+        channel_last: maps are [B, *spatial, D].
+    Raises:
+        ValueError: an argument is out of its range.
+
+    state_dict: `_embedding.weight` [K, D]; with a dead_code_threshold also `_average_use` [K].
+
+    Source: van den Oord et al. 2017, arXiv:1711.00937, eq. 3; dead codes: Dhariwal et al. 2020, arXiv:2005.00341.
+    """
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        commitment_cost: float,
+        *,
+        encodings: Encodings = "one_hot",
+        init: Init = "uniform",
+        dead_code_threshold: float = 0.0,
+        sync: bool = True,
+        channel_last: bool = False,
+    ) -> None:
+        super().__init__(
+            num_embeddings,
+            embedding_dim,
+            commitment_cost,
+            encodings=encodings,
+            init=init,
+            dead_code_threshold=dead_code_threshold,
+            sync=sync,
+            channel_last=channel_last,
+        )
+        self._embedding = nn.Embedding(num_embeddings, embedding_dim)
+        with torch.no_grad():
+            self._initialize(self.codebook)
+        if dead_code_threshold > 0:
+            self.register_buffer("_average_use", torch.ones(num_embeddings))
+
+    def _loss(self, out: VectorQuantizeOutput) -> Tensor:
+        return out.codebook_loss + self._commitment_cost * out.commitment_loss
+
+    @torch.no_grad()
+    def _set_codebook(self, codes: Tensor) -> None:
+        self.codebook.copy_(codes)
+
+    @torch.no_grad()
+    def _update(self, rows: Tensor, out: VectorQuantizeOutput) -> None:
+        threshold = self._dead_code_threshold
+        if threshold == 0 or rows.numel() == 0:
+            return
+        candidates = sample_rows(rows, self._num_embeddings, self._sync)
+        packed = all_reduce_sum(torch.cat([candidates, out.counts[:, None].to(candidates.dtype)], dim=1), self._sync)
+        self._average_use.lerp_(packed[:, -1].to(self._average_use.dtype), 1 - _USE_DECAY)
+        is_dead = self._average_use < threshold
+        self.codebook.copy_(torch.where(is_dead[:, None], packed[:, :-1].to(self.codebook.dtype), self.codebook))
+        self._average_use.masked_fill_(is_dead, threshold)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        if self._dead_code_threshold > 0:
+            # A checkpoint of a layer that did not count use is welcome.
+            state_dict.setdefault(prefix + "_average_use", self._average_use)
+        super()._load_from_state_dict(state_dict, prefix, *args)

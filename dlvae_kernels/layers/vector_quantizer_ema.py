@@ -1,0 +1,144 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..functional import VectorQuantizeOutput, ema_statistics, ema_step
+from ..functional.checks import check_at_least, check_between
+from .codebook_layer import CodebookLayer, Encodings, Init
+from .distributed import all_reduce_sum, sample_rows
+
+
+class _CodebookBuffer(nn.Module):
+    """Holds the codebook under the notebook's key `_embedding.weight`, as a buffer and not a parameter."""
+
+    weight: Tensor
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("weight", weight)
+
+
+class VectorQuantizerEMA(CodebookLayer):
+    """Vector quantizer whose codebook follows exponential moving averages of the rows that took each code.
+
+    loss = commitment_cost * mean (sg[q] - x)^2. In training each forward quantizes with the codebook as it is, then
+    moves it. Codebook and averages are buffers in float32, updated in place, and stay float32 after
+    `module.to(torch.bfloat16)`. A code that no row took keeps its place.
+
+    Activation checkpointing repeats a forward; the averages move at the first only. The repeated forward then sees
+    the moved codebook: keep the layer outside a checkpointed region where gradients must be exact.
+
+    Args:
+        num_embeddings: K, the number of codes.
+        embedding_dim: D, the channels of the map.
+        commitment_cost: beta, >= 0.
+        decay: weight of the past in the averages, in [0, 1].
+        epsilon: Laplace smoothing of the cluster sizes, >= 0.
+        encodings, sync, channel_last: as in `VectorQuantizer`.
+        init: "normal", "uniform" in [-1/K, 1/K], or from the first training batch: "data" (random rows), "kmeans".
+        dead_code_threshold: codes whose moving average of rows a batch (over all ranks) falls under it are re-drawn
+            from the batch, codebook, sum and count together; 0 leaves them.
+    Raises:
+        ValueError: an argument is out of its range.
+
+    state_dict: `_embedding.weight` [K, D], `_ema_cluster_size` [K], `_ema_w` [K, D].
+
+    Source: van den Oord et al. 2017, arXiv:1711.00937, appendix A.1; dead codes: Dhariwal et al. 2020,
+    arXiv:2005.00341.
+    """
+
+    _ema_cluster_size: Tensor
+    _ema_w: Tensor
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        commitment_cost: float,
+        decay: float,
+        epsilon: float = 1e-5,
+        *,
+        encodings: Encodings = "one_hot",
+        init: Init = "normal",
+        dead_code_threshold: float = 0.0,
+        sync: bool = True,
+        channel_last: bool = False,
+    ) -> None:
+        super().__init__(
+            num_embeddings,
+            embedding_dim,
+            commitment_cost,
+            encodings=encodings,
+            init=init,
+            dead_code_threshold=dead_code_threshold,
+            sync=sync,
+            channel_last=channel_last,
+        )
+        check_between("decay", decay, 0, 1)
+        check_at_least("epsilon", epsilon, 0)
+        self._decay = decay
+        self._epsilon = epsilon
+        weight = self._initialize(torch.empty(num_embeddings, embedding_dim, dtype=torch.float32))
+        self._embedding = _CodebookBuffer(weight)
+        # Counts and sums that give back the codebook: one imagined row at each code.
+        self.register_buffer("_ema_cluster_size", torch.ones(num_embeddings, dtype=torch.float32))
+        self.register_buffer("_ema_w", weight.clone())
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, decay={self._decay}, epsilon={self._epsilon}"
+
+    def _loss(self, out: VectorQuantizeOutput) -> Tensor:
+        return self._commitment_cost * out.commitment_loss
+
+    @torch.no_grad()
+    def _set_codebook(self, codes: Tensor) -> None:
+        self.codebook.copy_(codes)
+        self._ema_w.copy_(codes)
+        self._ema_cluster_size.fill_(1)
+
+    @torch.no_grad()
+    def _update(self, rows: Tensor, out: VectorQuantizeOutput) -> None:
+        statistics = ema_statistics(rows, out.indices, self._num_embeddings)  # [K, D + 1]
+        revives = self._dead_code_threshold > 0 and rows.numel() > 0
+        if revives:
+            # One packed all-reduce: sums, counts and candidates.
+            statistics = torch.cat([statistics, sample_rows(rows, self._num_embeddings, self._sync)], dim=1)
+        statistics = all_reduce_sum(statistics, self._sync)
+        ema_step(
+            self.codebook,
+            self._ema_cluster_size,
+            self._ema_w,
+            statistics[:, : self._embedding_dim + 1],
+            decay=self._decay,
+            epsilon=self._epsilon,
+        )
+        if revives:
+            self._revive(statistics[:, self._embedding_dim + 1 :])
+
+    def _revive(self, candidates: Tensor) -> None:
+        """Re-draw dead codes: codebook, sum and count together, so that the next update does not undo it."""
+        threshold = self._dead_code_threshold
+        is_dead = (self._ema_cluster_size < threshold)[:, None]
+        self.codebook.copy_(torch.where(is_dead, candidates, self.codebook))
+        self._ema_w.copy_(torch.where(is_dead, candidates * threshold, self._ema_w))
+        self._ema_cluster_size.clamp_(min=threshold)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> VectorQuantizerEMA:
+        """Move or cast as any module, but never narrow codebook and averages below float32: counts would be lost."""
+        before = dict(self.named_buffers())
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, buffer in self.named_buffers():
+            if buffer.dtype in (torch.float16, torch.bfloat16):
+                owner, _, leaf = name.rpartition(".")
+                setattr(self.get_submodule(owner), leaf, before[name].to(buffer.device))
+        return self
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        # The notebook's layer starts with counts of zero beside random sums: those sums stand for nothing.
+        with torch.no_grad():
+            self._ema_w.masked_fill_(self._ema_cluster_size[:, None] == 0, 0)
