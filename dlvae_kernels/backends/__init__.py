@@ -89,7 +89,7 @@ def choose(op: str, *args: Any) -> Callable[..., Any]:
             raise BackendUnavailable(f"{op}: the backend {forced!r} was asked for, but {reason}")
         return getattr(BACKENDS[forced], op)
     device = next(arg.device.type for arg in args if isinstance(arg, torch.Tensor))
-    reasons = []
+    reasons: list[str] = []
     for name in _PREFERENCE.get(device, ("reference",)):
         reason = why_not(name, op, *args)
         if reason is None:

@@ -1,4 +1,4 @@
-"""The public functions, one file an operation: checks, docstring, and the `torch.autograd.Function` where there is one."""
+"""The public functions, one file an operation: checks, docstring, and the `torch.autograd.Function` if it has one."""
 
 from .ema_update import ema_statistics, ema_step, ema_update
 from .gather_codes import gather_codes

@@ -54,7 +54,9 @@ def check_row_indices(name: str, indices: Tensor, x_name: str, x: Tensor) -> Non
     """One index for each row of x [..., D]."""
     check_indices(name, indices)
     if indices.shape != x.shape[:-1]:
-        raise ValueError(f"{name} has shape {tuple(indices.shape)}; it needs {tuple(x.shape[:-1])}, the rows of {x_name}")
+        raise ValueError(
+            f"{name} has shape {tuple(indices.shape)}; it needs {tuple(x.shape[:-1])}, the rows of {x_name}"
+        )
     check_same_device(name, indices, x_name, x)
 
 

@@ -77,7 +77,9 @@ def ema_update(
     _check_state(codebook, cluster_size, embed_sum, decay, epsilon)
     check_floating("x", x)
     if x.ndim == 0 or x.shape[-1] != codebook.shape[1]:
-        raise ValueError(f"x has shape {tuple(x.shape)}; it needs [..., D] with the D = {codebook.shape[1]} of codebook")
+        raise ValueError(
+            f"x has shape {tuple(x.shape)}; it needs [..., D] with the D = {codebook.shape[1]} of codebook"
+        )
     check_same_device("x", x, "codebook", codebook)
     statistics = ema_statistics(x, indices, codebook.shape[0])
     ema_step(codebook, cluster_size, embed_sum, statistics, decay=decay, epsilon=epsilon)

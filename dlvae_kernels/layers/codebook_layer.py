@@ -7,15 +7,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ..functional import (
-    VectorQuantizeOutput,
-    ema_statistics,
-    gather_codes,
-    nearest_code,
-    one_hot,
-    vector_quantize,
-)
 from ..functional.checks import check_at_least, check_choice, check_indices
+from ..functional.ema_update import ema_statistics
+from ..functional.gather_codes import gather_codes
+from ..functional.nearest_code import nearest_code
+from ..functional.one_hot import one_hot
+from ..functional.vector_quantize import VectorQuantizeOutput, vector_quantize
 from .distributed import all_reduce_sum, sample_rows
 from .maps import codes_to_map, map_to_rows, rows_to_map
 
@@ -153,7 +150,7 @@ class CodebookLayer(nn.Module):
 
 
 def _is_recomputation() -> bool:
-    """Whether this forward runs inside a backward, as activation checkpointing repeats it: state must not move twice."""
+    """Whether this forward runs inside a backward, where activation checkpointing repeats it."""
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 

@@ -6,9 +6,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 
-from ..functional import sparse_decode, topk_codes
 from ..functional.checks import check_at_least, check_between, check_choice
+from ..functional.sparse_decode import sparse_decode
+from ..functional.topk_codes import topk_codes
 from .maps import codes_to_map, map_to_rows, rows_to_map
+
+Gradient = Literal["straight_through", "direct"]
 
 # Weight of the commitment of x to its reconstruction, as in the notebook.
 _COMMITMENT_COST = 0.25
@@ -52,7 +55,7 @@ class DictionaryLearning(nn.Module):
         sparsity_level: int,
         *,
         representation: Literal["dense", "sparse"] = "dense",
-        gradient: Literal["straight_through", "direct"] = "straight_through",
+        gradient: Gradient = "straight_through",
         channel_last: bool = False,
     ) -> None:
         super().__init__()

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..functional import VectorQuantizeOutput
+from ..functional.vector_quantize import VectorQuantizeOutput
 from .codebook_layer import CodebookLayer, Encodings, Init
 from .distributed import all_reduce_sum, sample_rows
 
@@ -36,6 +36,8 @@ class VectorQuantizer(CodebookLayer):
 
     Source: van den Oord et al. 2017, arXiv:1711.00937, eq. 3; dead codes: Dhariwal et al. 2020, arXiv:2005.00341.
     """
+
+    _average_use: Tensor
 
     def __init__(
         self,

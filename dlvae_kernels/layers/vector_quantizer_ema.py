@@ -6,8 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..functional import VectorQuantizeOutput, ema_statistics, ema_step
 from ..functional.checks import check_at_least, check_between
+from ..functional.ema_update import ema_statistics, ema_step
+from ..functional.vector_quantize import VectorQuantizeOutput
 from .codebook_layer import CodebookLayer, Encodings, Init
 from .distributed import all_reduce_sum, sample_rows
 
@@ -130,7 +131,7 @@ class VectorQuantizerEMA(CodebookLayer):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> VectorQuantizerEMA:
         """Move or cast as any module, but never narrow codebook and averages below float32: counts would be lost."""
         before = dict(self.named_buffers())
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        super()._apply(fn, recurse)
         for name, buffer in self.named_buffers():
             if buffer.dtype in (torch.float16, torch.bfloat16):
                 owner, _, leaf = name.rpartition(".")

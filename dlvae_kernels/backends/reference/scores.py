@@ -1,4 +1,4 @@
-"""What the reference searches share: scores of every code for a chunk of rows, and when two of them tie."""
+"""What the reference searches share: the scores of all codes for a chunk of rows, and when two of them tie."""
 
 from __future__ import annotations
 
@@ -51,14 +51,7 @@ class Codes:
         tolerance = 4 * (self.codes.shape[1] + 2) * _EPSILON * largest.square()
         return tolerance.nan_to_num(nan=0, posinf=0)
 
-
-def squared_distances(x: Tensor, codes: Tensor, indices: Tensor) -> Tensor:
-    """|x - c|^2 of each row of x [N, D] to its codes indices [N, k], by differences: [N, k], float32 or float64."""
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    distances = torch.empty(indices.shape, dtype=dtype, device=x.device)
-    rows = max(1, _CHUNK_ELEMENTS // max(1, indices.shape[1] * x.shape[1]))
-    for start in range(0, len(x), rows):
-        part = slice(start, start + rows)
-        difference = x[part, None].to(dtype) - codes[indices[part]].to(dtype)  # [n, k, D]
-        distances[part] = difference.square_().sum(2)
-    return distances
+    def distances(self, scores: Tensor, codes: Tensor, row_norms: Tensor) -> Tensor:
+        """Squared distances, float64, from the scores of `codes` [n, m] for these rows [n, 1]; zero is exactly zero."""
+        distances = scores + row_norms.square()
+        return distances.masked_fill(distances <= self.tie_tolerance(row_norms, codes), 0)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .scores import Codes, squared_distances
+from .scores import Codes
 
 
 def topk_codes(x: Tensor, dictionary: Tensor, k: int) -> tuple[Tensor, Tensor]:
     rows = x.reshape(-1, x.shape[-1])  # [N, D]
     indices = torch.empty(len(rows), k, dtype=torch.int64, device=x.device)
+    distances = torch.empty(len(rows), k, dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
     codes = Codes(dictionary)
     for part, scores, row_norms in codes.chunks(rows):
         # One more than k, to see whether a tie reaches over the edge of the selection.
@@ -19,8 +20,10 @@ def topk_codes(x: Tensor, dictionary: Tensor, k: int) -> tuple[Tensor, Tensor]:
         chosen = found[:, :k]
         chosen[has_tie] = _sort_with_ties(codes, scores[has_tie], row_norms[has_tie])[:, :k]
         indices[part] = chosen
+        # Ties share a distance, so the ascending scores fit the chosen order.
+        distances[part] = codes.distances(best[:, :k], chosen, row_norms).to(distances.dtype)
     shape = (*x.shape[:-1], k)
-    return indices.view(shape), squared_distances(rows, dictionary, indices).view(shape)
+    return indices.view(shape), distances.view(shape)
 
 
 def _ties_with_next(codes: Codes, ascending: Tensor, order: Tensor, row_norms: Tensor) -> Tensor:

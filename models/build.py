@@ -1,0 +1,52 @@
+"""From a configuration to a model, a device and a precision."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+
+from .autoencoder import Autoencoder
+from .config import Config
+from .dlvae import DictionaryLearningVAE
+from .vqvae import VQVAE
+
+
+def build_model(config: Config, in_channels: int) -> Autoencoder:
+    sizes = (
+        config.hiddens,
+        config.residual_layers,
+        config.residual_hiddens,
+        config.num_embeddings,
+        config.embedding_dim,
+    )
+    if config.model == "dlvae":
+        return DictionaryLearningVAE(
+            *sizes, config.sparsity, config.sparsity_level, in_channels=in_channels, gradient=config.gradient
+        )
+    return VQVAE(
+        *sizes,
+        config.commitment_cost,
+        config.decay if config.model == "vqvae-ema" else 0,
+        in_channels=in_channels,
+        init=config.init,
+        dead_code_threshold=config.dead_code_threshold,
+    )
+
+
+def pick_device(name: str) -> torch.device:
+    return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+
+
+def autocast(config: Config, device: torch.device) -> AbstractContextManager[Any]:
+    """The context of a forward: bfloat16 autocast where asked for, or where the machine computes in it."""
+    if config.precision == "auto":
+        if device.type == "cuda":
+            has_bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        else:
+            capabilities = torch.cpu.get_capabilities()
+            has_bfloat16 = bool(capabilities.get("amx_bf16") or capabilities.get("avx512_bf16"))
+    else:
+        has_bfloat16 = config.precision == "bfloat16"
+    return torch.autocast(device.type, torch.bfloat16) if has_bfloat16 else nullcontext()

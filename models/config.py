@@ -1,0 +1,133 @@
+"""The configuration of a run: one dataclass, each field a flag, saved as JSON with the run."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_args, get_type_hints
+
+from dlvae_kernels.functional.checks import check_at_least, check_between, check_choice
+from dlvae_kernels.layers.codebook_layer import Init
+from dlvae_kernels.layers.dictionary_learning import Gradient
+
+
+def _flag(default: Any, help: str) -> Any:
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass(frozen=True)
+class Config:
+    model: Literal["vqvae", "vqvae-ema", "dlvae"] = _flag("vqvae-ema", "codebook by gradient or by moving averages")
+    data: str = _flag("patches", "patches, cifar10, svhn, fashion-mnist or folder:PATH")
+    data_dir: str = _flag("data", "folder for downloads")
+    updates: int = _flag(1200, "optimizer steps")
+    batch_size: int = _flag(32, "images a step")
+    lr: float = _flag(1e-3, "learning rate of Adam, at its highest")
+    schedule: Literal["cosine", "constant"] = _flag("cosine", "of the learning rate: to zero after a warm-up, or none")
+    warmup: int = _flag(50, "steps of linear warm-up of the cosine schedule")
+    hiddens: int = _flag(128, "channels of encoder and decoder")
+    residual_layers: int = _flag(2, "residual layers")
+    residual_hiddens: int = _flag(32, "channels inside a residual layer")
+    num_embeddings: int = _flag(512, "K: codes or atoms")
+    embedding_dim: int = _flag(64, "D: channels of the latents")
+    commitment_cost: float = _flag(0.25, "beta of the vector quantizers")
+    decay: float = _flag(0.99, "of the moving averages of vqvae-ema, in (0, 1)")
+    init: Init = _flag("data", "of the codebook")
+    dead_code_threshold: float = _flag(1.0, "re-draw codes that on average fewer rows of a batch take; 0: never")
+    sparsity: float = _flag(0.0, "weight of the L1 norm of the coefficients of dlvae")
+    sparsity_level: int = _flag(100, "atoms that dlvae keeps for a position")
+    gradient: Gradient = _flag("direct", "of the decoder, through the bottleneck of dlvae")
+    precision: Literal["auto", "float32", "bfloat16"] = _flag(
+        "auto", "auto: bfloat16 autocast where the machine has it"
+    )
+    channels_last: bool = _flag(True, "lay out images and weights channels last")
+    seed: int = _flag(0, "of weights, batches and random choices")
+    device: str = _flag("auto", "cpu, cuda, cuda:N or auto")
+    checkpoint_every: int = _flag(250, "steps between checkpoints")
+    out: str = _flag("", "folder of the run; empty: runs/MODEL-DATA-TIME")
+
+    def __post_init__(self) -> None:
+        for name, choices in _CHOICES.items():
+            check_choice(name, getattr(self, name), choices)
+        for name in ("updates", "batch_size", "hiddens", "checkpoint_every"):
+            check_at_least(name, getattr(self, name), 1)
+        check_at_least("warmup", self.warmup, 0)
+        check_at_least("lr", self.lr, 0)
+        if self.model == "vqvae-ema":
+            check_between("decay", self.decay, 1e-9, 1)
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> Config:
+        return cls(**json.loads(text))
+
+
+_CHOICES = {name: get_args(kind) for name, kind in get_type_hints(Config).items() if get_args(kind)}
+
+# The hyper-parameters of the notebook; what it leaves open keeps the default.
+_NOTEBOOK: dict[str, Any] = {
+    "updates": 200_000,
+    "batch_size": 256,
+    "lr": 1e-4,
+    "schedule": "constant",
+    "embedding_dim": 256,
+    "dead_code_threshold": 0.0,
+    "gradient": "straight_through",
+    "precision": "float32",
+    "channels_last": False,
+}
+_NOTEBOOK_INIT = {"vqvae": "uniform", "vqvae-ema": "normal", "dlvae": "uniform"}
+# What may change when a run goes on; all else is as it was.
+_RESUMABLE = ("updates", "device", "checkpoint_every", "data_dir")
+
+
+@dataclass(frozen=True)
+class Command:
+    """What the command line asks for: a new run, or (`resume`) that the run in this folder goes on."""
+
+    config: Config
+    resume: Path | None
+
+
+def parse(arguments: list[str] | None = None) -> Command:
+    """Read the command line; a mistake ends the program with a message, as argparse does."""
+    parser = argparse.ArgumentParser(prog="python -m models.train", description="Train a model and report on it.")
+    parser.add_argument("--preset", choices=("default", "notebook"), default="default", help="other defaults")
+    parser.add_argument("--resume", type=Path, metavar="RUN", help="go on with the run in this folder")
+    for entry in dataclasses.fields(Config):
+        kind = type(entry.default)
+        options: dict[str, Any] = {"action": argparse.BooleanOptionalAction} if kind is bool else {"type": kind}
+        if entry.name in _CHOICES:
+            options["choices"] = _CHOICES[entry.name]
+        text = f"{entry.metadata['help']} (default: {entry.default})".replace("%", "%%")
+        parser.add_argument(f"--{entry.name.replace('_', '-')}", default=argparse.SUPPRESS, help=text, **options)
+    given = vars(parser.parse_args(arguments))
+    preset, resume = given.pop("preset"), given.pop("resume")
+    try:
+        if resume is not None:
+            return Command(_resumed(resume, preset, given), resume)
+        if preset == "notebook":
+            model = given.get("model", Config.model)
+            given = {**_NOTEBOOK, "init": _NOTEBOOK_INIT.get(model, "uniform"), **given}
+        return Command(Config(**given), None)
+    except ValueError as error:
+        parser.error(str(error))
+
+
+def _resumed(run: Path, preset: str, given: dict[str, Any]) -> Config:
+    path = run / "config.json"
+    if not path.is_file():
+        raise ValueError(f"--resume {run}: there is no {path}")
+    saved = json.loads(path.read_text())
+    fixed = [name for name, value in given.items() if name not in _RESUMABLE and value != saved[name]]
+    if fixed or preset != "default":
+        raise ValueError(
+            f"--resume keeps the configuration of {run}: only {', '.join(_RESUMABLE)} may change,"
+            f" not {', '.join(fixed) or 'preset'}"
+        )
+    return Config(**{**saved, **given, "out": str(run)})

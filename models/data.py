@@ -1,0 +1,231 @@
+"""Image sets, whole in memory as uint8, and the batches that training draws from them."""
+
+from __future__ import annotations
+
+import gzip
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+T = TypeVar("T")
+
+_PATCH_SIZE = 32
+_PATCHES_PER_PHOTOGRAPH = {"train": 2000, "held_out": 200}
+# The rightmost part of each photograph gives the held-out patches and no training patch.
+_HELD_OUT_WIDTH = 0.2
+_FOLDER_HELD_OUT = 10
+_IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+_DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
+
+# What scikit-image and scikit-learn carry in their wheels: function or file, and its attribution.
+_PHOTOGRAPHS = {
+    "astronaut": "Eileen Collins, NASA, public domain (scikit-image)",
+    "chelsea": "Chelsea the cat, Stefan van der Walt, CC0 (scikit-image)",
+    "coffee": "Coffee cup, Rachel Michetti at Pikolo Espresso Bar, CC0 (scikit-image)",
+    "hubble_deep_field": "Hubble eXtreme Deep Field, NASA, public domain (scikit-image)",
+    "immunohistochemistry": "Colonic glands, Center for Microscopy and Molecular Imaging (scikit-image)",
+    "retina": "Fundus of a left eye, Mikael Häggström, CC0 (scikit-image)",
+    "rocket": "Launch of DSCOVR, SpaceX, public domain (scikit-image)",
+    "stereo_motorcycle": "Left image of Motorcycle, Middlebury stereo benchmark 2014 (scikit-image)",
+    "china.jpg": "Summer Palace, danielbuechele on Flickr, CC BY 2.0 (scikit-learn)",
+    "flower.jpg": "Dahlia, vultilion on Flickr, CC BY 2.0 (scikit-learn)",
+}
+
+
+class DataError(Exception):
+    """The images cannot be had; the message says what to do."""
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """Images as uint8 [N, C, H, W], and where they come from."""
+
+    train: Tensor
+    held_out: Tensor
+    attribution: str
+
+    def train_variance(self) -> float:
+        """Variance of all training pixels in [0, 1]; the normalised error is measured in it."""
+        histogram = torch.bincount(self.train.flatten(), minlength=256).double()
+        level = torch.arange(256, dtype=torch.float64) / 255
+        share = histogram / histogram.sum()
+        return float((share * level**2).sum() - (share * level).sum() ** 2)
+
+
+def load(name: str, root: Path) -> ImageSet:
+    """The image set `name`: patches, cifar10, svhn, fashion-mnist or folder:PATH; downloads go to `root`.
+
+    Raises:
+        DataError: there is no such set, no network, or a file is broken.
+    """
+    if name.startswith("folder:"):
+        return _folder(Path(name.removeprefix("folder:")))
+    loaders: dict[str, Callable[[Path], ImageSet]] = {
+        "patches": lambda _: _patches(),
+        "cifar10": _cifar10,
+        "svhn": _svhn,
+        "fashion-mnist": _fashion_mnist,
+    }
+    if name not in loaders:
+        raise DataError(f"data is {name!r}; it needs to be one of {', '.join(loaders)} or folder:PATH")
+    return loaders[name](root)
+
+
+def _patches() -> ImageSet:
+    generator = torch.Generator().manual_seed(0)
+    train, held_out = [], []
+    for name in _PHOTOGRAPHS:
+        image = _photograph(name)  # [C, H, W]
+        edge = round(image.shape[2] * (1 - _HELD_OUT_WIDTH))
+        train.append(_random_crops(image[:, :, :edge], _PATCHES_PER_PHOTOGRAPH["train"], generator))
+        held_out.append(_random_crops(image[:, :, edge:], _PATCHES_PER_PHOTOGRAPH["held_out"], generator))
+    # Interleaved, so that the first few show all photographs.
+    return ImageSet(
+        torch.stack(train, dim=1).flatten(0, 1),
+        torch.stack(held_out, dim=1).flatten(0, 1),
+        "; ".join(_PHOTOGRAPHS.values()),
+    )
+
+
+def _photograph(name: str) -> Tensor:
+    if name.endswith(".jpg"):
+        from sklearn.datasets import load_sample_image
+
+        image = load_sample_image(name)
+    else:
+        from skimage import data
+
+        image = getattr(data, name)()
+        # The stereo pair shows one scene twice, and a map of depth.
+        image = image[0] if isinstance(image, tuple) else image
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+def _random_crops(image: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    """`count` random square crops of image [C, H, W]: [count, C, size, size]."""
+    windows = image.unfold(1, _PATCH_SIZE, 1).unfold(2, _PATCH_SIZE, 1)  # [C, rows, columns, size, size]
+    row, column = (torch.randint(size, (count,), generator=generator) for size in windows.shape[1:3])
+    return windows[:, row, column].transpose(0, 1).contiguous()
+
+
+def _cifar10(root: Path) -> ImageSet:
+    from torchvision.datasets import CIFAR10
+
+    def images(train: bool) -> Tensor:
+        data = _downloaded("cifar10", root, lambda: CIFAR10(str(root), train=train, download=True).data)
+        return torch.from_numpy(data).permute(0, 3, 1, 2).contiguous()
+
+    return ImageSet(images(True), images(False), "CIFAR-10, Alex Krizhevsky 2009")
+
+
+def _svhn(root: Path) -> ImageSet:
+    from torchvision.datasets import SVHN
+
+    def images(split: str) -> Tensor:
+        return torch.from_numpy(_downloaded("svhn", root, lambda: SVHN(str(root), split=split, download=True).data))
+
+    return ImageSet(images("train"), images("test"), "SVHN, Netzer et al. 2011")
+
+
+def _fashion_mnist(root: Path) -> ImageSet:
+    from torchvision.datasets import FashionMNIST
+
+    raw = root / "FashionMNIST" / "raw"
+    for packed in sorted(_DEBIAN_FASHION_MNIST.glob("*-ubyte.gz")):
+        _unpack(packed, raw / packed.stem)
+
+    def images(train: bool) -> Tensor:
+        data = _downloaded("fashion-mnist", root, lambda: FashionMNIST(str(root), train=train, download=True).data)
+        return data[:, None].contiguous()
+
+    return ImageSet(images(True), images(False), "Fashion-MNIST, Zalando SE, MIT licence")
+
+
+def _unpack(packed: Path, target: Path) -> None:
+    """Unpack a gzip file, unless it was before; never leaves half a file."""
+    if target.exists():
+        return
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_suffix(".partial")
+    try:
+        with gzip.open(packed, "rb") as source, partial.open("wb") as sink:
+            shutil.copyfileobj(source, sink)
+    except (OSError, EOFError) as error:
+        raise DataError(f"{packed} is broken ({error}); install the package dataset-fashion-mnist again") from error
+    partial.replace(target)
+
+
+def _downloaded(name: str, root: Path, read: Callable[[], T]) -> T:
+    """Read a torchvision set; its own errors become one that says what to do."""
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        return read()
+    except Exception as error:
+        raise DataError(
+            f"the data set {name} could not be read from {root} or downloaded ({type(error).__name__}: {error})."
+            f" Check the network, or put its files into {root}; if a file there is broken, delete it and try again."
+            " `--data patches` needs no download."
+        ) from error
+
+
+def _folder(path: Path) -> ImageSet:
+    """Every image under `path`, its shorter side resized to 32 and centre-cropped; every tenth is held out."""
+    if not path.is_dir():
+        raise DataError(f"{path} is not a folder; --data folder:PATH needs one that holds images")
+    files = sorted(file for file in path.rglob("*") if file.suffix.lower() in _IMAGE_SUFFIXES)
+    if len(files) < _FOLDER_HELD_OUT:
+        raise DataError(
+            f"{path} holds {len(files)} images ({', '.join(sorted(_IMAGE_SUFFIXES))});"
+            f" at least {_FOLDER_HELD_OUT} are needed"
+        )
+    images = torch.stack([_read_image(file) for file in files])
+    # A shuffle of its own seed, so that the split does not follow the names.
+    images = images[torch.randperm(len(images), generator=torch.Generator().manual_seed(0))]
+    held_out = len(images) // _FOLDER_HELD_OUT
+    return ImageSet(images[held_out:], images[:held_out], f"the images in {path}")
+
+
+def _read_image(file: Path) -> Tensor:
+    from PIL import Image, UnidentifiedImageError
+    from torchvision.transforms import functional
+
+    try:
+        with Image.open(file) as opened:
+            image = opened.convert("RGB")
+    except (OSError, UnidentifiedImageError) as error:
+        raise DataError(f"{file} cannot be read as an image ({error}); repair it or take it out") from error
+    return functional.pil_to_tensor(functional.center_crop(functional.resize(image, _PATCH_SIZE), _PATCH_SIZE))
+
+
+class Batches:
+    """Shuffled batches of images held in memory, as float32 in [0, 1] on `device`.
+
+    The batch of an update follows from the seed and the number of the update alone, so that this number is all that
+    resuming needs. What is left over at the end of an epoch is passed over.
+    """
+
+    def __init__(self, images: Tensor, batch_size: int, seed: int, device: torch.device, channels_last: bool) -> None:
+        if not 1 <= batch_size <= len(images):
+            raise DataError(f"batch_size is {batch_size}; it needs to lie in [1, {len(images)}], the training images")
+        self._images = images.to(device)
+        self._batch_size = batch_size
+        self._seed = seed
+        self._format = torch.channels_last if channels_last else torch.contiguous_format
+        self._epoch = -1
+        self._order = torch.empty(0, dtype=torch.int64)
+
+    def __getitem__(self, update: int) -> Tensor:
+        """The batch of an update, counted from 0: [B, C, H, W]."""
+        epoch, place = divmod(update, len(self._images) // self._batch_size)
+        if epoch != self._epoch:
+            generator = torch.Generator().manual_seed(self._seed + epoch)
+            self._order = torch.randperm(len(self._images), generator=generator).to(self._images.device)
+            self._epoch = epoch
+        chosen = self._order[place * self._batch_size : (place + 1) * self._batch_size]
+        return self._images[chosen].float().div_(255).contiguous(memory_format=self._format)

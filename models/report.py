@@ -1,0 +1,178 @@
+"""Figures and pictures of a run: `python -m models.report RUN`."""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import csv
+import dataclasses
+import html
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+
+from . import checkpoint, pictures
+from .autoencoder import Autoencoder
+from .build import build_model, pick_device
+from .config import Config
+from .data import DataError, ImageSet, load
+from .evaluate import Evaluation, evaluate
+
+_SHOWN = 32
+
+_CAPTIONS = {
+    "nmse": "Training error of each update, normalised by the variance of the training pixels.",
+    "reconstructions": "Held-out images and what the model makes of them.",
+    "latent_maps": "What the decoder sees, on its three main directions as red, green and blue.",
+    "masks": "One position of each latent map is taken away.",
+    "masked_latents": "The latent maps under the masks.",
+    "masked_reconstructions": "What the decoder makes of the masked latents.",
+    "umap": "The codebook or dictionary in the plane, coloured by use.",
+    "use": "How often each code or atom was taken on the held-out images.",
+    "pca_spectrum": "How many directions the latents fill, before and after the bottleneck.",
+}
+
+
+def write(folder: Path, images: ImageSet | None = None) -> dict[str, Any]:
+    """Write summary.json, the pictures and report.html into the folder of a run, and print the summary.
+
+    Raises:
+        DataError: the folder holds no checkpoint, or its images cannot be had.
+    """
+    for name in ("config.json", "checkpoint.safetensors"):
+        if not (folder / name).is_file():
+            raise DataError(f"{folder} holds no {name}; it needs to be the folder of a run that has saved")
+    config = Config.from_json((folder / "config.json").read_text())
+    images = images or load(config.data, Path(config.data_dir))
+    device = pick_device(config.device)
+    model = build_model(config, images.train.shape[1]).to(device)
+    progress = checkpoint.load_weights(folder / "checkpoint.safetensors", model)
+    evaluation = evaluate(model, images.held_out, images.train_variance(), device)
+    summary = {
+        "model": config.model,
+        "data": config.data,
+        "updates": progress["update"],
+        **{name: value for name, value in dataclasses.asdict(evaluation).items() if name != "use"},
+        "num_embeddings": config.num_embeddings,
+        "training_seconds": round(progress["seconds"], 1),
+    }
+    (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    figures = _draw(folder, model, images, evaluation, device, config.seed)
+    for name, figure in figures.items():
+        figure.savefig(folder / f"{name}.png", dpi=110)
+    (folder / "report.html").write_text(_page(folder, config, summary, images.attribution, list(figures)))
+    _print(summary, folder)
+    return summary
+
+
+@torch.no_grad()
+def _draw(
+    folder: Path, model: Autoencoder, images: ImageSet, evaluation: Evaluation, device: torch.device, seed: int
+) -> dict[str, Figure]:
+    originals = images.held_out[:_SHOWN].to(device).float() / 255
+    encoded = model.encode(originals)
+    latents = model.code(encoded).latents
+    masks = pictures.masks(len(originals), *latents.shape[2:])
+    maps = pictures.pca_maps(latents.cpu())
+    return {
+        "nmse": pictures.smoothed_error(_training_error(folder), evaluation.nmse),
+        "reconstructions": pictures.side_by_side(originals, model.decode(latents)),
+        "latent_maps": pictures.images(maps, "Latent maps"),
+        "masks": pictures.images(masks, "Masks"),
+        "masked_latents": pictures.images(maps * masks, "Masked latent maps"),
+        "masked_reconstructions": pictures.images(
+            model.decode(latents * masks.to(device)), "Reconstructions of the masked latents"
+        ),
+        "umap": pictures.embedding(model.codes.detach().cpu(), evaluation.use, seed),
+        "use": pictures.use_histogram(evaluation.use),
+        "pca_spectrum": pictures.pca_spectrum({"encoder": encoded.cpu(), "decoder's input": latents.cpu()}),
+    }
+
+
+def _training_error(folder: Path) -> np.ndarray:
+    with (folder / "metrics.csv").open(newline="") as file:
+        return np.array([float(row["nmse"]) for row in csv.DictReader(file)])
+
+
+def _page(folder: Path, config: Config, summary: dict[str, Any], attribution: str, names: list[str]) -> str:
+    title = html.escape(f"{config.model} on {config.data}")
+    shown = []
+    for name in names:
+        data = base64.b64encode((folder / f"{name}.png").read_bytes()).decode()
+        caption = html.escape(_CAPTIONS[name])
+        shown.append(
+            f'<figure><img id="{name}" alt="{caption}" src="data:image/png;base64,{data}">'
+            f"<figcaption>{caption}</figcaption></figure>"
+        )
+    return f"""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}</title>
+<style>
+body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222; }}
+table {{ border-collapse: collapse; }}
+td, th {{ padding: 0.15rem 1rem 0.15rem 0; text-align: left; border-bottom: 1px solid #ddd; font-weight: normal; }}
+td {{ font-variant-numeric: tabular-nums; }}
+figure {{ margin: 2rem 0; }}
+img {{ max-width: 100%; }}
+figcaption {{ color: #666; }}
+</style>
+</head>
+<body>
+<h1>{title}</h1>
+{_table(dict(_readable(summary)))}
+{"".join(shown)}
+<h2>Configuration</h2>
+{_table(dataclasses.asdict(config))}
+<p>Images: {html.escape(attribution)}.</p>
+</body>
+</html>
+"""
+
+
+def _table(values: dict[str, Any]) -> str:
+    rows = (
+        f"<tr><th>{html.escape(name)}</th><td>{html.escape(str(value))}</td></tr>" for name, value in values.items()
+    )
+    return f"<table>{''.join(rows)}</table>"
+
+
+def _readable(summary: dict[str, Any]) -> list[tuple[str, str]]:
+    return [
+        ("updates", f"{summary['updates']}"),
+        ("held-out NMSE", f"{summary['nmse']:.4f}"),
+        ("held-out PSNR", f"{summary['psnr']:.2f} dB"),
+        ("held-out perplexity", f"{summary['perplexity']:.1f} of {summary['num_embeddings']}"),
+        ("codes in use", f"{summary['in_use']:.1%}"),
+        ("non-zero coefficients", f"{summary['nonzero']:.3%}"),
+        ("training time", f"{summary['training_seconds']:.1f} s"),
+    ]
+
+
+def _print(summary: dict[str, Any], folder: Path) -> None:
+    print(f"\n{summary['model']} on {summary['data']}")
+    for name, value in _readable(summary):
+        print(f"  {name:22} {value}")
+    print(f"  {'report':22} {folder / 'report.html'}")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m models.report", description="Report on a run.")
+    parser.add_argument("run", type=Path, help="folder of the run")
+    try:
+        write(parser.parse_args(arguments).run)
+    except DataError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,64 @@
+from __future__ import annotations
+
+from torch import Tensor
+
+from dlvae_kernels import VectorQuantizer, VectorQuantizerEMA
+from dlvae_kernels.layers.codebook_layer import Init
+
+from .autoencoder import Autoencoder, Coding
+
+
+class VQVAE(Autoencoder):
+    """VQ-VAE: `VectorQuantizerEMA` where decay > 0, else `VectorQuantizer`, which learns by gradient.
+
+    Source: van den Oord et al. 2017, arXiv:1711.00937.
+    """
+
+    def __init__(
+        self,
+        num_hiddens: int,
+        num_residual_layers: int,
+        num_residual_hiddens: int,
+        num_embeddings: int,
+        embedding_dim: int,
+        commitment_cost: float,
+        decay: float = 0,
+        *,
+        in_channels: int = 3,
+        init: Init | None = None,
+        dead_code_threshold: float = 0.0,
+    ) -> None:
+        super().__init__(num_hiddens, num_residual_layers, num_residual_hiddens, embedding_dim, in_channels)
+        self._vq_vae: VectorQuantizer | VectorQuantizerEMA
+        if decay > 0:
+            self._vq_vae = VectorQuantizerEMA(
+                num_embeddings,
+                embedding_dim,
+                commitment_cost,
+                decay,
+                encodings="indices",
+                init=init or "normal",
+                dead_code_threshold=dead_code_threshold,
+            )
+        else:
+            self._vq_vae = VectorQuantizer(
+                num_embeddings,
+                embedding_dim,
+                commitment_cost,
+                encodings="indices",
+                init=init or "uniform",
+                dead_code_threshold=dead_code_threshold,
+            )
+
+    @property
+    def codes(self) -> Tensor:
+        return self._vq_vae.codebook
+
+    def code(self, latents: Tensor) -> Coding:
+        loss, quantized, _, indices = self._vq_vae(latents)
+        return Coding(loss, quantized, indices, None)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Images [B, C, H, W] -> (loss of the quantizer, reconstruction [B, C, H, W], perplexity)."""
+        loss, quantized, perplexity, _ = self._vq_vae(self.encode(x))
+        return loss, self.decode(quantized), perplexity
