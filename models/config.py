@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args, get_type_hints
 
-from dlvae_kernels.functional.checks import check_at_least, check_between, check_choice
+from dlvae_kernels.functional.checks import check_at_least, check_choice
 from dlvae_kernels.layers.codebook_layer import Init
 from dlvae_kernels.layers.dictionary_learning import Gradient
 
@@ -34,7 +34,7 @@ class Config:
     num_embeddings: int = _flag(512, "K: codes or atoms")
     embedding_dim: int = _flag(64, "D: channels of the latents")
     commitment_cost: float = _flag(0.25, "beta of the vector quantizers")
-    decay: float = _flag(0.99, "of the moving averages of vqvae-ema, in (0, 1)")
+    decay: float = _flag(0.99, "of the moving averages of vqvae-ema, in (0, 1]")
     init: Init = _flag("data", "of the codebook")
     dead_code_threshold: float = _flag(1.0, "re-draw codes that on average fewer rows of a batch take; 0: never")
     sparsity: float = _flag(0.0, "weight of the L1 norm of the coefficients of dlvae")
@@ -56,8 +56,8 @@ class Config:
             check_at_least(name, getattr(self, name), 1)
         check_at_least("warmup", self.warmup, 0)
         check_at_least("lr", self.lr, 0)
-        if self.model == "vqvae-ema":
-            check_between("decay", self.decay, 1e-9, 1)
+        if self.model == "vqvae-ema" and not 0 < self.decay <= 1:
+            raise ValueError(f"decay is {self.decay}; vqvae-ema needs it in (0, 1]")
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=2) + "\n"

@@ -76,9 +76,8 @@ class CodebookLayer(nn.Module):
         Raises:
             ValueError: rank, D, dtype or device do not fit; nothing has been changed.
         """
-        rows = map_to_rows(inputs, self._embedding_dim, self._channel_last)
+        rows = self._rows(inputs)
         if self._awaits_data and self.training:
-            nearest_code(rows[:0], self.codebook)  # all checks come before the first change
             self._set_codebook(self._codes_from_data(rows))
             self._awaits_data = False
         out = vector_quantize(rows, self.codebook)
@@ -89,8 +88,7 @@ class CodebookLayer(nn.Module):
 
     def encode(self, inputs: Tensor) -> Tensor:
         """Indices of the nearest codes, int64 [B, *spatial]; `inputs` as in `forward`."""
-        rows = map_to_rows(inputs, self._embedding_dim, self._channel_last)
-        return self._index_map(nearest_code(rows, self.codebook), inputs)
+        return self._index_map(nearest_code(self._rows(inputs), self.codebook), inputs)
 
     def decode(self, indices: Tensor) -> Tensor:
         """The codes at int64 indices [B, *spatial], as a map [B, D, *spatial] ([B, *spatial, D] with channel_last).
@@ -108,6 +106,10 @@ class CodebookLayer(nn.Module):
             f"num_embeddings={self._num_embeddings}, embedding_dim={self._embedding_dim},"
             f" commitment_cost={self._commitment_cost}"
         )
+
+    def _rows(self, inputs: Tensor) -> Tensor:
+        """Check a map and view it as rows [B, S, D]."""
+        return map_to_rows("inputs", inputs, "codebook", self.codebook, self._channel_last)
 
     def _loss(self, out: VectorQuantizeOutput) -> Tensor:
         raise NotImplementedError

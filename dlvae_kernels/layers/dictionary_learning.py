@@ -4,7 +4,6 @@ from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import mse_loss
 
 from ..functional.checks import check_at_least, check_between, check_choice
 from ..functional.sparse_decode import sparse_decode
@@ -87,13 +86,13 @@ class DictionaryLearning(nn.Module):
         Raises:
             ValueError: rank, D, dtype or device do not fit.
         """
-        rows = map_to_rows(x, self.dim, self._channel_last)
+        rows = self._rows(x)
         values, indices = self._code_rows(rows)
         decoded = sparse_decode(values, indices, self.dictionary)
         loss = (
             _mean_square(rows.detach(), decoded)
             + _COMMITMENT_COST * _mean_square(rows, decoded.detach())
-            + self.sparsity * values.abs().sum(-1).mean()
+            + self.sparsity * values.abs().sum() / max(1, indices[..., 0].numel())
         )
         if self._gradient == "straight_through":
             # As x + (R - x).detach(), but with exactly the value of R.
@@ -105,7 +104,7 @@ class DictionaryLearning(nn.Module):
 
     def encode(self, x: Tensor) -> SparseRepresentation:
         """The kept coefficients of each position; `x` as in `forward`."""
-        values, indices = self._code_rows(map_to_rows(x, self.dim, self._channel_last))
+        values, indices = self._code_rows(self._rows(x))
         return self._sparse_map(values, indices, x)
 
     def decode(self, values: Tensor, indices: Tensor) -> Tensor:
@@ -121,6 +120,10 @@ class DictionaryLearning(nn.Module):
             f"dim={self.dim}, num_atoms={self.num_atoms}, sparsity={self.sparsity},"
             f" sparsity_level={self.sparsity_level}"
         )
+
+    def _rows(self, x: Tensor) -> Tensor:
+        """Check a map and view it as rows [B, S, D]."""
+        return map_to_rows("x", x, "dictionary", self.dictionary, self._channel_last)
 
     def _code_rows(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Coefficients of the nearest atoms and their indices, both [B, S, k]."""
@@ -138,6 +141,6 @@ class DictionaryLearning(nn.Module):
 
 
 def _mean_square(a: Tensor, b: Tensor) -> Tensor:
-    """Mean of (a - b)^2 in float32 or wider."""
+    """Mean of (a - b)^2 in float32 or wider; 0 for no elements."""
     dtype = torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)
-    return mse_loss(a.to(dtype), b.to(dtype))
+    return (a.to(dtype) - b.to(dtype)).square().sum() / max(1, a.numel())

@@ -4,22 +4,22 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..functional.checks import check_floating
+from ..functional.checks import check_rows
 
 
-def map_to_rows(inputs: Tensor, dim: int, channel_last: bool) -> Tensor:
+def map_to_rows(name: str, inputs: Tensor, codes_name: str, codes: Tensor, channel_last: bool) -> Tensor:
     """View a map [B, D, *spatial] as rows [B, S, D], S the number of positions; [B, *spatial, D] is rows already.
 
     Raises:
-        ValueError: inputs has fewer than two dimensions, another D, or is not floating.
+        ValueError: rank, D, dtype or device do not go with codes [K, D]; it calls the two by the names given.
     """
-    check_floating("inputs", inputs)
     layout = "[B, *spatial, D]" if channel_last else "[B, D, *spatial]"
+    dim = codes.shape[1]
     if inputs.ndim < 2 or inputs.shape[-1 if channel_last else 1] != dim:
-        raise ValueError(f"inputs has shape {tuple(inputs.shape)}; it needs {layout} with D = {dim}")
-    if channel_last or inputs.ndim == 2:
-        return inputs
-    return inputs.flatten(2).transpose(1, 2)
+        raise ValueError(f"{name} has shape {tuple(inputs.shape)}; it needs {layout} with D = {dim}")
+    rows = inputs if channel_last or inputs.ndim == 2 else inputs.flatten(2).transpose(1, 2)
+    check_rows(name, rows, codes_name, codes)
+    return rows
 
 
 def rows_to_map(rows: Tensor, like: Tensor, channel_last: bool) -> Tensor:

@@ -1,0 +1,61 @@
+"""Fixtures of all tests: each operation is tested at every place, a backend on a device, that can run it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from dlvae_kernels.backends import BACKENDS, use_backend, why_not
+from dlvae_kernels.backends.reference import __all__ as ALL_OPS
+
+_PLACES = [(backend, device) for backend in BACKENDS for device in ("cpu", "cuda")]
+
+
+def _missing(backend: str, device: str, ops: tuple[str, ...]) -> list[str]:
+    """Why a backend cannot be tested on a device, a reason for each operation that it lacks."""
+    if device == "cuda" and not torch.cuda.is_available():
+        return ["no CUDA device"] * len(ops)
+    probe = torch.empty(0, device=device)
+    return [reason for op in ops if (reason := why_not(backend, op, probe)) is not None]
+
+
+def pytest_report_header() -> list[str]:
+    """What is not tested here, and why: once, and not as a skip of each test."""
+    lacks = {(backend, device): _missing(backend, device, tuple(ALL_OPS)) for backend, device in _PLACES}
+    return [
+        f"not tested: {len(reasons)} of {len(ALL_OPS)} operations on {backend}-{device}: {reasons[0]}"
+        for (backend, device), reasons in lacks.items()
+        if reasons
+    ]
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """A test that takes `device` runs at each place that has all operations in OPS of its module."""
+    if "device" in metafunc.fixturenames:
+        places = [
+            pytest.param((backend, device), id=f"{backend}-{device}", marks=[pytest.mark.gpu] * (device == "cuda"))
+            for backend, device in _PLACES
+            if not _missing(backend, device, metafunc.module.OPS)
+        ]
+        metafunc.parametrize("device", places, indirect=True)
+
+
+@pytest.fixture
+def device(request: pytest.FixtureRequest) -> Iterator[torch.device]:
+    """A device, with the backend forced."""
+    backend, name = request.param
+    with use_backend(backend):
+        yield torch.device(name)
+
+
+@pytest.fixture(autouse=True)
+def _poison() -> Iterator[None]:
+    """`torch.empty` gives NaN and extreme integers, so that an element that nobody wrote is seen."""
+    torch.manual_seed(0)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    yield
+    torch.use_deterministic_algorithms(False)
+    torch._dynamo.reset()

@@ -1,0 +1,32 @@
+"""Inputs that every operation is tested on."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+HALVES = (torch.float16, torch.bfloat16)
+DTYPES = (*HALVES, torch.float32, torch.float64)
+# (N, K, D): empty, single, below and above every tile, one code, one feature.
+SIZES = ((0, 5, 4), (1, 1, 1), (1, 3, 7), (63, 17, 3), (63, 1, 8), (507, 129, 64), (507, 257, 100), (130, 64, 1))
+
+
+def rows(n: int, d: int, device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(n, d, device=device).to(dtype)
+
+
+def layouts(n: int, d: int, device: torch.device, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    """The same sizes through every kind of strides: [..., D] with about n rows."""
+    side = max(1, int(n**0.5))
+    channel_first = torch.randn(2, d, side, side, device=device).to(dtype)
+    return {
+        "contiguous": rows(n, d, device, dtype),
+        "channel_first": channel_first.flatten(2).transpose(1, 2),
+        "channels_last": channel_first.to(memory_format=torch.channels_last).flatten(2).transpose(1, 2),
+        "sliced": torch.randn(n, 2 * d, device=device).to(dtype)[:, ::2],
+        "offset": rows(n + 3, d, device, dtype)[3:],
+        "transposed": torch.randn(d, n, device=device).to(dtype).T,
+        "expanded": torch.randn(1, d, device=device).to(dtype).expand(n, d),
+        "vector": torch.randn(d, device=device).to(dtype),
+        "deep": torch.randn(2, 3, 1, d, device=device).to(dtype),
+    }

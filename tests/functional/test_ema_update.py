@@ -1,0 +1,146 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from dlvae_kernels import ema_update
+from dlvae_kernels.functional import ema_statistics
+from dlvae_kernels.testing import assert_accurate
+
+from .cases import DTYPES, layouts, rows
+
+OPS = ("ema_statistics", "ema_step")
+
+
+def state(k, d, device, dtype=torch.float32):
+    codebook = rows(k, d, device, dtype)
+    return codebook, torch.ones(k, device=device, dtype=dtype), codebook.clone()
+
+
+def test_by_hand(device):
+    codebook = torch.tensor([[0.0], [10.0], [20.0]], device=device)
+    cluster_size, embed_sum = torch.tensor([2.0, 1.0, 1.0], device=device), codebook.clone()
+    x = torch.tensor([[4.0], [8.0], [12.0]], device=device)
+    ema_update(codebook, cluster_size, embed_sum, x, torch.tensor([0, 0, 1], device=device), decay=0.5, epsilon=0.0)
+    assert cluster_size.tolist() == [2, 1, 0.5]
+    assert embed_sum.tolist() == [[6], [11], [10]]
+    assert codebook.tolist() == [[3], [11], [20]]
+
+
+def test_epsilon_by_hand(device):
+    codebook, cluster_size, embed_sum = state(2, 1, device)
+    cluster_size.copy_(torch.tensor([3.0, 1.0]))
+    embed_sum.copy_(torch.tensor([[6.0], [5.0]]))
+    x = torch.tensor([[2.0], [5.0]], device=device)
+    ema_update(codebook, cluster_size, embed_sum, x, torch.tensor([0, 1], device=device), decay=1.0, epsilon=1.0)
+    # Sizes 3 and 1 become (3 + 1) and (1 + 1), scaled by 4 / 6 to keep their sum.
+    torch.testing.assert_close(codebook, torch.tensor([[6 / (16 / 6)], [5 / (8 / 6)]], device=device))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", [(0, 5, 4), (1, 1, 1), (507, 129, 64), (3000, 3, 7)])
+def test_statistics(device, size, dtype):
+    n, k, d = size
+    x, indices = rows(n, d, device, dtype), torch.randint(0, k, (n,), device=device)
+    statistics = ema_statistics(x, indices, k)
+    assert statistics.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert torch.equal(statistics[:, -1].long(), torch.bincount(indices, minlength=k))
+    exact = torch.zeros(k, d, dtype=torch.float64, device=device).index_add_(0, indices, x.double())
+    expression = torch.zeros(k, d, dtype=statistics.dtype, device=device).index_add_(0, indices, x.to(statistics.dtype))
+    assert_accurate(statistics[:, :-1], exact, expression)
+
+
+@pytest.mark.parametrize("layout", layouts(2, 2, torch.device("cpu")))
+def test_any_strides(device, layout):
+    x = layouts(50, 12, device)[layout]
+    indices = torch.randint(0, 9, x.shape[:-1], device=device)
+    expected = ema_statistics(x.reshape(-1, 12).contiguous(), indices.flatten(), 9)
+    assert torch.equal(ema_statistics(x, indices, 9), expected)
+
+
+def test_many_steps_against_float64(device):
+    states = [state(17, 5, device), None]
+    states[1] = [tensor.double() for tensor in states[0]]
+    for step in range(50):
+        x = rows(100, 5, device) + 0.1 * step
+        indices = torch.randint(0, 12, (100,), device=device)
+        for each, batch in zip(states, (x, x.double()), strict=True):
+            ema_update(*each, batch, indices, decay=0.9, epsilon=1e-5)
+    for actual, exact in zip(*states, strict=True):
+        torch.testing.assert_close(actual.double(), exact, rtol=1e-5, atol=1e-6)
+
+
+def test_decay_of_zero_takes_the_batch_and_of_one_keeps_the_past(device):
+    x, indices = rows(30, 4, device), torch.arange(30, device=device) % 3
+    codebook, *rest = state(3, 4, device)
+    ema_update(codebook, *rest, x, indices, decay=0.0, epsilon=0.0)
+    torch.testing.assert_close(codebook, torch.stack([x[i::3].mean(0) for i in range(3)]))
+    before = codebook.clone()
+    ema_update(codebook, *rest, x + 1, indices, decay=1.0, epsilon=0.0)
+    torch.testing.assert_close(codebook, before)
+
+
+def test_unused_codes_stay(device):
+    codebook, *rest = state(2, 2, device)
+    codebook[1] = rest[1][1] = 50.0
+    for _ in range(2000):
+        x = codebook[:1] + 0.1
+        ema_update(codebook, *rest, x, torch.zeros(1, dtype=torch.int64, device=device), decay=0.8, epsilon=1e-5)
+    assert codebook[1].tolist() == [50, 50]
+    assert torch.isfinite(codebook).all()
+
+
+def test_counts_of_zero_divide_nothing(device):
+    codebook, cluster_size, embed_sum = state(2, 2, device)
+    cluster_size.zero_()
+    before = codebook.clone()
+    ema_update(codebook, cluster_size, embed_sum, codebook + 1, torch.arange(2, device=device), decay=1.0, epsilon=1e-5)
+    assert torch.equal(codebook, before)
+
+
+def test_repeats_to_the_bit(device):
+    torch.use_deterministic_algorithms(False)
+    x, indices = rows(5000, 16, device), torch.randint(0, 7, (5000,), device=device)
+    assert torch.equal(ema_statistics(x, indices, 7), ema_statistics(x, indices, 7))
+
+
+def test_opcheck_and_compile(device):
+    x, indices = rows(10, 3, device), torch.arange(10, device=device) % 4
+    statistics = ema_statistics(x, indices, 5)
+    torch.library.opcheck(torch.ops.dlvae.ema_statistics, (x, indices, 5))
+    torch.library.opcheck(torch.ops.dlvae.ema_step, (*state(5, 3, device), statistics, 0.9, 1e-5))
+    eager, traced = state(5, 3, device), None
+    traced = [tensor.clone() for tensor in eager]
+    ema_update(*eager, x, indices, decay=0.9, epsilon=1e-5)
+    torch.compile(ema_update, fullgraph=True, backend="aot_eager")(*traced, x, indices, decay=0.9, epsilon=1e-5)
+    assert all(torch.equal(a, b) for a, b in zip(eager, traced, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"decay": -0.1}, r"decay is -0.1; it needs to lie in \[0, 1\]"),
+        ({"decay": float("nan")}, r"decay is nan; it needs to lie in \[0, 1\]"),
+        ({"epsilon": -1.0}, r"epsilon is -1.0; it needs to be at least 0"),
+        ({"codebook": torch.ones(3, 2).half()}, r"codebook has dtype torch.float16; .* float32 or float64"),
+        ({"cluster_size": torch.ones(4)}, r"cluster_size has shape \(4,\) .* it needs \(3,\)"),
+        ({"embed_sum": torch.ones(3, 2).double()}, r"embed_sum .* dtype torch.float64; it needs .* torch.float32"),
+        ({"x": torch.ones(4, 3)}, r"x has shape \(4, 3\); it needs .* D = 2"),
+        ({"indices": torch.zeros(5, dtype=torch.int64)}, r"indices has shape \(5,\); it needs \(4,\), the rows of x"),
+        ({"indices": torch.tensor([0, 1, 2, 3])}, r"indices hold 3; they need to lie in \[0, 3\)"),
+    ],
+)
+def test_bad_input_changes_nothing(change, message):
+    arguments = {
+        "codebook": torch.ones(3, 2),
+        "cluster_size": torch.ones(3),
+        "embed_sum": torch.ones(3, 2),
+        "x": torch.ones(4, 2),
+        "indices": torch.tensor([0, 1, 2, 0]),
+        "decay": 0.5,
+        "epsilon": 1e-5,
+        **change,
+    }
+    with pytest.raises(ValueError, match=message):
+        ema_update(**arguments)
+    assert all((arguments[name] == 1).all() for name in ("codebook", "cluster_size", "embed_sum"))

@@ -1,0 +1,176 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dlvae_kernels import nearest_code
+from dlvae_kernels.testing import assert_same_codes, exact_distances
+
+from .cases import DTYPES, SIZES, layouts, rows
+
+OPS = ("nearest_code",)
+
+
+def test_by_hand(device):
+    codebook = torch.tensor([[0.0, 0.0], [4.0, 0.0], [0.0, 3.0]], device=device)
+    x = torch.tensor([[1.0, 0.0], [3.0, 0.0], [0.0, 2.0], [2.0, 0.0], [9.0, 9.0]], device=device)
+    indices, distances = nearest_code(x, codebook, return_distance=True)
+    # The fourth row lies half way between the first two codes.
+    assert indices.tolist() == [0, 1, 2, 0, 1]
+    assert distances.tolist() == [1.0, 1.0, 1.0, 4.0, 106.0]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", SIZES)
+def test_equals_float64(device, size, dtype):
+    n, k, d = size
+    x, codebook = rows(n, d, device, dtype), rows(k, d, device, dtype)
+    indices, distances = nearest_code(x, codebook, return_distance=True)
+    assert_same_codes(indices, x, codebook)
+    assert torch.equal(indices, nearest_code(x, codebook))
+    assert distances.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    exact = exact_distances(x, codebook).amin(1) if n else torch.empty(0, device=device)
+    torch.testing.assert_close(distances.double(), exact.double(), rtol=1e-5, atol=1e-5)
+
+
+def test_many_rows_in_several_chunks(device):
+    x, codebook = rows(5000, 16, device), rows(1500, 16, device)
+    assert_same_codes(nearest_code(x, codebook), x, codebook)
+
+
+@pytest.mark.parametrize("layout", layouts(2, 2, torch.device("cpu")))
+def test_any_strides(device, layout):
+    x = layouts(50, 12, device)[layout]
+    codebook = rows(24, 40, device)[:, 5:29:2]
+    indices = nearest_code(x, codebook)
+    assert indices.shape == x.shape[:-1]
+    assert torch.equal(indices, nearest_code(x.contiguous(), codebook.contiguous()))
+    assert_same_codes(indices, x, codebook)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_float32_codebook_beside_half_rows(device, dtype):
+    x, codebook = rows(200, 32, device, dtype), rows(64, 32, device)
+    assert_same_codes(nearest_code(x, codebook), x, codebook)
+
+
+def test_ties_take_the_lowest_index(device):
+    codebook = rows(70, 33, device)
+    codebook = torch.cat([codebook, codebook, codebook])
+    indices = nearest_code(torch.cat([rows(300, 33, device), codebook]), codebook)
+    assert indices.max() < 70
+    assert indices[300:].tolist() == list(range(70)) * 3
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_ties_of_small_integers(data):
+    n, k, d = (data.draw(st.integers(1, high)) for high in (40, 40, 6))
+    seed = data.draw(st.integers(0, 2**32))
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randint(-2, 3, (n, d), generator=generator).float()
+    codebook = torch.randint(-2, 3, (k, d), generator=generator).float()
+    assert torch.equal(nearest_code(x, codebook), exact_distances(x, codebook).argmin(1))
+
+
+def test_close_codes_are_told_apart(device):
+    # A clamp of squared distances at 1e-8 would make all of these tie.
+    codebook = torch.tensor([[0.5 + 3e-5], [0.5], [0.5 - 3e-5]], device=device)
+    x = torch.tensor([[0.5], [0.5 + 2.9e-5], [0.5 - 2.9e-5]], device=device)
+    assert nearest_code(x, codebook).tolist() == [1, 0, 2]
+
+
+def test_far_from_the_origin(device):
+    # |x|^2 swallows the differences of float32 scores here.
+    codebook = rows(64, 16, device) + 3000
+    x = codebook[torch.arange(200, device=device) % 64] + 0.01 * rows(200, 16, device)
+    assert nearest_code(x, codebook).tolist() == [i % 64 for i in range(200)]
+
+
+def test_an_outlier_code_does_not_blur_the_others(device):
+    codebook = rows(64, 16, device)
+    x = rows(300, 16, device)
+    expected = nearest_code(x, codebook)
+    codebook = torch.cat([codebook, torch.full((1, 16), 1e15, device=device)])
+    assert torch.equal(nearest_code(x, codebook), expected)
+
+
+def test_extreme_scales(device):
+    for scale in (1e-18, 1e18):
+        x, codebook = scale * rows(100, 8, device), scale * rows(32, 8, device)
+        assert torch.equal(nearest_code(x, codebook), exact_distances(x / scale, codebook / scale).argmin(1))
+
+
+def test_nan_and_infinity(device):
+    nan, inf = float("nan"), float("inf")
+    codebook = torch.tensor([[nan, 0.0], [1.0, 1.0], [2.0, 2.0], [inf, 0.0]], device=device)
+    x = torch.tensor([[nan, 1.0], [1.9, 1.9], [inf, 0.0], [-inf, inf], [0.0, 0.0]], device=device)
+    indices = nearest_code(x, codebook)
+    assert indices[0] == 0
+    assert indices[1] == 2
+    assert indices[4] == 1
+    assert ((indices >= 0) & (indices < 4)).all()
+    assert (indices[1:] != 0).all()
+    assert nearest_code(x, codebook[:1]).tolist() == [0] * 5
+    assert nearest_code(x[1:], codebook[[0, 3]]).tolist() == [1] * 4
+
+
+@pytest.mark.parametrize("precision", ["high", "medium"])
+def test_ignores_the_callers_precision(device, precision):
+    x, codebook = rows(500, 64, device), rows(300, 64, device)
+    expected = nearest_code(x, codebook)
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        with torch.autocast(device.type, torch.bfloat16):
+            assert torch.equal(nearest_code(x, codebook), expected)
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def test_repeats_to_the_bit(device):
+    torch.use_deterministic_algorithms(False)
+    x, codebook = rows(1000, 32, device), rows(300, 32, device)
+    first, second = (nearest_code(x, codebook, return_distance=True) for _ in range(2))
+    assert torch.equal(first[0], second[0])
+    assert torch.equal(first[1], second[1])
+
+
+def test_opcheck(device):
+    x = layouts(20, 6, device)["channel_first"]
+    for return_distance in (False, True):
+        torch.library.opcheck(torch.ops.dlvae.nearest_code, (x, rows(5, 6, device), return_distance))
+
+
+def test_compiles_whole(device):
+    x, codebook = rows(40, 6, device), rows(9, 6, device)
+    compiled = torch.compile(nearest_code, fullgraph=True, backend="aot_eager", dynamic=True)
+    for n in (40, 17):
+        assert torch.equal(compiled(x[:n], codebook), nearest_code(x[:n], codebook))
+
+
+def test_no_gradient():
+    x = torch.randn(4, 3, requires_grad=True)
+    _, distances = nearest_code(x, torch.randn(5, 3, requires_grad=True), return_distance=True)
+    assert not distances.requires_grad
+
+
+@pytest.mark.parametrize(
+    ("x", "codebook", "message"),
+    [
+        (torch.zeros(2, 3), torch.zeros(4, 2), r"x has shape \(2, 3\); it needs .* D = 2"),
+        (torch.zeros(()), torch.zeros(4, 2), r"x has shape \(\); it needs"),
+        (torch.zeros(2, 3), torch.zeros(0, 3), r"codebook has shape \(0, 3\); it needs .*K >= 1"),
+        (torch.zeros(2, 3), torch.zeros(3), r"codebook has shape \(3,\); it needs \[K, D\]"),
+        (torch.zeros(2, 3, dtype=torch.int32), torch.zeros(4, 3), r"x has dtype torch.int32; it needs"),
+        (torch.zeros(2, 3), torch.zeros(4, 3).long(), r"codebook has dtype torch.int64; it needs"),
+        (torch.zeros(2, 3), torch.zeros(4, 3).half(), r"codebook has dtype torch.float16; it needs"),
+        (torch.zeros(2, 3).double(), torch.zeros(4, 3), r"codebook has dtype torch.float32; it needs"),
+        (torch.zeros(2, 3, device="meta"), torch.zeros(4, 3), r"x is on meta; it needs the device of codebook, cpu"),
+    ],
+)
+def test_bad_input(x, codebook, message):
+    with pytest.raises(ValueError, match=message):
+        nearest_code(x, codebook)

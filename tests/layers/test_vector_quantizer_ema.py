@@ -1,0 +1,131 @@
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+from dlvae_kernels import VectorQuantizerEMA
+from tests import notebook
+
+K, D = 24, 6
+
+
+def test_equals_the_notebooks_formula():
+    layer = VectorQuantizerEMA(K, D, 0.25, 0.9, epsilon=1e-3)
+    formula = notebook.VectorQuantizerEMA(layer.codebook, 0.25, 0.9, 1e-3)
+    for _ in range(10):
+        inputs = torch.randn(3, D, 4, 5, requires_grad=True)
+        twin = inputs.detach().clone().requires_grad_()
+        for function, x in ((layer, inputs), (formula, twin)):
+            loss, quantized, *_ = function(x)
+            (loss + quantized.square().sum()).backward()
+        torch.testing.assert_close(inputs.grad, twin.grad)
+        torch.testing.assert_close(layer.codebook, formula.codebook)
+        torch.testing.assert_close(layer._ema_w, formula.sums)
+        torch.testing.assert_close(layer._ema_cluster_size, formula.sizes)
+    for actual, expected in zip(layer.eval()(inputs), formula.eval()(inputs), strict=True):
+        torch.testing.assert_close(actual, expected)
+
+
+def test_quantizes_with_the_codebook_before_the_update():
+    layer = VectorQuantizerEMA(K, D, 0.25, 0.5, encodings="indices")
+    before = layer.codebook.clone()
+    _, quantized, _, indices = layer(torch.randn(3, D, 4, 5))
+    assert torch.equal(quantized.movedim(1, -1), before[indices])
+    assert not torch.equal(layer.codebook, before)
+
+
+def test_starts_consistent_so_that_no_code_explodes():
+    layer = VectorQuantizerEMA(512, D, 0.25, 0.99)
+    before = layer.codebook.clone()
+    layer(torch.randn(1, D, 2, 2))
+    assert (layer.codebook - before).abs().max() < 0.2
+    assert (layer.codebook != before).any(1).sum() <= 4
+
+
+def test_state_is_buffers_updated_in_place():
+    layer = VectorQuantizerEMA(K, D, 0.25, 0.9)
+    assert list(layer.parameters()) == []
+    addresses = {name: buffer.data_ptr() for name, buffer in layer.named_buffers()}
+    layer(torch.randn(3, D, 4, 5))
+    assert {name: buffer.data_ptr() for name, buffer in layer.named_buffers()} == addresses
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_statistics_stay_float32(dtype):
+    full, half = (VectorQuantizerEMA(K, D, 0.25, 0.99) for _ in range(2))
+    half.load_state_dict(full.state_dict())
+    half = torch.nn.Sequential(half).to(dtype)[0]
+    for name, buffer in half.named_buffers():
+        assert buffer.dtype == torch.float32
+        assert torch.equal(buffer, full.state_dict()[name])
+    for _ in range(300):
+        x = torch.randn(2, D, 8, 8).to(dtype)
+        _, quantized, *_ = half(x)
+        full(x.float())
+        assert quantized.dtype == dtype
+    assert torch.equal(half._ema_cluster_size, full._ema_cluster_size)
+    torch.testing.assert_close(half.codebook, full.codebook)
+
+
+def test_can_be_float64():
+    layer = VectorQuantizerEMA(K, D, 0.25, 0.9).double()
+    layer(torch.randn(2, D, 4, 4, dtype=torch.float64))
+    assert all(buffer.dtype == torch.float64 for buffer in layer.buffers())
+
+
+def test_unused_codes_stay_over_time():
+    layer = VectorQuantizerEMA(2, 2, 0.25, 0.8)
+    with torch.no_grad():
+        layer.codebook.copy_(torch.tensor([[0.0, 0.0], [50.0, 50.0]]))
+        layer._ema_w.copy_(layer.codebook)
+    for _ in range(100):
+        layer(torch.randn(1, 2, 16))
+    assert layer.codebook[1].tolist() == [50, 50]
+
+
+def test_converges_to_the_clusters():
+    centres = 10 * torch.randn(4, D)
+    layer = VectorQuantizerEMA(4, D, 0.25, 0.5, init="kmeans")
+    torch.manual_seed(3)
+    for _ in range(40):
+        x = centres[torch.randint(4, (64,))] + 0.01 * torch.randn(64, D)
+        layer(x.T[None])
+    assert (torch.cdist(layer.codebook, centres).amin(1) < 0.1).all()
+
+
+def test_takes_a_notebook_checkpoint():
+    torch.manual_seed(1)
+    source = torch.nn.Module()
+    source._embedding = torch.nn.Embedding(K, D)
+    source._ema_w = torch.nn.Parameter(torch.randn(K, D))
+    source.register_buffer("_ema_cluster_size", torch.full((K,), 3.0))
+    layer = VectorQuantizerEMA(K, D, 0.25, 0.99, init="data", dead_code_threshold=1.0)
+    layer.load_state_dict(source.state_dict())
+    assert torch.equal(layer.codebook, source._embedding.weight)
+    assert torch.equal(layer._ema_w, source._ema_w)
+    assert (layer._ema_cluster_size == 3).all()
+
+
+def test_mends_the_untrained_state_of_a_notebook_checkpoint():
+    layer = VectorQuantizerEMA(K, D, 0.25, 0.99)
+    state = {"_embedding.weight": torch.randn(K, D), "_ema_w": torch.randn(K, D), "_ema_cluster_size": torch.zeros(K)}
+    layer.load_state_dict(copy.deepcopy(state))
+    x = torch.randn(3, D, 4, 5)
+    layer(x)
+    # Each code that was taken is the mean of its rows, not a random sum over a small count.
+    assert layer.codebook.abs().max() < 5
+
+
+@pytest.mark.parametrize(
+    ("decay", "epsilon", "message"),
+    [
+        (1.5, 1e-5, r"decay is 1.5; it needs to lie in \[0, 1\]"),
+        (-0.1, 1e-5, r"decay is -0.1; it needs to lie in \[0, 1\]"),
+        (0.9, -1, r"epsilon is -1; it needs to be at least 0"),
+    ],
+)
+def test_bad_arguments(decay, epsilon, message):
+    with pytest.raises(ValueError, match=message):
+        VectorQuantizerEMA(K, D, 0.25, decay, epsilon)

@@ -1,0 +1,85 @@
+"""The notebook's three layers, transcribed with the faults that it has mended: the formulas the layers must equal.
+
+Mended: argmin for argmax; EMA state that starts consistent and is updated in place, unsmoothed, used codes alone;
+the transpose in the distances of the dictionary; the map's order; the straight-through formula; L1 as a mean.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+def _distances(x: Tensor, codes: Tensor) -> Tensor:
+    return x.square().sum(1, keepdim=True) + codes.square().sum(1) - 2 * x @ codes.T
+
+
+def _flat(inputs: Tensor) -> Tensor:
+    return inputs.permute(0, 2, 3, 1).reshape(-1, inputs.shape[1])
+
+
+def _map(rows: Tensor, like: Tensor) -> Tensor:
+    batch, _, height, width = like.shape
+    return rows.view(batch, height, width, -1).permute(0, 3, 1, 2)
+
+
+def _perplexity(encodings: Tensor) -> Tensor:
+    share = encodings.mean(0)
+    return torch.exp(-torch.sum(share * torch.log(share + 1e-10)))
+
+
+class VectorQuantizer(nn.Module):
+    def __init__(self, codebook: Tensor, commitment_cost: float) -> None:
+        super().__init__()
+        self.codebook = nn.Parameter(codebook.clone())
+        self.commitment_cost = commitment_cost
+
+    def forward(self, inputs: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        x = _flat(inputs)
+        encodings = F.one_hot(_distances(x, self.codebook).argmin(1), len(self.codebook)).to(x.dtype)
+        quantized = encodings @ self.codebook
+        loss = F.mse_loss(quantized, x.detach()) + self.commitment_cost * F.mse_loss(quantized.detach(), x)
+        return loss, _map(x + (quantized - x).detach(), inputs), _perplexity(encodings), encodings
+
+
+class VectorQuantizerEMA(nn.Module):
+    def __init__(self, codebook: Tensor, commitment_cost: float, decay: float, epsilon: float) -> None:
+        super().__init__()
+        self.codebook, self.sums, self.sizes = codebook.clone(), codebook.clone(), torch.ones(len(codebook))
+        self.commitment_cost, self.decay, self.epsilon = commitment_cost, decay, epsilon
+
+    def forward(self, inputs: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        x = _flat(inputs)
+        encodings = F.one_hot(_distances(x, self.codebook).argmin(1), len(self.codebook)).to(x.dtype)
+        quantized = encodings @ self.codebook
+        if self.training:
+            self._update(x.detach(), encodings)
+        loss = self.commitment_cost * F.mse_loss(quantized, x)
+        return loss, _map(x + (quantized - x).detach(), inputs), _perplexity(encodings), encodings
+
+    def _update(self, x: Tensor, encodings: Tensor) -> None:
+        self.sizes = self.sizes * self.decay + (1 - self.decay) * encodings.sum(0)
+        self.sums = self.sums * self.decay + (1 - self.decay) * encodings.T @ x
+        n = self.sizes.sum()
+        smoothed = (self.sizes + self.epsilon) / (n + len(self.sizes) * self.epsilon) * n
+        used = encodings.sum(0) > 0
+        self.codebook = torch.where(used[:, None], self.sums / smoothed[:, None], self.codebook)
+
+
+class DictionaryLearning(nn.Module):
+    def __init__(self, dim: int, num_atoms: int, sparsity: float, sparsity_level: int) -> None:
+        super().__init__()
+        self.dictionary = nn.Parameter(torch.rand(num_atoms, dim))
+        self.representation = nn.Sequential(nn.Linear(dim, num_atoms), nn.Softmax(dim=1))
+        self.sparsity, self.sparsity_level = sparsity, sparsity_level
+
+    def forward(self, inputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        x = _flat(inputs)
+        nearest = torch.topk(-_distances(x, self.dictionary), self.sparsity_level, dim=1).indices
+        mask = torch.zeros(len(x), len(self.dictionary)).scatter(1, nearest, 1)
+        representation = self.representation(x) * mask
+        reconstruction = representation @ self.dictionary
+        loss = F.mse_loss(x, reconstruction.detach()) * 0.25 + F.mse_loss(x.detach(), reconstruction)
+        loss = loss + self.sparsity * representation.abs().sum(1).mean()
+        return loss, _map(x + (reconstruction - x).detach(), inputs), representation
