@@ -83,32 +83,35 @@ def _(grad: Tensor, indices: Tensor, num_codes: int) -> Tensor:
     return grad.new_empty((num_codes, grad.shape[-1]), dtype=_wide(grad.dtype))
 
 
-@_op("vector_quantize_fwd(Tensor x, Tensor codebook) -> (Tensor, Tensor, Tensor, Tensor, Tensor)")
-def _(x: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+@_op(
+    "vector_quantize_fwd(Tensor x, Tensor codebook, bool need_error)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+def _(x: Tensor, codebook: Tensor, need_error: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     loss = x.new_empty((), dtype=_wide(x.dtype))
     indices = x.new_empty(x.shape[:-1], dtype=torch.int64)
     counts = x.new_empty(codebook.shape[:1], dtype=torch.int64)
-    return torch.empty_like(x), indices, loss, torch.empty_like(loss), counts
+    error = torch.empty_like(x) if need_error else x.new_empty(0)
+    return torch.empty_like(x), indices, loss, torch.empty_like(loss), counts, error
 
 
 @_op(
-    "vector_quantize_bwd(Tensor grad_quantized, Tensor grad_codebook_loss, Tensor grad_commitment_loss, Tensor x,"
-    " Tensor quantized, Tensor indices, int num_codes, bool need_x, bool need_codebook) -> (Tensor, Tensor)"
+    "vector_quantize_bwd(Tensor grad_quantized, Tensor grad_codebook_loss, Tensor grad_commitment_loss, Tensor error,"
+    " Tensor indices, int num_codes, bool need_x, bool need_codebook) -> (Tensor, Tensor)"
 )
 def _(
     grad_quantized: Tensor,
     grad_codebook_loss: Tensor,
     grad_commitment_loss: Tensor,
-    x: Tensor,
-    quantized: Tensor,
+    error: Tensor,
     indices: Tensor,
     num_codes: int,
     need_x: bool,
     need_codebook: bool,
 ) -> tuple[Tensor, Tensor]:
-    empty = x.new_empty(0, dtype=_wide(x.dtype))
-    grad_codebook = empty.new_empty((num_codes, x.shape[-1])) if need_codebook else torch.empty_like(empty)
-    return torch.empty_like(x) if need_x else empty, grad_codebook
+    empty = error.new_empty(0, dtype=_wide(error.dtype))
+    grad_codebook = empty.new_empty((num_codes, error.shape[-1])) if need_codebook else torch.empty_like(empty)
+    return torch.empty_like(error) if need_x else empty, grad_codebook
 
 
 @_op("ema_statistics(Tensor x, Tensor indices, int num_codes) -> Tensor", lambda x, i, size: (1, size))

@@ -60,6 +60,14 @@ def check_row_indices(name: str, indices: Tensor, x_name: str, x: Tensor) -> Non
     check_same_device(name, indices, x_name, x)
 
 
+def check_size(name: str, value: int, low: int, high: int | None = None) -> None:
+    """A whole number, at least `low` and at most `high`."""
+    is_whole = isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool)
+    if not is_whole or value < low or (high is not None and value > high):
+        bounds = f"of at least {low}" if high is None else f"in [{low}, {high}]"
+        raise ValueError(f"{name} is {value}; it needs to be a whole number {bounds}")
+
+
 def check_at_least(name: str, value: float, least: float) -> None:
     if not value >= least:
         raise ValueError(f"{name} is {value}; it needs to be at least {least}")

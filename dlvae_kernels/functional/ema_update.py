@@ -4,7 +4,15 @@ import torch
 from torch import Tensor
 
 from .. import ops  # noqa: F401  (defines torch.ops.dlvae)
-from .checks import check_at_least, check_between, check_codebook, check_floating, check_row_indices, check_same_device
+from .checks import (
+    check_at_least,
+    check_between,
+    check_codebook,
+    check_floating,
+    check_row_indices,
+    check_same_device,
+    check_size,
+)
 
 
 def ema_statistics(x: Tensor, indices: Tensor, num_codes: int) -> Tensor:
@@ -23,7 +31,7 @@ def ema_statistics(x: Tensor, indices: Tensor, num_codes: int) -> Tensor:
     if x.ndim == 0:
         raise ValueError("x has no dimensions; it needs [..., D]")
     check_row_indices("indices", indices, "x", x)
-    check_at_least("num_codes", num_codes, 1)
+    check_size("num_codes", num_codes, 1)
     return torch.ops.dlvae.ema_statistics(x.detach(), indices, num_codes)
 
 
@@ -48,6 +56,7 @@ def ema_step(
     Source: van den Oord et al. 2017, arXiv:1711.00937, appendix A.1.
     """
     _check_state(codebook, cluster_size, embed_sum, decay, epsilon)
+    check_floating("statistics", statistics)
     expected = (codebook.shape[0], codebook.shape[1] + 1)
     if statistics.shape != expected:
         raise ValueError(f"statistics has shape {tuple(statistics.shape)}; it needs [K, D + 1] = {expected}")

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from .. import ops  # noqa: F401  (defines torch.ops.dlvae)
-from .checks import check_at_least, check_indices
+from .checks import check_indices, check_size
 
 
 def one_hot(indices: Tensor, num_codes: int, *, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -22,5 +22,5 @@ def one_hot(indices: Tensor, num_codes: int, *, dtype: torch.dtype = torch.float
     check_indices("indices", indices)
     if indices.ndim not in (1, 2):
         raise ValueError(f"indices has shape {tuple(indices.shape)}; it needs [N] or [N, k]")
-    check_at_least("num_codes", num_codes, 1)
+    check_size("num_codes", num_codes, 1)
     return torch.ops.dlvae.one_hot(indices, num_codes, dtype)

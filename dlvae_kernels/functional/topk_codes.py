@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from .. import ops  # noqa: F401  (defines torch.ops.dlvae)
-from .checks import check_between, check_rows
+from .checks import check_rows, check_size
 
 
 def topk_codes(x: Tensor, dictionary: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -22,6 +22,6 @@ def topk_codes(x: Tensor, dictionary: Tensor, k: int) -> tuple[Tensor, Tensor]:
         BackendUnavailable: the forced backend cannot run these inputs.
     """
     check_rows("x", x, "dictionary", dictionary)
-    check_between("k", k, 1, dictionary.shape[0])
+    check_size("k", k, 1, dictionary.shape[0])
     indices, distances = torch.ops.dlvae.topk_codes(x.detach(), dictionary.detach(), k)
     return indices, distances

@@ -21,27 +21,27 @@ class VectorQuantizeOutput(NamedTuple):
 
 
 class _VectorQuantize(torch.autograd.Function):
-    # Saves the quantized rows, not the codebook: the codebook may be updated in place before the backward.
+    # Saves the errors, q - x: the codebook and the quantized rows may both be changed in place before the backward.
     @staticmethod
     def forward(ctx: Any, x: Tensor, codebook: Tensor) -> tuple[Tensor, ...]:
-        quantized, indices, codebook_loss, commitment_loss, counts = torch.ops.dlvae.vector_quantize_fwd(x, codebook)
-        ctx.save_for_backward(x, quantized, indices)
+        *outputs, error = torch.ops.dlvae.vector_quantize_fwd(x, codebook, True)
+        _, indices, _, _, counts = outputs
+        ctx.save_for_backward(error, indices)
         ctx.num_codes, ctx.codebook_dtype = codebook.shape[0], codebook.dtype
         ctx.mark_non_differentiable(indices, counts)
-        return quantized, indices, codebook_loss, commitment_loss, counts
+        return tuple(outputs)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None]:
         grad_quantized, _, grad_codebook_loss, grad_commitment_loss, _ = grads
-        x, quantized, indices = ctx.saved_tensors
+        error, indices = ctx.saved_tensors
         need_x, need_codebook = ctx.needs_input_grad
         grad_x, grad_codebook = torch.ops.dlvae.vector_quantize_bwd(
             grad_quantized,
             grad_codebook_loss,
             grad_commitment_loss,
-            x,
-            quantized,
+            error,
             indices,
             ctx.num_codes,
             need_x,
@@ -57,7 +57,8 @@ def vector_quantize(x: Tensor, codebook: Tensor) -> VectorQuantizeOutput:
         x: [..., D] float16, bfloat16, float32 or (reference) float64, any strides.
         codebook: [K, D], same device; the dtype of x, or float32 beside a half-precision x.
     Returns:
-        quantized [..., D], dtype and strides of x: codebook[indices]; its gradient passes to x unchanged;
+        quantized [..., D], dtype and (where x is dense) strides of x: codebook[indices]; its gradient passes to x
+        unchanged;
         indices [...] int64, as from `nearest_code`;
         codebook_loss and commitment_loss, scalars, float32 (float64 for float64): both are the mean over all elements
         of (quantized - x)^2; the gradient of the first goes to the codebook alone, of the second to x alone;
@@ -71,4 +72,5 @@ def vector_quantize(x: Tensor, codebook: Tensor) -> VectorQuantizeOutput:
     check_rows("x", x, "codebook", codebook)
     if torch.is_grad_enabled() and (x.requires_grad or codebook.requires_grad):
         return VectorQuantizeOutput(*_VectorQuantize.apply(x, codebook))
-    return VectorQuantizeOutput(*torch.ops.dlvae.vector_quantize_fwd(x.detach(), codebook.detach()))
+    *outputs, _ = torch.ops.dlvae.vector_quantize_fwd(x.detach(), codebook.detach(), False)
+    return VectorQuantizeOutput(*outputs)

@@ -5,7 +5,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..functional.checks import check_at_least, check_between, check_choice
+from ..functional.checks import check_at_least, check_choice, check_size
 from ..functional.sparse_decode import sparse_decode
 from ..functional.topk_codes import topk_codes
 from .maps import codes_to_map, map_to_rows, rows_to_map
@@ -58,10 +58,10 @@ class DictionaryLearning(nn.Module):
         channel_last: bool = False,
     ) -> None:
         super().__init__()
-        check_at_least("dim", dim, 1)
-        check_at_least("num_atoms", num_atoms, 1)
+        check_size("dim", dim, 1)
+        check_size("num_atoms", num_atoms, 1)
         check_at_least("sparsity", sparsity, 0)
-        check_between("sparsity_level", sparsity_level, 1, num_atoms)
+        check_size("sparsity_level", sparsity_level, 1, num_atoms)
         check_choice("representation", representation, ("dense", "sparse"))
         check_choice("gradient", gradient, ("straight_through", "direct"))
         self.dim = dim
@@ -113,6 +113,8 @@ class DictionaryLearning(nn.Module):
         Raises:
             ValueError: shapes or dtypes do not fit, or (on the CPU) an index lies outside [0, K).
         """
+        if indices.ndim < 2:
+            raise ValueError(f"indices has shape {tuple(indices.shape)}; it needs [B, *spatial, k]")
         return codes_to_map(sparse_decode(values, indices, self.dictionary), self._channel_last)
 
     def extra_repr(self) -> str:
@@ -128,7 +130,7 @@ class DictionaryLearning(nn.Module):
     def _code_rows(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Coefficients of the nearest atoms and their indices, both [B, S, k]."""
         indices, _ = topk_codes(rows, self.dictionary, self.sparsity_level)
-        return self.representation(rows).gather(-1, indices), indices
+        return self.representation(rows.to(self.dictionary.dtype)).gather(-1, indices), indices
 
     def _dense(self, values: Tensor, indices: Tensor) -> Tensor:
         values, indices = values.flatten(0, -2), indices.flatten(0, -2)  # [N, k]

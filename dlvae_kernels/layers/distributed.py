@@ -7,32 +7,37 @@ import torch.distributed as dist
 from torch import Tensor
 
 
-def world(sync: bool) -> tuple[int, int]:
+def _world(sync: bool) -> tuple[int, int]:
     """(rank, number of ranks) as it is now, never cached: (0, 1) without torch.distributed or with sync off."""
     if sync and dist.is_available() and dist.is_initialized():
         return dist.get_rank(), dist.get_world_size()
     return 0, 1
 
 
+def num_ranks(sync: bool) -> int:
+    return _world(sync)[1]
+
+
 def all_reduce_sum(tensor: Tensor, sync: bool) -> Tensor:
     """The sum of `tensor` over all ranks, in place where there is more than one."""
-    if world(sync)[1] > 1:
+    if num_ranks(sync) > 1:
         dist.all_reduce(tensor)
     return tensor
 
 
 def sample_rows(x: Tensor, count: int, sync: bool) -> Tensor:
-    """`count` random rows of x [..., D], as [count, D] float32 or wider, to be summed over the ranks.
+    """`count` random rows of x [..., D], each followed by a one, to be summed over the ranks: [count, D + 1].
 
     Row i comes from rank i modulo the number of ranks and is zero on the others, so that after the sum all ranks
-    hold the same rows. Drawn from torch's random stream, without repeats while there are enough rows.
+    hold the same rows; where that rank has no rows the last column stays zero. Drawn from torch's random stream,
+    without repeats while there are enough rows; float32 or wider.
     """
     rows = x.detach().reshape(-1, x.shape[-1])
-    total = len(rows)
-    if total == 0:
-        raise ValueError(f"inputs has shape {tuple(x.shape)}; drawing codes from it needs at least one row")
-    order = torch.randperm(total, device=x.device)
-    chosen = rows[order[torch.arange(count, device=x.device) % total]]
-    rank, ranks = world(sync)
-    is_mine = torch.arange(count, device=x.device) % ranks == rank
-    return torch.where(is_mine[:, None], chosen, 0).to(torch.promote_types(x.dtype, torch.float32))
+    rank, ranks = _world(sync)
+    sampled = torch.zeros(count, x.shape[-1] + 1, dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
+    if len(rows) > 0:
+        mine = sampled[rank::ranks]
+        order = torch.randperm(len(rows), device=x.device)
+        mine[:, :-1] = rows[order[torch.arange(len(mine), device=x.device) % len(rows)]]
+        mine[:, -1] = 1
+    return sampled

@@ -77,17 +77,20 @@ class VectorQuantizer(CodebookLayer):
     @torch.no_grad()
     def _update(self, rows: Tensor, out: VectorQuantizeOutput) -> None:
         threshold = self._dead_code_threshold
-        if threshold == 0 or rows.numel() == 0:
+        if threshold == 0:
             return
-        candidates = sample_rows(rows, self._num_embeddings, self._sync)
-        packed = all_reduce_sum(torch.cat([candidates, out.counts[:, None].to(candidates.dtype)], dim=1), self._sync)
-        self._average_use.lerp_(packed[:, -1].to(self._average_use.dtype), 1 - _USE_DECAY)
-        is_dead = self._average_use < threshold
-        self.codebook.copy_(torch.where(is_dead[:, None], packed[:, :-1].to(self.codebook.dtype), self.codebook))
-        self._average_use.masked_fill_(is_dead, threshold)
+        sampled = sample_rows(rows, self._num_embeddings, self._sync)
+        packed = all_reduce_sum(torch.cat([sampled, out.counts[:, None].to(sampled.dtype)], dim=1), self._sync)
+        candidates, is_given, counts = packed.split([self._embedding_dim, 1, 1], dim=1)
+        self._average_use.lerp_(counts.squeeze(1).to(self._average_use.dtype), 1 - _USE_DECAY)
+        is_dead = (self._average_use[:, None] < threshold) & (is_given > 0)
+        self.codebook.copy_(torch.where(is_dead, candidates.to(self.codebook.dtype), self.codebook))
+        self._average_use.masked_fill_(is_dead.squeeze(1), threshold)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        # Layers that count use and layers that do not take each other's checkpoints.
         if self._dead_code_threshold > 0:
-            # A checkpoint of a layer that did not count use is welcome.
             state_dict.setdefault(prefix + "_average_use", self._average_use)
+        else:
+            state_dict.pop(prefix + "_average_use", None)
         super()._load_from_state_dict(state_dict, prefix, *args)

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -28,10 +27,8 @@ class VectorQuantizerEMA(CodebookLayer):
 
     loss = commitment_cost * mean (sg[q] - x)^2. In training each forward quantizes with the codebook as it is, then
     moves it. Codebook and averages are buffers in float32, updated in place, and stay float32 after
-    `module.to(torch.bfloat16)`. A code that no row took keeps its place.
-
-    Activation checkpointing repeats a forward; the averages move at the first only. The repeated forward then sees
-    the moved codebook: keep the layer outside a checkpointed region where gradients must be exact.
+    `module.to(torch.bfloat16)`. A code that no row took keeps its place. For activation checkpointing see
+    `CodebookLayer`.
 
     Args:
         num_embeddings: K, the number of codes.
@@ -103,43 +100,39 @@ class VectorQuantizerEMA(CodebookLayer):
 
     @torch.no_grad()
     def _update(self, rows: Tensor, out: VectorQuantizeOutput) -> None:
-        statistics = ema_statistics(rows, out.indices, self._num_embeddings)  # [K, D + 1]
-        revives = self._dead_code_threshold > 0 and rows.numel() > 0
-        if revives:
+        dim = self._embedding_dim
+        packed = ema_statistics(rows, out.indices, self._num_embeddings)  # [K, D + 1]
+        if self._dead_code_threshold > 0:
             # One packed all-reduce: sums, counts and candidates.
-            statistics = torch.cat([statistics, sample_rows(rows, self._num_embeddings, self._sync)], dim=1)
-        statistics = all_reduce_sum(statistics, self._sync)
+            packed = torch.cat([packed, sample_rows(rows, self._num_embeddings, self._sync)], dim=1)
+        packed = all_reduce_sum(packed, self._sync)
         ema_step(
             self.codebook,
             self._ema_cluster_size,
             self._ema_w,
-            statistics[:, : self._embedding_dim + 1],
+            packed[:, : dim + 1],
             decay=self._decay,
             epsilon=self._epsilon,
         )
-        if revives:
-            self._revive(statistics[:, self._embedding_dim + 1 :])
+        if self._dead_code_threshold > 0:
+            self._revive(*packed[:, dim + 1 :].split([dim, 1], dim=1))
 
-    def _revive(self, candidates: Tensor) -> None:
+    def _revive(self, candidates: Tensor, is_given: Tensor) -> None:
         """Re-draw dead codes: codebook, sum and count together, so that the next update does not undo it."""
         threshold = self._dead_code_threshold
-        is_dead = (self._ema_cluster_size < threshold)[:, None]
+        is_dead = (self._ema_cluster_size[:, None] < threshold) & (is_given > 0)
         self.codebook.copy_(torch.where(is_dead, candidates, self.codebook))
         self._ema_w.copy_(torch.where(is_dead, candidates * threshold, self._ema_w))
-        self._ema_cluster_size.clamp_(min=threshold)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> VectorQuantizerEMA:
-        """Move or cast as any module, but never narrow codebook and averages below float32: counts would be lost."""
-        before = dict(self.named_buffers())
-        super()._apply(fn, recurse)
-        for name, buffer in self.named_buffers():
-            if buffer.dtype in (torch.float16, torch.bfloat16):
-                owner, _, leaf = name.rpartition(".")
-                setattr(self.get_submodule(owner), leaf, before[name].to(buffer.device))
-        return self
+        self._ema_cluster_size.masked_fill_(is_dead.squeeze(1), threshold)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        # Buffers of our own, in float32, even where load_state_dict assigns the caller's tensors or parameters.
+        for name in ("_embedding.weight", "_ema_cluster_size", "_ema_w"):
+            if (value := state_dict.get(prefix + name)) is not None:
+                wide = torch.promote_types(value.dtype, torch.float32)
+                state_dict[prefix + name] = value.detach().to(wide, copy=True)
+        size, total = (state_dict.get(prefix + name) for name in ("_ema_cluster_size", "_ema_w"))
+        if size is not None and total is not None and total.shape[:1] == size.shape:
+            # The notebook's layer starts with counts of zero beside random sums: those sums stand for nothing.
+            total.masked_fill_(size[:, None] == 0, 0)
         super()._load_from_state_dict(state_dict, prefix, *args)
-        # The notebook's layer starts with counts of zero beside random sums: those sums stand for nothing.
-        with torch.no_grad():
-            self._ema_w.masked_fill_(self._ema_cluster_size[:, None] == 0, 0)

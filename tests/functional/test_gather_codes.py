@@ -34,6 +34,15 @@ def test_values_and_gradient(device, size, dtype):
     assert_accurate(codebook.grad, exact, expression)
 
 
+def test_one_index_gives_a_copy(device):
+    codebook = rows(4, 3, device)
+    code = gather_codes(codebook, torch.tensor(1, device=device))
+    expected = codebook[1].clone()
+    codebook.zero_()
+    assert torch.equal(code, expected)
+    torch.library.opcheck(torch.ops.dlvae.gather_codes_fwd, (codebook, torch.tensor(1, device=device)))
+
+
 def test_gradient_of_a_strided_gradient(device):
     codebook = rows(9, 6, device).requires_grad_()
     indices = torch.randint(0, 9, (2, 5), device=device)

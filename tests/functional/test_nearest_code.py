@@ -89,6 +89,20 @@ def test_far_from_the_origin(device):
     assert nearest_code(x, codebook).tolist() == [i % 64 for i in range(200)]
 
 
+def test_differences_that_cancel_in_a_product(device):
+    x = torch.full((1, 256), 100.0, device=device)
+    codebook = x.repeat(2, 1)
+    codebook[0, 0] += 2e-3
+    index, distance = nearest_code(x, codebook, return_distance=True)
+    assert (int(index), float(distance)) == (1, 0)
+    close = 1e3 + 1e-3 * rows(2000, 256, device)
+    codebook = 1e3 + 1e-3 * rows(50, 256, device)
+    indices, distances = nearest_code(close, codebook, return_distance=True)
+    exact, expected = exact_distances(close, codebook).min(1)
+    assert torch.equal(indices, expected)
+    torch.testing.assert_close(distances, exact.float(), rtol=1e-5, atol=0)
+
+
 def test_an_outlier_code_does_not_blur_the_others(device):
     codebook = rows(64, 16, device)
     x = rows(300, 16, device)

@@ -43,7 +43,7 @@ def test_opcheck_and_compile(device):
         (torch.tensor([0, -1]), 3, r"indices hold -1; they need to lie in \[0, 3\)"),
         (torch.tensor([0.0]), 3, r"indices has dtype torch.float32; it needs int64"),
         (torch.zeros(2, 2, 2, dtype=torch.int64), 3, r"indices has shape \(2, 2, 2\); it needs"),
-        (torch.tensor([0]), 0, r"num_codes is 0; it needs to be at least 1"),
+        (torch.tensor([0]), 0, r"num_codes is 0; it needs to be a whole number of at least 1"),
     ],
 )
 def test_bad_input(indices, num_codes, message):

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from dlvae_kernels import nearest_code, topk_codes
 from dlvae_kernels.backends.reference import topk_codes as reference_topk_codes
+from dlvae_kernels.backends.reference.scores import Scores
 from dlvae_kernels.testing import assert_same_topk, exact_distances
 
 from .cases import DTYPES, SIZES, layouts, rows
@@ -73,16 +74,15 @@ def test_ties_of_small_integers(data):
     assert torch.equal(distances.double(), exact.gather(1, expected))
 
 
-def test_only_rows_with_ties_are_sorted_whole(monkeypatch):
+def test_only_rows_with_ties_are_looked_at_again(monkeypatch):
     sorted_rows = []
-    module = __import__("sys").modules[reference_topk_codes.__module__]
-    original = module._sort_with_ties
+    original = Scores.exact
 
-    def spy(codes, scores, row_norms):
-        sorted_rows.append(len(scores))
-        return original(codes, scores, row_norms)
+    def spy(scores, is_row, threshold):
+        sorted_rows.append(int(is_row.sum()))
+        return original(scores, is_row, threshold)
 
-    monkeypatch.setattr(module, "_sort_with_ties", spy)
+    monkeypatch.setattr(Scores, "exact", spy)
     dictionary = torch.tensor([[0.0], [1.0], [1.0], [5.0]])
     reference_topk_codes(torch.tensor([[0.9], [5.0], [0.1]]), dictionary, 1)
     assert sorted_rows == [1]
@@ -116,9 +116,9 @@ def test_compiles_whole(device):
     assert torch.equal(compiled(x, dictionary, 4)[0], topk_codes(x, dictionary, 4)[0])
 
 
-@pytest.mark.parametrize("k", [0, -1, 6])
+@pytest.mark.parametrize("k", [0, -1, 6, 2.0])
 def test_bad_k(k):
-    with pytest.raises(ValueError, match=rf"k is {k}; it needs to lie in \[1, 5\]"):
+    with pytest.raises(ValueError, match=rf"k is {k}; it needs to be a whole number in \[1, 5\]"):
         topk_codes(torch.zeros(2, 3), torch.zeros(5, 3), k)
 
 

@@ -19,7 +19,7 @@ def test_by_hand(device):
     assert out.indices.tolist() == [0, 1]
     assert out.counts.tolist() == [1, 1, 0]
     # Squared errors 1 + 0 and 1 + 4 over 4 elements.
-    assert float(out.codebook_loss) == float(out.commitment_loss) == 1.5
+    assert out.codebook_loss.item() == out.commitment_loss.item() == 1.5
     (10 * out.quantized.sum() + out.codebook_loss + 100 * out.commitment_loss).backward()
     # d/dx of mean (q - x)^2 is -(q - x) / 2, d/dq its negative.
     assert x.grad.tolist() == [[10 + 50, 10], [10 - 50, 10 + 100]]
@@ -43,7 +43,7 @@ def test_equals_float64(device, size, dtype):
     assert codebook.grad is None or not codebook.grad.any()
     x.grad = codebook.grad = None
     if n == 0:
-        assert float(out.codebook_loss) == float(out.commitment_loss) == 0
+        assert out.codebook_loss.item() == out.commitment_loss.item() == 0
         return
     (out.codebook_loss + 0.25 * out.commitment_loss).backward()
 
@@ -82,6 +82,25 @@ def test_codebook_may_change_before_the_backward(device):
     assert torch.equal(grad, expected_grad)
 
 
+def test_quantized_may_change_before_the_backward(device):
+    x = rows(20, 4, device).requires_grad_()
+    out = vector_quantize(x, rows(5, 4, device))
+    (out.quantized.relu_().sum() + out.commitment_loss).backward()
+    assert torch.isfinite(x.grad).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_gradient_of_half_rows_beside_close_float32_codes(device, dtype):
+    # Rounding the codes to half precision would swallow their distance from x.
+    x = (1 + 1e-3 * rows(400, 8, device)).to(dtype)
+    codebook = (1 + 1e-3 * rows(5, 8, device)).requires_grad_()
+    out = vector_quantize(x, codebook)
+    out.codebook_loss.backward()
+    codes = codebook.detach().double().requires_grad_()
+    (codes[out.indices] - x.double()).square().mean().backward()
+    assert_accurate(codebook.grad, codes.grad, codes.grad, floor=1e-2)
+
+
 def test_gradcheck_of_the_losses(device):
     x, codebook = rows(7, 3, device, torch.float64), rows(4, 3, device, torch.float64)
     # The straight-through output has no true gradient; each loss has one with the other side held.
@@ -111,11 +130,12 @@ def test_repeats_to_the_bit(device):
 
 def test_opcheck(device):
     x, codebook = layouts(20, 6, device)["channel_first"], rows(5, 6, device)
-    torch.library.opcheck(torch.ops.dlvae.vector_quantize_fwd, (x, codebook))
-    quantized, indices, *_ = torch.ops.dlvae.vector_quantize_fwd(x, codebook)
+    torch.library.opcheck(torch.ops.dlvae.vector_quantize_fwd, (x, codebook, False))
+    torch.library.opcheck(torch.ops.dlvae.vector_quantize_fwd, (x, codebook, True))
+    _, indices, *_, error = torch.ops.dlvae.vector_quantize_fwd(x, codebook, True)
     one = torch.ones((), device=device)
     for needs in ((True, True), (True, False), (False, True)):
-        args = (torch.randn_like(x), one, one, x, quantized, indices, 5, *needs)
+        args = (torch.randn_like(x), one, one, error, indices, 5, *needs)
         torch.library.opcheck(torch.ops.dlvae.vector_quantize_bwd, args)
 
 

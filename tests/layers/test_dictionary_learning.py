@@ -180,6 +180,13 @@ def test_takes_a_notebook_checkpoint(x):
     assert torch.equal(layer.dictionary, state["dictionary"])
 
 
+def test_half_precision_beside_float32_parameters(x):
+    layer = make()
+    _, reconstruction, _ = layer(x.bfloat16())
+    assert reconstruction.dtype == torch.bfloat16
+    torch.testing.assert_close(reconstruction.float(), layer(x)[1], rtol=0.05, atol=0.05)
+
+
 def test_empty_batch():
     loss, reconstruction, representation = make()(torch.empty(0, DIM, 4, 4))
     assert float(loss.detach()) == 0
@@ -204,11 +211,11 @@ def test_bad_inputs(bad, message):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((0, ATOMS, 0.1, KEPT), r"dim is 0; it needs to be at least 1"),
-        ((DIM, 0, 0.1, KEPT), r"num_atoms is 0; it needs to be at least 1"),
+        ((0, ATOMS, 0.1, KEPT), r"dim is 0; it needs to be a whole number of at least 1"),
+        ((DIM, 0, 0.1, KEPT), r"num_atoms is 0; it needs to be a whole number of at least 1"),
         ((DIM, ATOMS, -0.1, KEPT), r"sparsity is -0.1; it needs to be at least 0"),
-        ((DIM, ATOMS, 0.1, 0), r"sparsity_level is 0; it needs to lie in \[1, 24\]"),
-        ((DIM, ATOMS, 0.1, 25), r"sparsity_level is 25; it needs to lie in \[1, 24\]"),
+        ((DIM, ATOMS, 0.1, 0), r"sparsity_level is 0; it needs to be a whole number in \[1, 24\]"),
+        ((DIM, ATOMS, 0.1, 25), r"sparsity_level is 25; it needs to be a whole number in \[1, 24\]"),
     ],
 )
 def test_bad_arguments(arguments, message):
@@ -223,3 +230,5 @@ def test_bad_options():
         make(gradient="both")
     with pytest.raises(ValueError, match=r"indices hold 24; they need to lie in \[0, 24\)"):
         make().decode(torch.ones(1, 1), torch.tensor([[24]]))
+    with pytest.raises(ValueError, match=r"indices has shape \(1,\); it needs \[B, \*spatial, k\]"):
+        make().decode(torch.ones(1), torch.tensor([0]))

@@ -121,7 +121,7 @@ def test_codebook_has_a_gradient(inputs):
 @both
 def test_empty_batch(kind):
     loss, quantized, perplexity, encodings = make(kind, dead_code_threshold=1.0)(torch.empty(0, D, 4, 4))
-    assert float(loss) == 0
+    assert loss.item() == 0
     assert quantized.shape == (0, D, 4, 4)
     assert encodings.shape == (0, K)
     assert float(perplexity) == 1
@@ -141,9 +141,10 @@ def test_initialises_from_the_first_training_batch(kind, init):
     centres = 10 * torch.randn(4, D)
     x = (centres[torch.arange(4000) % 4] + 0.01 * torch.randn(4000, D)).view(100, 40, D).transpose(1, 2)
     layer = make(kind, init=init)
-    before = layer.codebook.detach().clone()
     layer.eval()(x)
-    assert torch.equal(layer.codebook, before)
+    assert not layer.codebook.any()
+    layer.train()(x[:0])
+    assert not layer.codebook.any()
     _, quantized, *_ = layer.train()(x)
     assert (quantized - x).abs().max() < 0.1
     if init == "data":
@@ -182,8 +183,20 @@ def test_a_loaded_codebook_is_not_initialised_again(kind):
 
 
 @both
+def test_only_a_loaded_codebook_settles_the_initialisation(kind):
+    x = torch.randn(8, D, 5, 5)
+    fresh = make(kind, init="data")
+    fresh.load_state_dict(make(kind, init="data").state_dict())
+    fresh.load_state_dict({}, strict=False)
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        fresh.load_state_dict({"_embedding.weight": torch.ones(K + 1, D)}, strict=False)
+    fresh(x)
+    assert fresh.codebook.any()
+
+
+@both
 def test_dead_codes_are_revived_and_stay(kind):
-    layer = make(kind, init="normal", dead_code_threshold=0.5)
+    layer = make(kind, init="normal", dead_code_threshold=0.5, encodings="indices")
     with torch.no_grad():
         layer.codebook[5:] = 1e3
         if kind == "ema":
@@ -289,6 +302,36 @@ def test_activation_checkpointing_updates_once(kind):
 
 
 @both
+@pytest.mark.parametrize("options", [{}, {"init": "data"}, {"init": "data", "dead_code_threshold": 0.1}])
+def test_activation_checkpointing_keeps_the_random_stream(kind, options):
+    grads = []
+    for reentrant in (None, True, False):
+        torch.manual_seed(2)
+        layer, x = make(kind, **options), torch.randn(4, D, 5, 5, requires_grad=True)
+
+        def block(z, layer=layer):
+            # The gradient of the product is the dropped map of the first pass, and none of the codebook's.
+            return torch.nn.functional.dropout(layer(z)[1], 0.5)
+
+        out = block(x) if reentrant is None else torch.utils.checkpoint.checkpoint(block, x, use_reentrant=reentrant)
+        (out * torch.arange(out.numel()).view(out.shape)).sum().backward()
+        grads.append(x.grad)
+    assert torch.equal(grads[0], grads[1])
+    assert torch.equal(grads[0], grads[2])
+
+
+@both
+def test_counts_stay_float32(kind):
+    layer = make(kind, dead_code_threshold=0.1).double().to(torch.bfloat16)
+    assert all(buffer.dtype == torch.float32 for buffer in layer.buffers())
+    x = torch.randn(4, D, 50, dtype=torch.bfloat16)
+    for _ in range(50):
+        layer(x)
+    counts = layer._ema_cluster_size if kind == "ema" else layer._average_use
+    assert counts.sum() > 30
+
+
+@both
 def test_copies_and_pickles(kind, inputs):
     layer = make(kind, init="normal").eval()
     for twin in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
@@ -306,6 +349,9 @@ def test_a_checkpoint_without_use_counts_loads():
     weight = torch.randn(K, D)
     layer.load_state_dict({"_embedding.weight": weight})
     assert torch.equal(layer.codebook, weight)
+    without = VectorQuantizer(K, D, 0.25)
+    without.load_state_dict(layer.state_dict())
+    assert torch.equal(without.codebook, weight)
 
 
 @both
@@ -346,8 +392,8 @@ def test_bad_indices(kind, indices, message):
 @pytest.mark.parametrize(
     ("arguments", "options", "message"),
     [
-        ((0, D, 0.25), {}, r"num_embeddings is 0; it needs to be at least 1"),
-        ((K, 0, 0.25), {}, r"embedding_dim is 0; it needs to be at least 1"),
+        ((0, D, 0.25), {}, r"num_embeddings is 0; it needs to be a whole number of at least 1"),
+        ((K, 0, 0.25), {}, r"embedding_dim is 0; it needs to be a whole number of at least 1"),
         ((K, D, -0.25), {}, r"commitment_cost is -0.25; it needs to be at least 0"),
         ((K, D, 0.25), {"encodings": "dense"}, r"encodings is 'dense'; it needs to be one of 'one_hot', 'indices'"),
         ((K, D, 0.25), {"init": "zeros"}, r"init is 'zeros'; it needs to be one of"),

@@ -108,6 +108,21 @@ def test_takes_a_notebook_checkpoint():
     assert (layer._ema_cluster_size == 3).all()
 
 
+def test_loading_by_assignment_leaves_the_callers_tensors():
+    state = {
+        "_embedding.weight": torch.nn.Parameter(torch.randn(K, D).bfloat16()),
+        "_ema_w": torch.nn.Parameter(torch.randn(K, D)),
+        "_ema_cluster_size": torch.zeros(K),
+    }
+    before = copy.deepcopy(state)
+    layer = VectorQuantizerEMA(K, D, 0.25, 0.99)
+    layer.load_state_dict(state, assign=True)
+    layer(torch.randn(3, D, 4, 5))
+    assert list(layer.parameters()) == []
+    assert all(buffer.dtype == torch.float32 for buffer in layer.buffers())
+    assert all(torch.equal(state[name], before[name]) for name in state)
+
+
 def test_mends_the_untrained_state_of_a_notebook_checkpoint():
     layer = VectorQuantizerEMA(K, D, 0.25, 0.99)
     state = {"_embedding.weight": torch.randn(K, D), "_ema_w": torch.randn(K, D), "_ema_cluster_size": torch.zeros(K)}

@@ -9,7 +9,7 @@ from .segment_sum import segment_sum
 
 
 def gather_codes_fwd(codebook: Tensor, indices: Tensor) -> Tensor:
-    return codebook[indices]
+    return codebook.index_select(0, indices.flatten()).view(*indices.shape, codebook.shape[1])
 
 
 def gather_codes_bwd(grad: Tensor, indices: Tensor, num_codes: int) -> Tensor:

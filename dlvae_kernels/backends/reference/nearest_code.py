@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .scores import Codes
+from .scores import score_chunks
 
 
 def nearest_code(x: Tensor, codebook: Tensor, return_distance: bool) -> tuple[Tensor, Tensor]:
@@ -14,13 +14,14 @@ def nearest_code(x: Tensor, codebook: Tensor, return_distance: bool) -> tuple[Te
     distances = torch.empty(
         len(rows) if return_distance else 0, dtype=torch.promote_types(x.dtype, torch.float32), device=x.device
     )
-    codes = Codes(codebook)
-    for part, scores, row_norms in codes.chunks(rows):
-        best, found = scores.min(1, keepdim=True)
-        threshold = best + codes.tie_tolerance(row_norms, found)
-        # argmax of a 0/1 matrix is the first 1: the lowest of the tying indices.
-        indices[part] = (scores <= threshold).to(torch.uint8).argmax(1)
+    for part, scores in score_chunks(rows, codebook):
+        best, found = scores.values.min(1, keepdim=True)
+        threshold = best + scores.tolerance(found)
+        has_tie = (scores.values <= threshold).sum(1) > 1
+        # argmin gives the first of equal distances: the lowest index.
+        found[has_tie] = scores.exact(has_tie, threshold).argmin(1, keepdim=True)
+        indices[part] = found.squeeze(1)
         if return_distance:
-            distances[part] = codes.distances(best, found, row_norms).squeeze(1).to(distances.dtype)
+            distances[part] = scores.distances(found).squeeze(1).to(distances.dtype)
     shape = x.shape[:-1]
     return indices.view(shape), distances.view(shape if return_distance else (0,))

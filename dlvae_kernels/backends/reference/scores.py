@@ -1,4 +1,4 @@
-"""What the reference searches share: the scores of all codes for a chunk of rows, and when two of them tie."""
+"""What the reference searches share: the scores of all codes for a chunk of rows, and an exact look where two tie."""
 
 from __future__ import annotations
 
@@ -13,45 +13,71 @@ _EPSILON = torch.finfo(torch.float64).eps
 _LARGEST = torch.finfo(torch.float64).max
 
 
-class Codes:
-    """A codebook made ready for searching.
+class Scores:
+    """The scores of K codes for n rows: |c|^2 - 2 x.c, a squared distance less |x|^2, which all codes share.
 
-    Scores are |c|^2 - 2 x.c in float64: a squared distance less |x|^2, which is the same for all codes. In float64
-    they are immune to the caller's tf32 and autocast settings, and exact far beyond float32.
+    They are a matrix product in float64: immune to the caller's tf32 and autocast settings, and exact far beyond
+    float32. But a product may round equal codes differently, and cancels for close ones. Where that could matter, the
+    squared distance is computed again by differences.
+
+    A score that is not a number is the largest finite one, that of a NaN code is infinite: such a code is never
+    preferred to another. All scores of a row that holds NaN are equal.
     """
 
-    def __init__(self, codes: Tensor) -> None:
-        self.codes = codes.double()  # [K, D]
-        self.norms = self.codes.norm(dim=1)  # [K]
-        self.is_nan = self.codes.isnan().any(1)  # [K]
+    def __init__(self, rows: Tensor, codes: Tensor, code_norms: Tensor) -> None:
+        self._rows = rows  # [n, D]
+        self._codes = codes  # [K, D]
+        self._code_norms = code_norms  # [K]
+        self._row_norms = rows.norm(dim=1, keepdim=True)  # [n, 1]
+        self._is_nan_code = code_norms.isnan()
+        self.values = torch.addmm(code_norms.square(), rows, codes.T, alpha=-2)  # [n, K]
+        torch.nan_to_num(self.values, nan=_LARGEST, posinf=_LARGEST, neginf=-_LARGEST, out=self.values)
+        self.values.masked_fill_(self._is_nan_code, torch.inf)
+        self.values.masked_fill_(self._row_norms.isnan(), 0)
 
-    def chunks(self, x: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
-        """Yield (rows, scores [n, K], norms of the rows [n, 1]) for chunks of x [N, D].
+    def tolerance(self, codes: Tensor) -> Tensor:
+        """How far above the score of `codes` [n, m] another may lie and yet be no farther away: [n, m].
 
-        A score that is not a number is the largest finite one, that of a NaN code is infinite: such a code is never
-        preferred to another. All scores of a row that holds NaN are equal, so that it gets the lowest index.
+        Both scores are sums of D + 1 terms; a code as far away as c has a norm of at most 2 |x| + |c|.
         """
-        squared_norms = self.norms.square()
-        rows = max(1, _CHUNK_ELEMENTS // len(self.codes))
-        for start in range(0, len(x), rows):
-            part = x[start : start + rows].double()  # [n, D]
-            scores = torch.addmm(squared_norms, part, self.codes.T, alpha=-2)
-            torch.nan_to_num(scores, nan=_LARGEST, posinf=_LARGEST, neginf=-_LARGEST, out=scores)
-            scores.masked_fill_(self.is_nan, torch.inf)
-            scores.masked_fill_(part.isnan().any(1, keepdim=True), 0)
-            yield slice(start, start + rows), scores, part.norm(dim=1, keepdim=True)
+        largest = 2 * self._row_norms + self._code_norms[codes]
+        return (4 * (self._codes.shape[1] + 2) * _EPSILON * largest.square()).nan_to_num(nan=0, posinf=0)
 
-    def tie_tolerance(self, row_norms: Tensor, codes: Tensor) -> Tensor:
-        """How far above the score of `codes` [n, m] another may lie and still tie with it, for these rows [n, 1].
+    def exact(self, is_row: Tensor, threshold: Tensor) -> Tensor:
+        """Squared distances by differences, for the rows where is_row [n], of codes with a score of at most the
+        threshold [n, 1]; infinite for all others: [rows, K]."""
+        row, code = ((self.values <= threshold) & is_row[:, None]).nonzero(as_tuple=True)
+        found = self._differences(row, code).nan_to_num(nan=_LARGEST, posinf=_LARGEST)
+        found.masked_fill_(self._is_nan_code[code], torch.inf)
+        found.masked_fill_(self._row_norms[row, 0].isnan(), 0)
+        place = is_row.cumsum(0) - 1  # of each row among those asked for
+        distances = self.values.new_full((int(is_row.sum()), len(self._codes)), torch.inf)
+        distances[place[row], code] = found
+        return distances
 
-        A matrix product may round equal codes differently, so float64's own rounding counts as a tie. Both scores are
-        sums of D + 1 terms; codes as far away as c have a norm of at most 2 |x| + |c|.
-        """
-        largest = 2 * row_norms + self.norms[codes]
-        tolerance = 4 * (self.codes.shape[1] + 2) * _EPSILON * largest.square()
-        return tolerance.nan_to_num(nan=0, posinf=0)
+    def distances(self, codes: Tensor) -> Tensor:
+        """Squared distances to `codes` [n, m], float64; by differences where the scores cancel."""
+        distances = self.values.gather(1, codes) + self._row_norms.square()
+        cancels = ~(distances > 2**20 * self.tolerance(codes))
+        row, column = cancels.nonzero(as_tuple=True)
+        distances[row, column] = self._differences(row, codes[row, column])
+        return distances
 
-    def distances(self, scores: Tensor, codes: Tensor, row_norms: Tensor) -> Tensor:
-        """Squared distances, float64, from the scores of `codes` [n, m] for these rows [n, 1]; zero is exactly zero."""
-        distances = scores + row_norms.square()
-        return distances.masked_fill(distances <= self.tie_tolerance(row_norms, codes), 0)
+    def _differences(self, row: Tensor, code: Tensor) -> Tensor:
+        """|x - c|^2 for pairs of a row and a code, both [P]: [P]."""
+        pairs = max(1, _CHUNK_ELEMENTS // self._rows.shape[1])
+        parts = [
+            (self._rows[i] - self._codes[j]).square().sum(1)
+            for i, j in zip(row.split(pairs), code.split(pairs), strict=True)
+        ]
+        return torch.cat(parts)
+
+
+def score_chunks(x: Tensor, codes: Tensor) -> Iterator[tuple[slice, Scores]]:
+    """The scores of codes [K, D] for x [N, D], in chunks of rows."""
+    wide = codes.double()
+    norms = wide.norm(dim=1)
+    rows = max(1, _CHUNK_ELEMENTS // len(codes))
+    for start in range(0, len(x), rows):
+        part = slice(start, start + rows)
+        yield part, Scores(x[part].double(), wide, norms)
