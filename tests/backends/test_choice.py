@@ -1,0 +1,136 @@
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import dlvae_kernels
+from dlvae_kernels import BackendUnavailable, backend_info, backends, nearest_code, use_backend
+from dlvae_kernels.backends import BACKENDS, choose, reference, why_not
+
+ROOT = Path(__file__).parents[2]
+X, CODEBOOK = torch.zeros(2, 3), torch.zeros(4, 3)
+
+
+def module(environment: dict[str, str], *arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, *arguments], cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True
+    )
+
+
+def test_reference_runs_everything():
+    assert set(backend_info()) == set(reference.__all__)
+    assert all(reasons["reference"] is None for reasons in backend_info().values())
+
+
+@pytest.mark.parametrize("name", ["triton", "native"])
+def test_a_forced_backend_that_lacks_the_operation_raises_its_reason(name):
+    reason = why_not(name, "nearest_code", X)
+    assert reason
+    with use_backend(name), pytest.raises(BackendUnavailable, match=f"nearest_code: the backend '{name}'.*") as caught:
+        nearest_code(X, CODEBOOK)
+    assert reason in str(caught.value)
+    assert nearest_code(X, CODEBOOK).tolist() == [0, 0]
+
+
+def test_a_forced_backend_holds_in_backward_and_in_compiled_code():
+    x = torch.randn(3, 3, requires_grad=True)
+    out = dlvae_kernels.vector_quantize(x, CODEBOOK)
+    compiled = torch.compile(nearest_code, fullgraph=True, backend="aot_eager")
+    compiled(X, CODEBOOK)
+    with use_backend("triton"):
+        with pytest.raises(BackendUnavailable):
+            out.commitment_loss.backward()
+        with pytest.raises(BackendUnavailable):
+            compiled(X, CODEBOOK)
+
+
+def test_use_backend_nests_and_ends_after_an_error():
+    with use_backend("reference"):
+        with pytest.raises(RuntimeError), use_backend("triton"):
+            raise RuntimeError
+        assert backends.forced_backend() == "reference"
+    assert backends.forced_backend() is None
+
+
+def test_unknown_names():
+    with (
+        pytest.raises(ValueError, match="name is 'cuda'; it needs to be one of triton, native, reference"),
+        use_backend("cuda"),
+    ):
+        pass
+    with pytest.raises(ValueError, match="backend is 'cuda'"):
+        why_not("cuda", "nearest_code")
+
+
+def test_environment_variable(monkeypatch):
+    monkeypatch.setenv("DLVAE_BACKEND", "triton")
+    with pytest.raises(BackendUnavailable, match="triton"):
+        nearest_code(X, CODEBOOK)
+    with use_backend("reference"):
+        nearest_code(X, CODEBOOK)
+    monkeypatch.setenv("DLVAE_BACKEND", "tritn")
+    with pytest.raises(ValueError, match="DLVAE_BACKEND is 'tritn'"):
+        nearest_code(X, CODEBOOK)
+
+
+def test_the_first_backend_that_can_is_chosen_and_the_others_are_named_once(monkeypatch, caplog):
+    calls = []
+    able = SimpleNamespace(why_not=lambda op, *args: None, nearest_code=lambda *args: calls.append(args))
+    monkeypatch.setattr(backends, "_logged", set())
+    caplog.set_level(logging.INFO, logger="dlvae_kernels")
+    for _ in range(2):
+        assert choose("nearest_code", X) is reference.nearest_code
+    assert len(caplog.records) == 1
+    assert "not native: this version has no compiled kernel" in caplog.text
+    monkeypatch.setitem(BACKENDS, "native", able)
+    assert choose("nearest_code", X) is able.nearest_code
+
+
+def test_a_passed_over_backend_is_a_warning_on_a_gpu(monkeypatch, caplog):
+    monkeypatch.setattr(backends, "_logged", set())
+    backends._log_choice("nearest_code", "cuda", "reference", ["not triton: no"])
+    assert caplog.records[0].levelno == logging.WARNING
+
+
+def test_an_error_in_a_kernel_is_not_caught(monkeypatch):
+    def fails(*args):
+        raise FloatingPointError("kernel")
+
+    monkeypatch.setattr(reference, "nearest_code", fails)
+    with pytest.raises(FloatingPointError, match="kernel"):
+        nearest_code(X, CODEBOOK)
+
+
+def test_the_table_prints_every_operation_backend_and_reason():
+    result = module({}, "-m", "dlvae_kernels")
+    assert result.returncode == 0, result.stderr
+    for op, reasons in backend_info().items():
+        assert f"\n{op} " in result.stdout
+        for backend, reason in reasons.items():
+            assert (f"{op}, {backend}: {reason}" in result.stdout) == (reason is not None)
+
+
+def test_the_variable_from_a_shell():
+    code = "import torch, dlvae_kernels as d; d.nearest_code(torch.zeros(2, 3), torch.zeros(4, 3))"
+    result = module({"DLVAE_BACKEND": "triton"}, "-c", code)
+    assert "BackendUnavailable: nearest_code: the backend 'triton' was asked for, but" in result.stderr
+    assert module({"DLVAE_BACKEND": "reference"}, "-c", code).returncode == 0
+
+
+def test_indices_are_checked_under_dlvae_check(monkeypatch):
+    # Where looking would synchronise, only on request: "meta" stands for such a device.
+    seen = []
+    monkeypatch.setattr(torch, "_assert_async", seen.append)
+    indices = torch.zeros(3, dtype=torch.int64, device="meta")
+    dlvae_kernels.ops._check_range(indices, 2)
+    assert not seen
+    monkeypatch.setenv("DLVAE_CHECK", "1")
+    dlvae_kernels.ops._check_range(indices, 2)
+    assert len(seen) == 1
