@@ -1,0 +1,199 @@
+from __future__ import annotations
+
+import gzip
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from models import data
+from models.data import Batches, DataError, ImageSet, load
+
+
+@pytest.fixture
+def folder(tmp_path):
+    generator = np.random.default_rng(0)
+    (tmp_path / "deeper").mkdir()
+    for i in range(30):
+        size = (40 + i, 64) if i % 2 else (33, 50)
+        pixels = generator.integers(0, 256, (*size, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / ("deeper" if i % 3 else ".") / f"{i}.png")
+    (tmp_path / "notes.txt").write_text("no image")
+    return tmp_path
+
+
+def test_patches():
+    images = load("patches", Path("unused"))
+    assert images.train.shape == (20000, 3, 32, 32)
+    assert images.held_out.shape == (2000, 3, 32, 32)
+    assert images.train.dtype == torch.uint8
+    # Real photographs: the patches differ, and hold detail.
+    assert len(images.held_out[:200].flatten(1).unique(dim=0)) > 190
+    assert images.held_out.float().std((1, 2, 3)).median() > 5
+    for name in ("NASA", "CC BY 2.0", "Middlebury"):
+        assert name in images.attribution
+    again = load("patches", Path("unused"))
+    assert torch.equal(again.train, images.train)
+
+
+def test_held_out_patches_share_no_pixel_with_training(monkeypatch):
+    # Each pixel tells its column.
+    monkeypatch.setattr(data, "_photograph", lambda _: torch.arange(200, dtype=torch.uint8).expand(3, 64, 200))
+    images = load("patches", Path("unused"))
+    assert images.train.max() < images.held_out.min()
+    assert images.train.min() == 0
+    assert images.held_out.max() == 199
+
+
+def test_variance_is_of_the_training_pixels():
+    train = torch.randint(0, 256, (50, 3, 8, 8), dtype=torch.uint8)
+    images = ImageSet(train, torch.zeros(5, 3, 8, 8, dtype=torch.uint8), "")
+    assert images.train_variance() == pytest.approx((train.double() / 255).var(correction=0).item())
+
+
+def test_folder(folder):
+    images = load(f"folder:{folder}", Path("unused"))
+    assert images.train.shape == (27, 3, 32, 32)
+    assert images.held_out.shape == (3, 3, 32, 32)
+    assert str(folder) in images.attribution
+    both = torch.cat([images.train, images.held_out]).flatten(1)
+    assert len(both.unique(dim=0)) == 30
+
+
+def test_a_broken_image_is_named(folder):
+    (folder / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\nno more")
+    with pytest.raises(DataError, match=r"broken\.png cannot be read as an image .*take it out"):
+        load(f"folder:{folder}", Path("unused"))
+
+
+def test_folders_that_cannot_serve(tmp_path):
+    with pytest.raises(DataError, match="is not a folder"):
+        load(f"folder:{tmp_path / 'none'}", Path("unused"))
+    with pytest.raises(DataError, match=r"holds 0 images .* at least 10 are needed"):
+        load(f"folder:{tmp_path}", Path("unused"))
+
+
+def test_unknown_set():
+    with pytest.raises(DataError, match=r"data is 'mnist'; it needs to be one of patches, cifar10, .* or folder:PATH"):
+        load("mnist", Path("unused"))
+
+
+@pytest.mark.parametrize(
+    ("name", "cls", "kind"),
+    [("cifar10", "CIFAR10", "NHWC"), ("svhn", "SVHN", "NCHW"), ("fashion-mnist", "FashionMNIST", "NHW")],
+)
+def test_torchvision_sets_up_to_the_download(name, cls, kind, monkeypatch, tmp_path):
+    import torchvision.datasets
+
+    monkeypatch.setattr(data, "_DEBIAN_FASHION_MNIST", tmp_path / "none")
+    calls = []
+
+    class Stub:
+        def __init__(self, root, download, train=True, split="train"):
+            calls.append((root, download))
+            count = 20 if train and split == "train" else 5
+            shape = {"NHWC": (count, 32, 32, 3), "NCHW": (count, 3, 32, 32), "NHW": (count, 28, 28)}[kind]
+            pixels = np.arange(np.prod(shape)).reshape(shape).astype(np.uint8)
+            self.data = torch.from_numpy(pixels) if kind == "NHW" else pixels
+
+    monkeypatch.setattr(torchvision.datasets, cls, Stub)
+    images = load(name, tmp_path / "data")
+    assert calls == [(str(tmp_path / "data"), True)] * 2
+    channels, side = (1, 28) if kind == "NHW" else (3, 32)
+    assert images.train.shape == (20, channels, side, side)
+    assert images.held_out.shape == (5, channels, side, side)
+    if kind == "NHWC":
+        assert images.train[0, :, 0, 0].tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize("name", ["cifar10", "svhn", "fashion-mnist"])
+def test_no_network_says_what_to_do(name, monkeypatch, tmp_path):
+    import urllib.request
+
+    def refuse(*args, **kwargs):
+        raise urllib.request.URLError("no network")
+
+    monkeypatch.setattr(urllib.request, "urlopen", refuse)
+    monkeypatch.setattr(data, "_DEBIAN_FASHION_MNIST", tmp_path / "none")
+    with pytest.raises(DataError, match=rf"data set {name} could not be read .*Check the network.*--data patches"):
+        load(name, tmp_path / "data")
+
+
+def _idx(path: Path, pixels: np.ndarray) -> None:
+    header = struct.pack(">HBB", 0, 8, pixels.ndim) + struct.pack(f">{pixels.ndim}I", *pixels.shape)
+    path.write_bytes(gzip.compress(header + pixels.tobytes()))
+
+
+def test_fashion_mnist_from_the_debian_package(monkeypatch, tmp_path):
+    package = tmp_path / "package"
+    package.mkdir()
+    generator = np.random.default_rng(0)
+    for part, count in (("train", 40), ("t10k", 10)):
+        _idx(package / f"{part}-images-idx3-ubyte.gz", generator.integers(0, 256, (count, 28, 28), dtype=np.uint8))
+        _idx(package / f"{part}-labels-idx1-ubyte.gz", generator.integers(0, 10, (count,), dtype=np.uint8))
+    monkeypatch.setattr(data, "_DEBIAN_FASHION_MNIST", package)
+    images = load("fashion-mnist", tmp_path / "data")
+    assert images.train.shape == (40, 1, 28, 28)
+    assert images.held_out.shape == (10, 1, 28, 28)
+    assert torch.equal(load("fashion-mnist", tmp_path / "data").train, images.train)
+
+
+def test_a_broken_debian_file_leaves_nothing_behind(monkeypatch, tmp_path):
+    package = tmp_path / "package"
+    package.mkdir()
+    whole = gzip.compress(bytes(10000))
+    (package / "train-images-idx3-ubyte.gz").write_bytes(whole[: len(whole) // 2])
+    monkeypatch.setattr(data, "_DEBIAN_FASHION_MNIST", package)
+    with pytest.raises(DataError, match=r"train-images-idx3-ubyte\.gz is broken .*install .* again"):
+        load("fashion-mnist", tmp_path / "data")
+    assert not (tmp_path / "data/FashionMNIST/raw/train-images-idx3-ubyte").exists()
+
+
+@pytest.mark.skipif(
+    not data._DEBIAN_FASHION_MNIST.is_dir(), reason="the package dataset-fashion-mnist is not installed"
+)
+def test_the_real_fashion_mnist(tmp_path):
+    images = load("fashion-mnist", tmp_path)
+    assert images.train.shape == (60000, 1, 28, 28)
+    assert images.held_out.shape == (10000, 1, 28, 28)
+
+
+def _batches(seed=0, size=7, images=20, channels_last=False):
+    pixels = torch.arange(images, dtype=torch.uint8)[:, None, None, None].expand(images, 3, 4, 4)
+    return Batches(pixels, size, seed, torch.device("cpu"), channels_last)
+
+
+def _numbers(batch):
+    return (batch[:, 0, 0, 0] * 255).round().int().tolist()
+
+
+def test_batches_pass_over_each_image_once_an_epoch():
+    batches = _batches()
+    epochs = [_numbers(batches[2 * epoch]) + _numbers(batches[2 * epoch + 1]) for epoch in range(5)]
+    assert all(len(set(epoch)) == 14 for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == 5
+
+
+def test_batches_follow_from_seed_and_update_alone():
+    expected = [_numbers(_batches()[update]) for update in range(6)]
+    batches = _batches()
+    assert [_numbers(batches[update]) for update in reversed(range(6))] == expected[::-1]
+    assert [_numbers(_batches(seed=1)[update]) for update in range(6)] != expected
+
+
+def test_batches_are_floats_in_the_layout_asked_for():
+    for channels_last, layout in ((False, torch.contiguous_format), (True, torch.channels_last)):
+        batch = _batches(channels_last=channels_last)[0]
+        assert batch.dtype == torch.float32
+        assert batch.is_contiguous(memory_format=layout)
+        assert batch.min() >= 0
+        assert batch.max() <= 1
+
+
+@pytest.mark.parametrize("size", [0, 21])
+def test_a_batch_size_that_does_not_fit(size):
+    with pytest.raises(DataError, match=rf"batch_size is {size}; it needs to lie in \[1, 20\]"):
+        _batches(size=size)

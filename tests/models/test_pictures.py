@@ -1,0 +1,83 @@
+from __future__ import annotations
+
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from models import pictures
+
+
+def drawn(figure):
+    """The pixels of a figure; all different pictures have some."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())
+
+
+def test_pca_maps_keep_the_places():
+    # Three patterns over the map, along three orthogonal directions of very different variance.
+    patterns = torch.stack([torch.rand(2, 4, 5) * scale for scale in (100, 10, 1)], dim=1)
+    patterns -= patterns.mean((0, 2, 3), keepdim=True)
+    directions = torch.linalg.qr(torch.randn(7, 7)).Q[:3]
+    maps = pictures.pca_maps(torch.einsum("bkhw,kd->bdhw", patterns, directions))
+    assert maps.shape == (2, 3, 4, 5)
+    assert maps.amin() == 0
+    assert maps.amax() == 1
+    for channel in range(3):
+        correlation = np.corrcoef(maps[:, channel].flatten(1)[0], patterns[:, channel].flatten(1)[0])[0, 1]
+        assert abs(correlation) > 0.95
+
+
+def test_pca_maps_of_few_channels_and_constant_maps():
+    assert pictures.pca_maps(torch.randn(2, 1, 4, 4)).shape == (2, 3, 4, 4)
+    assert torch.isfinite(pictures.pca_maps(torch.ones(2, 5, 4, 4))).all()
+
+
+def test_masks_take_one_position_each():
+    masks = pictures.masks(20, 3, 5)
+    assert masks.shape == (20, 1, 3, 5)
+    assert (masks == 0).sum((1, 2, 3)).tolist() == [1] * 20
+    assert masks[7, 0, 1, 2] == masks[16, 0, 0, 1] == 0
+
+
+def test_spectrum_of_a_plane():
+    plane = torch.einsum("bkhw,kd->bdhw", torch.randn(4, 2, 6, 6), torch.randn(2, 9))
+    held = pictures.variance_held(plane)
+    assert len(held) == 9
+    assert pictures.directions_for(held, 0.99) <= 2
+    assert pictures.directions_for(torch.tensor([0.5, 0.9, 1.0], dtype=torch.float64), 0.9) == 2
+    assert drawn(pictures.pca_spectrum({"a": plane, "b": torch.randn(4, 9, 6, 6)})).std() > 0
+
+
+@pytest.mark.parametrize("count", [1, 5, 200, 1000])
+def test_error_of_any_length(count):
+    nmse = np.exp(-np.linspace(0, 3, count)) + 0.01 * np.random.default_rng(0).random(count)
+    assert drawn(pictures.smoothed_error(nmse, 0.05)).std() > 0
+
+
+def test_use():
+    assert drawn(pictures.use_histogram(torch.tensor([5, 0, 100]))).std() > 0
+
+
+def test_without_umap_a_scatter_that_says_so(monkeypatch):
+    monkeypatch.setitem(sys.modules, "umap", None)
+    figure = pictures.embedding(torch.randn(20, 6), torch.arange(20), 0)
+    assert "umap-learn is not installed" in figure.axes[0].get_title()
+    assert len(figure.axes[0].collections[0].get_offsets()) == 20
+
+
+def test_few_codes():
+    for k, d in ((1, 1), (2, 1), (4, 3)):
+        assert "too few codes" in pictures.embedding(torch.randn(k, d), torch.arange(k), 0).axes[0].get_title()
+
+
+@pytest.mark.slow
+def test_umap_follows_the_seed():
+    codes = torch.randn(60, 6)
+    offsets = [pictures.embedding(codes, torch.arange(60), 3).axes[0].collections[0].get_offsets() for _ in range(2)]
+    assert np.array_equal(*offsets)
+    assert "UMAP" in pictures.embedding(codes, torch.arange(60), 3).axes[0].get_title()

@@ -1,0 +1,199 @@
+"""The training script as a user runs it: a subprocess on small images."""
+
+from __future__ import annotations
+
+import base64
+import csv
+import io
+import json
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from models import report
+from models.build import build_model
+from models.config import Config, parse
+from models.train import Run, learning_rate
+
+ROOT = Path(__file__).parents[2]
+SMALL = ["--hiddens", "16", "--residual-hiddens", "8", "--num-embeddings", "32", "--embedding-dim", "8"]
+SMALL += ["--sparsity-level", "4", "--batch-size", "8", "--checkpoint-every", "10", "--device", "cpu"]
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("images")
+    generator = np.random.default_rng(0)
+    for i in range(60):
+        coarse = generator.integers(0, 256, (4, 4, 3), dtype=np.uint8)
+        Image.fromarray(coarse).resize((32, 32), Image.Resampling.BILINEAR).save(folder / f"{i}.png")
+    return [*SMALL, "--data", f"folder:{folder}"]
+
+
+def command(*flags):
+    return [sys.executable, "-m", "models.train", *map(str, flags)]
+
+
+def train(*flags):
+    return subprocess.run(command(*flags), cwd=ROOT, capture_output=True, text=True)
+
+
+def rows(run):
+    with (run / "metrics.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.mark.parametrize("model", ["vqvae", "vqvae-ema", "dlvae"])
+def test_trains_and_reports(model, images, tmp_path):
+    run = tmp_path / "run"
+    result = train("--model", model, "--updates", 40, "--out", run, *images)
+    assert result.returncode == 0, result.stderr
+    metrics = rows(run)
+    assert [int(row["update"]) for row in metrics] == list(range(1, 41))
+    nmse = [float(row["nmse"]) for row in metrics]
+    assert np.mean(nmse[-5:]) < 0.5 * np.mean(nmse[:5])
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["updates"] == 40
+    assert 0 < summary["nmse"] < 1
+    assert 1 <= summary["perplexity"] <= 32
+    assert 0 < summary["in_use"] <= 1
+    assert summary["nonzero"] == pytest.approx(4 / 32 if model == "dlvae" else 1 / 32)
+    assert f"{summary['nmse']:.4f}" in result.stdout
+    assert list(run.glob("events.out.tfevents.*"))
+    assert not list(run.glob("*.partial"))
+
+    page = (run / "report.html").read_text()
+    shown = dict(re.findall(r'<img id="(\w+)" alt="[^"]+" src="data:image/png;base64,([^"]+)">', page))
+    assert set(shown) == set(report._CAPTIONS)
+    for name, data in shown.items():
+        pixels = np.asarray(Image.open(io.BytesIO(base64.b64decode(data))).convert("L"))
+        assert pixels.std() > 5, name
+    assert not re.search(r'(src|href)="(?!data:)', page)
+    for value in (f"{summary['nmse']:.4f}", "num_embeddings", str(tmp_path.parent)[:4]):
+        assert value in page
+
+    weights = load_file(run / "model.safetensors")
+    config = Config.from_json((run / "config.json").read_text())
+    build_model(config, 3).load_state_dict(weights)
+
+    before = (run / "summary.json").read_text()
+    assert report.main([str(run)]) == 0
+    assert (run / "summary.json").read_text() == before
+    refused = train("--out", run, *images)
+    assert refused.returncode == 1
+    assert "exists already" in refused.stderr
+
+
+@pytest.fixture(scope="module")
+def whole(images, tmp_path_factory):
+    """A run of 60 updates that nothing interrupted."""
+    run = tmp_path_factory.mktemp("whole") / "run"
+    assert train("--updates", 60, "--out", run, *images).returncode == 0
+    return run
+
+
+def interrupted(images, run, number):
+    """Start a run of 60 updates and stop it by a signal once it has saved; returns the process."""
+    process = subprocess.Popen(
+        command("--updates", 60, "--out", run, *images),
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    while not (run / "checkpoint.safetensors").exists():
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.01)
+    process.send_signal(number)
+    process.output = process.communicate()
+    return process
+
+
+def assert_same_end(run, whole):
+    weights, expected = (load_file(each / "model.safetensors") for each in (run, whole))
+    assert all(torch.equal(weights[name], value) for name, value in expected.items())
+    assert rows(run) == rows(whole)
+
+
+def test_a_killed_run_resumes_to_the_same_bits(images, whole, tmp_path):
+    run = tmp_path / "run"
+    process = interrupted(images, run, signal.SIGKILL)
+    assert process.returncode == -signal.SIGKILL
+    assert not (run / "model.safetensors").exists()
+    result = train("--resume", run)
+    assert result.returncode == 0, result.stderr
+    assert_same_end(run, whole)
+
+
+def test_ctrl_c_saves_and_resumes(images, whole, tmp_path):
+    run = tmp_path / "run"
+    process = interrupted(images, run, signal.SIGINT)
+    assert process.returncode == 130, process.output
+    done = int(re.search(r"interrupted after (\d+) updates; go on with: .* --resume", process.output[0])[1])
+    assert len(rows(run)) == done
+    assert "Traceback" not in process.output[1]
+    assert train("--resume", run).returncode == 0
+    assert_same_end(run, whole)
+
+
+def test_a_finished_run_goes_on(images, tmp_path):
+    run = tmp_path / "run"
+    assert train("--updates", 10, "--out", run, *images).returncode == 0
+    assert train("--resume", run, "--updates", 20).returncode == 0
+    assert len(rows(run)) == 20
+
+
+def test_a_loss_that_is_no_number_stops_and_keeps_the_last_good_checkpoint(images, tmp_path):
+    run = tmp_path / "run"
+    result = train("--updates", 60, "--lr", "1e15", "--warmup", 2000000, "--out", run, *images)
+    assert result.returncode == 1
+    assert re.search(r"error: the loss of update \d+ is (nan|inf); try a lower --lr", result.stderr)
+    assert all(np.isfinite(float(row["loss"])) for row in rows(run))
+    assert not (run / "model.safetensors").exists()
+    if (run / "checkpoint.safetensors").exists():
+        assert all(torch.isfinite(value).all() for value in load_file(run / "checkpoint.safetensors").values())
+
+
+def test_bad_data_and_sizes_say_so(images, tmp_path):
+    result = train("--data", "folder:nowhere", "--out", tmp_path / "a")
+    assert result.returncode == 1
+    assert result.stderr.strip() == "error: nowhere is not a folder; --data folder:PATH needs one that holds images"
+    result = train("--model", "dlvae", *images, "--sparsity-level", 33, "--out", tmp_path / "b")
+    assert "sparsity_level is 33; it needs to be a whole number in [1, 32]" in result.stderr
+    assert not (tmp_path / "a").exists()
+    assert not (tmp_path / "b").exists()
+    assert report.main([str(tmp_path)]) == 1
+
+
+def test_the_schedule():
+    config = Config(updates=100, warmup=10, lr=1.0)
+    rates = [learning_rate(config, update) for update in range(100)]
+    assert rates[0] == 0.1
+    assert max(rates) == pytest.approx(rates[9], abs=0.02)
+    assert rates[-1] < 1e-3
+    assert {learning_rate(Config(schedule="constant", lr=0.5), update) for update in (0, 7)} == {0.5}
+
+
+def test_bfloat16_trains(images, tmp_path):
+    config = parse([*images, "--precision", "bfloat16", "--updates", "5", "--out", str(tmp_path / "run")]).config
+    run = Run(config, tmp_path / "run")
+    run.start()
+    run.train()
+    assert all(np.isfinite(float(row["loss"])) for row in rows(tmp_path / "run"))
+    assert all(parameter.dtype == torch.float32 for parameter in run.model.parameters())
+
+
+def test_umap_is_optional_at_import():
+    code = "import sys; sys.modules['umap'] = None; import models.train, models.report"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
