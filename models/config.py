@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args, get_type_hints
 
-from dlvae_kernels.functional.checks import check_at_least, check_choice
+from dlvae_kernels.functional.checks import check_at_least, check_choice, check_size
 from dlvae_kernels.layers.codebook_layer import Init
 from dlvae_kernels.layers.dictionary_learning import Gradient
 
@@ -53,8 +53,8 @@ class Config:
         for name, choices in _CHOICES.items():
             check_choice(name, getattr(self, name), choices)
         for name in ("updates", "batch_size", "hiddens", "checkpoint_every"):
-            check_at_least(name, getattr(self, name), 1)
-        check_at_least("warmup", self.warmup, 0)
+            check_size(name, getattr(self, name), 1)
+        check_size("warmup", self.warmup, 0)
         check_at_least("lr", self.lr, 0)
         if self.model == "vqvae-ema" and not 0 < self.decay <= 1:
             raise ValueError(f"decay is {self.decay}; vqvae-ema needs it in (0, 1]")

@@ -27,7 +27,7 @@ def test_notebook_keys_and_parameters():
     assert shapes["_dl.dictionary"] == (512, 256)
     assert shapes["_dl.representation.0.weight"] == (512, 256)
     assert shapes["_decoder._conv_trans_2.weight"] == (64, 3, 4, 4)
-    assert len(shapes) == 28
+    assert len(shapes) == 25
 
 
 def test_residual_is_the_notebooks():

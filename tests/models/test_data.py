@@ -118,7 +118,7 @@ def test_no_network_says_what_to_do(name, monkeypatch, tmp_path):
 
     monkeypatch.setattr(urllib.request, "urlopen", refuse)
     monkeypatch.setattr(data, "_DEBIAN_FASHION_MNIST", tmp_path / "none")
-    with pytest.raises(DataError, match=rf"data set {name} could not be read .*Check the network.*--data patches"):
+    with pytest.raises(DataError, match=rf"(?s)data set {name} could not be read .*Check the network.*--data patches"):
         load(name, tmp_path / "data")
 
 

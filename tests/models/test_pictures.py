@@ -59,6 +59,16 @@ def test_error_of_any_length(count):
     assert drawn(pictures.smoothed_error(nmse, 0.05)).std() > 0
 
 
+def test_smoothing_keeps_polynomials_and_equals_scipy_where_that_holds():
+    from scipy.signal import savgol_filter
+
+    place = np.linspace(-1, 1, 700)
+    polynomial = np.polynomial.Polynomial([1, -2, 3, 1, -4, 1, 2, 5])(place)
+    np.testing.assert_allclose(pictures.savitzky_golay(polynomial, 201, 7), polynomial, atol=1e-9)
+    noise = np.random.default_rng(0).random(300)
+    np.testing.assert_allclose(pictures.savitzky_golay(noise, 51, 3), savgol_filter(noise, 51, 3), atol=1e-8)
+
+
 def test_use():
     assert drawn(pictures.use_histogram(torch.tensor([5, 0, 100]))).std() > 0
 

@@ -36,9 +36,19 @@ def images(tmp_path_factory):
     folder = tmp_path_factory.mktemp("images")
     generator = np.random.default_rng(0)
     for i in range(60):
-        coarse = generator.integers(0, 256, (4, 4, 3), dtype=np.uint8)
+        coarse = generator.integers(0, 256, (2, 2, 3), dtype=np.uint8)
         Image.fromarray(coarse).resize((32, 32), Image.Resampling.BILINEAR).save(folder / f"{i}.png")
     return [*SMALL, "--data", f"folder:{folder}"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _without_umap(tmp_path_factory):
+    """UMAP compiles for half a minute in each process: here only the test of it pays."""
+    folder = tmp_path_factory.mktemp("without_umap")
+    (folder / "umap.py").write_text("raise ImportError('hidden by a test')")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(folder))
+        yield
 
 
 def command(*flags):
@@ -57,14 +67,15 @@ def rows(run):
 @pytest.mark.parametrize("model", ["vqvae", "vqvae-ema", "dlvae"])
 def test_trains_and_reports(model, images, tmp_path):
     run = tmp_path / "run"
-    result = train("--model", model, "--updates", 40, "--out", run, *images)
+    patches = ["--data", "patches", "--hiddens", 32, "--batch-size", 16, "--lr", 3e-3, "--warmup", 5]
+    result = train("--model", model, "--updates", 200, "--out", run, *images, *patches)
     assert result.returncode == 0, result.stderr
     metrics = rows(run)
-    assert [int(row["update"]) for row in metrics] == list(range(1, 41))
+    assert [int(row["update"]) for row in metrics] == list(range(1, 201))
     nmse = [float(row["nmse"]) for row in metrics]
     assert np.mean(nmse[-5:]) < 0.5 * np.mean(nmse[:5])
     summary = json.loads((run / "summary.json").read_text())
-    assert summary["updates"] == 40
+    assert summary["updates"] == 200
     assert 0 < summary["nmse"] < 1
     assert 1 <= summary["perplexity"] <= 32
     assert 0 < summary["in_use"] <= 1
