@@ -45,8 +45,7 @@ def autocast(config: Config, device: torch.device) -> AbstractContextManager[Any
         if device.type == "cuda":
             has_bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
         else:
-            capabilities = torch.cpu.get_capabilities()
-            has_bfloat16 = bool(capabilities.get("amx_bf16") or capabilities.get("avx512_bf16"))
+            has_bfloat16 = torch.cpu._is_avx512_bf16_supported()
     else:
         has_bfloat16 = config.precision == "bfloat16"
     return torch.autocast(device.type, torch.bfloat16) if has_bfloat16 else nullcontext()
