@@ -24,6 +24,7 @@ def ema_statistics(x: Tensor, indices: Tensor, num_codes: int) -> Tensor:
         num_codes: K.
     Returns:
         [K, D + 1] float32 (float64 for float64): D columns of sums, then one of counts. No gradient.
+        A row that holds NaN or infinity is left out of both: it would stay in the moving averages for good.
     Raises:
         ValueError: shape, dtype or device do not fit, or (on the CPU) an index lies outside [0, K).
     """
@@ -82,6 +83,8 @@ def ema_update(
         indices: [...] int64 in [0, K): the code that each row took.
     Raises:
         ValueError: an argument does not fit; nothing has been changed.
+
+    Rows that hold NaN or infinity are left out.
     """
     _check_state(codebook, cluster_size, embed_sum, decay, epsilon)
     check_floating("x", x)

@@ -29,8 +29,8 @@ def sample_rows(x: Tensor, count: int, sync: bool) -> Tensor:
     """`count` random rows of x [..., D], each followed by a one, to be summed over the ranks: [count, D + 1].
 
     Row i comes from rank i modulo the number of ranks and is zero on the others, so that after the sum all ranks
-    hold the same rows; where that rank has no rows the last column stays zero. Drawn from torch's random stream,
-    without repeats while there are enough rows; float32 or wider.
+    hold the same rows. Where that rank has no rows, or the row is not finite, all of it is zero. Drawn from torch's
+    random stream, without repeats while there are enough rows; float32 or wider.
     """
     rows = x.detach().reshape(-1, x.shape[-1])
     rank, ranks = _world(sync)
@@ -38,6 +38,8 @@ def sample_rows(x: Tensor, count: int, sync: bool) -> Tensor:
     if len(rows) > 0:
         mine = sampled[rank::ranks]
         order = torch.randperm(len(rows), device=x.device)
-        mine[:, :-1] = rows[order[torch.arange(len(mine), device=x.device) % len(rows)]]
-        mine[:, -1] = 1
+        chosen = rows[order[torch.arange(len(mine), device=x.device) % len(rows)]]
+        is_finite = chosen.isfinite().all(1, keepdim=True)
+        mine[:, :-1] = torch.where(is_finite, chosen, 0)
+        mine[:, -1:] = is_finite
     return sampled

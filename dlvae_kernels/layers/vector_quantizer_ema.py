@@ -27,8 +27,8 @@ class VectorQuantizerEMA(CodebookLayer):
 
     loss = commitment_cost * mean (sg[q] - x)^2. In training each forward quantizes with the codebook as it is, then
     moves it. Codebook and averages are buffers in float32, updated in place, and stay float32 after
-    `module.to(torch.bfloat16)`. A code that no row took keeps its place. For activation checkpointing see
-    `CodebookLayer`.
+    `module.to(torch.bfloat16)`. A code that no row took keeps its place; rows that are not finite move nothing. For
+    activation checkpointing see `CodebookLayer`.
 
     Args:
         num_embeddings: K, the number of codes.

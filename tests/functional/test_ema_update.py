@@ -90,6 +90,14 @@ def test_unused_codes_stay(device):
     assert torch.isfinite(codebook).all()
 
 
+def test_rows_that_are_not_finite_are_left_out(device):
+    x, indices = rows(60, 4, device), torch.arange(60, device=device) % 3
+    expected = ema_statistics(x[3:], indices[3:], 5)
+    x[0, 1], x[1, 0], x[2, 3] = float("nan"), float("inf"), float("-inf")
+    assert torch.equal(ema_statistics(x, indices, 5), expected)
+    assert not ema_statistics(x[:3], indices[:3], 5).any()
+
+
 def test_counts_of_zero_divide_nothing(device):
     codebook, cluster_size, embed_sum = state(2, 2, device)
     cluster_size.zero_()

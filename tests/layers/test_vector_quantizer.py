@@ -212,6 +212,18 @@ def test_dead_codes_are_revived_and_stay(kind):
 
 
 @both
+@pytest.mark.parametrize("init", ["normal", "kmeans"])
+def test_an_overflow_does_not_poison_the_state(kind, init):
+    layer = make(kind, init=init, dead_code_threshold=1.0)
+    for _ in range(5):
+        x = torch.randn(4, D, 5, 5)
+        x[::2, 0, 1:3] = float("inf")
+        x[1, 1] = float("nan")
+        layer(x)
+    assert all(torch.isfinite(value).all() for value in layer.state_dict().values())
+
+
+@both
 def test_without_a_threshold_dead_codes_stay(kind):
     layer = make(kind, init="normal")
     with torch.no_grad():

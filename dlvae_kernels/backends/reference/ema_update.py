@@ -10,9 +10,10 @@ from .segment_sum import segment_sum
 
 def ema_statistics(x: Tensor, indices: Tensor, num_codes: int) -> Tensor:
     rows = x.reshape(-1, x.shape[-1]).to(torch.promote_types(x.dtype, torch.float32))  # [N, D]
-    codes = indices.flatten()
+    finite = rows.isfinite().all(1).nonzero().squeeze(1)  # a row that is not would stay in the averages for good
+    codes = indices.flatten()[finite]
     counts = torch.bincount(codes, minlength=num_codes)
-    return torch.cat([segment_sum(rows, None, codes, num_codes, None), counts[:, None].to(rows.dtype)], dim=1)
+    return torch.cat([segment_sum(rows, finite, codes, num_codes, None), counts[:, None].to(rows.dtype)], dim=1)
 
 
 def ema_step(
