@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -29,7 +30,7 @@ def operations(cases: tuple[registry.Case, ...], device: torch.device, path: Pat
 
 def training(runs: list[Path], path: Path, device: torch.device) -> None:
     """Collect the summaries of finished runs into a CSV file."""
-    summaries = [json.loads((run / "summary.json").read_text()) for run in runs]
+    summaries = [json.loads((run / "summary.json").read_text(encoding="utf-8")) for run in runs]
     measure.write(
         path,
         [{**{key: str(value) for key, value in each.items()}, **measure.environment(device)} for each in summaries],
@@ -45,7 +46,7 @@ def gpu() -> int:
     tests = subprocess.run([sys.executable, "-m", "pytest", "-q", "-m", "gpu", "tests"])
     device = torch.device("cuda")
     operations(registry.CUDA_CASES, device, out / "ops-gpu.csv")
-    run = out / "run"
+    run = Path("runs") / f"gpu-{time.strftime('%Y%m%d-%H%M%S')}"
     words = ["--updates", str(_GPU_UPDATES), "--batch-size", "256", "--device", "cuda", "--out", str(run)]
     trained = subprocess.run([sys.executable, "-m", "models.train", *words])
     if trained.returncode == 0:
@@ -71,7 +72,7 @@ def main() -> int:
         training(arguments.runs, readme.RESULTS / "training-cpu.csv", cpu)
     else:
         path = readme.ROOT / "README.md"
-        path.write_text(readme.updated(path.read_text()))
+        path.write_text(readme.updated(path.read_text(encoding="utf-8")), encoding="utf-8")
     return 0
 
 

@@ -86,7 +86,9 @@ class Coding(NamedTuple):
 
     def use(self, num_codes: int) -> Tensor:
         """How often each code or atom was taken, int64 [K]."""
-        return torch.bincount(self.indices.flatten(), minlength=num_codes)
+        # Not bincount, which waits for a GPU.
+        taken = self.indices.flatten()
+        return taken.new_zeros(num_codes).scatter_add_(0, taken, torch.ones_like(taken))
 
     def nonzeros(self) -> Tensor:
         """How many coefficients are not zero, a scalar."""

@@ -36,7 +36,21 @@ def build_model(config: Config, in_channels: int) -> Autoencoder:
 
 
 def pick_device(name: str) -> torch.device:
-    return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+    """The device of that name; "auto" is the GPU where there is one.
+
+    Raises:
+        ValueError: there is no such device here.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device is {name!r}, which cannot be used here: {str(error).splitlines()[0]}") from error
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"device is {name!r}; it needs to be cpu, cuda, cuda:N or auto")
+    return device
 
 
 def autocast(config: Config, device: torch.device) -> AbstractContextManager[Any]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -33,14 +33,19 @@ def save(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, progres
 
 
 def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Restore what `save` wrote; returns the progress."""
+    """Restore what `save` wrote; returns the progress.
+
+    Raises:
+        ValueError: the file is not a whole checkpoint of this model.
+    """
     tensors, progress = _read(path)
     model.load_state_dict(_below(tensors, _MODEL))
     for index, parameter in enumerate(_parameters(optimizer)):
         for name, value in _below(tensors, f"{_OPTIMIZER}{index}.").items():
             # In the layout of the parameter, so that the next step rounds the same way.
             like = parameter if value.shape == parameter.shape else value
-            optimizer.state[parameter][name] = torch.empty_like(like, dtype=value.dtype).copy_(value)
+            restored = torch.empty_like(like, dtype=value.dtype, device=parameter.device)
+            optimizer.state[parameter][name] = restored.copy_(value)
     torch.set_rng_state(tensors[_RNG + "cpu"])
     for name, state in _below(tensors, _RNG + "cuda.").items():
         if int(name) < torch.cuda.device_count():
@@ -49,16 +54,23 @@ def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict
 
 
 def load_weights(path: Path, model: nn.Module) -> dict[str, Any]:
-    """Restore the weights alone; returns the progress."""
+    """Restore the weights alone, of `save`; returns the progress.
+
+    Raises:
+        ValueError: the file is not a whole checkpoint of this model.
+    """
     tensors, progress = _read(path)
     model.load_state_dict(_below(tensors, _MODEL))
     return progress
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    with safe_open(path, framework="pt") as file:
-        progress = json.loads(file.metadata()["progress"])
-        return {name: file.get_tensor(name) for name in file.keys()}, progress  # noqa: SIM118 (not a dict)
+    try:
+        with safe_open(path, framework="pt") as file:
+            progress = json.loads(file.metadata()["progress"])
+            return {name: file.get_tensor(name) for name in file.keys()}, progress  # noqa: SIM118 (not a dict)
+    except (SafetensorError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is not a whole checkpoint of a run ({error!r})") from error
 
 
 def _parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:

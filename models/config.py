@@ -5,11 +5,12 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args, get_type_hints
 
-from dlvae_kernels.functional.checks import check_at_least, check_choice, check_size
+from dlvae_kernels.functional.checks import check_between, check_choice, check_size
 from dlvae_kernels.layers.codebook_layer import Init
 from dlvae_kernels.layers.dictionary_learning import Gradient
 
@@ -52,10 +53,11 @@ class Config:
     def __post_init__(self) -> None:
         for name, choices in _CHOICES.items():
             check_choice(name, getattr(self, name), choices)
-        for name in ("updates", "batch_size", "hiddens", "checkpoint_every"):
-            check_size(name, getattr(self, name), 1)
-        check_size("warmup", self.warmup, 0)
-        check_at_least("lr", self.lr, 0)
+        for name, least in _LEAST.items():
+            check_size(name, getattr(self, name), least)
+        check_size("seed", self.seed, 0, 2**32 - 1)
+        for name in ("lr", "commitment_cost", "dead_code_threshold", "sparsity"):
+            check_between(name, getattr(self, name), 0, sys.float_info.max)
         if self.model == "vqvae-ema" and not 0 < self.decay <= 1:
             raise ValueError(f"decay is {self.decay}; vqvae-ema needs it in (0, 1]")
 
@@ -63,10 +65,30 @@ class Config:
         return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
 
     @classmethod
-    def from_json(cls, text: str) -> Config:
-        return cls(**json.loads(text))
+    def read(cls, path: Path) -> Config:
+        """The configuration saved in a file.
+
+        Raises:
+            ValueError: the file does not hold one.
+        """
+        try:
+            return cls(**json.loads(path.read_text(encoding="utf-8")))
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{path} holds no configuration ({error})") from error
 
 
+_LEAST = {
+    "updates": 1,
+    "batch_size": 1,
+    "warmup": 0,
+    "hiddens": 2,
+    "residual_layers": 0,
+    "residual_hiddens": 1,
+    "num_embeddings": 1,
+    "embedding_dim": 1,
+    "sparsity_level": 1,
+    "checkpoint_every": 1,
+}
 _CHOICES = {name: get_args(kind) for name, kind in get_type_hints(Config).items() if get_args(kind)}
 
 # The hyper-parameters of the notebook; what it leaves open keeps the default.
@@ -113,8 +135,8 @@ def parse(arguments: list[str] | None = None) -> Command:
             return Command(_resumed(resume, preset, given), resume)
         if preset == "notebook":
             model = given.get("model", Config.model)
-            given = {**_NOTEBOOK, "init": _NOTEBOOK_INIT.get(model, "uniform"), **given}
-        return Command(Config(**given), None)
+            given = {**_NOTEBOOK, "init": _NOTEBOOK_INIT[model], **given}
+        return Command(_with_absolute_paths(Config(**given)), None)
     except ValueError as error:
         parser.error(str(error))
 
@@ -123,11 +145,19 @@ def _resumed(run: Path, preset: str, given: dict[str, Any]) -> Config:
     path = run / "config.json"
     if not path.is_file():
         raise ValueError(f"--resume {run}: there is no {path}")
-    saved = json.loads(path.read_text())
-    fixed = [name for name, value in given.items() if name not in _RESUMABLE and value != saved[name]]
+    saved = Config.read(path)
+    asked = _with_absolute_paths(dataclasses.replace(saved, **given))
+    fixed = [name for name in given if name not in _RESUMABLE and getattr(asked, name) != getattr(saved, name)]
     if fixed or preset != "default":
         raise ValueError(
             f"--resume keeps the configuration of {run}: only {', '.join(_RESUMABLE)} may change,"
             f" not {', '.join(fixed) or 'preset'}"
         )
-    return Config(**{**saved, **given, "out": str(run)})
+    return dataclasses.replace(asked, out=str(run))
+
+
+def _with_absolute_paths(config: Config) -> Config:
+    """So that a run goes on, and is reported on, from any folder."""
+    kind, separator, path = config.data.partition(":")
+    data = f"{kind}:{Path(path).resolve()}" if separator and path else config.data
+    return dataclasses.replace(config, data=data, data_dir=str(Path(config.data_dir).resolve()))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import shutil
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -137,12 +138,14 @@ def _fashion_mnist(root: Path) -> ImageSet:
     from torchvision.datasets import FashionMNIST
 
     raw = root / "FashionMNIST" / "raw"
-    for packed in sorted(_DEBIAN_FASHION_MNIST.glob("*-ubyte.gz")):
-        _unpack(packed, raw / packed.stem)
+
+    def read(train: bool) -> Tensor:
+        for packed in sorted(_DEBIAN_FASHION_MNIST.glob("*-ubyte.gz")):
+            _unpack(packed, raw / packed.stem)
+        return FashionMNIST(str(root), train=train, download=True).data
 
     def images(train: bool) -> Tensor:
-        data = _downloaded("fashion-mnist", root, lambda: FashionMNIST(str(root), train=train, download=True).data)
-        return data[:, None].contiguous()
+        return _downloaded("fashion-mnist", root, lambda: read(train))[:, None].contiguous()
 
     return ImageSet(images(True), images(False), "Fashion-MNIST, Zalando SE, MIT licence")
 
@@ -156,7 +159,7 @@ def _unpack(packed: Path, target: Path) -> None:
     try:
         with gzip.open(packed, "rb") as source, partial.open("wb") as sink:
             shutil.copyfileobj(source, sink)
-    except (OSError, EOFError) as error:
+    except (gzip.BadGzipFile, zlib.error, EOFError) as error:
         raise DataError(f"{packed} is broken ({error}); install the package dataset-fashion-mnist again") from error
     partial.replace(target)
 
@@ -166,6 +169,8 @@ def _downloaded(name: str, root: Path, read: Callable[[], T]) -> T:
     try:
         root.mkdir(parents=True, exist_ok=True)
         return read()
+    except DataError:
+        raise
     except Exception as error:
         raise DataError(
             f"the data set {name} could not be read from {root} or downloaded ({type(error).__name__}: {error})."
@@ -176,7 +181,7 @@ def _downloaded(name: str, root: Path, read: Callable[[], T]) -> T:
 
 def _folder(path: Path) -> ImageSet:
     """Every image under `path`, its shorter side resized to 32 and centre-cropped; every tenth is held out."""
-    if not path.is_dir():
+    if path == Path() or not path.is_dir():
         raise DataError(f"{path} is not a folder; --data folder:PATH needs one that holds images")
     files = sorted(file for file in path.rglob("*") if file.suffix.lower() in _IMAGE_SUFFIXES)
     if len(files) < _FOLDER_HELD_OUT:
@@ -192,14 +197,17 @@ def _folder(path: Path) -> ImageSet:
 
 
 def _read_image(file: Path) -> Tensor:
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image, ImageOps
     from torchvision.transforms import functional
 
     try:
         with Image.open(file) as opened:
-            image = opened.convert("RGB")
-    except (OSError, UnidentifiedImageError) as error:
+            mode = opened.mode
+            image = ImageOps.exif_transpose(opened).convert("RGB")
+    except Exception as error:  # a decoder may raise anything on a broken file
         raise DataError(f"{file} cannot be read as an image ({error}); repair it or take it out") from error
+    if mode.startswith(("I", "F")):
+        raise DataError(f"{file} has pixels of more than 8 bits (mode {mode}); convert it to 8 bits or take it out")
     return functional.pil_to_tensor(functional.center_crop(functional.resize(image, _PATCH_SIZE), _PATCH_SIZE))
 
 
@@ -224,7 +232,8 @@ class Batches:
         """The batch of an update, counted from 0: [B, C, H, W]."""
         epoch, place = divmod(update, len(self._images) // self._batch_size)
         if epoch != self._epoch:
-            generator = torch.Generator().manual_seed(self._seed + epoch)
+            mixed = int(np.random.SeedSequence([self._seed, epoch]).generate_state(1)[0])
+            generator = torch.Generator().manual_seed(mixed)
             self._order = torch.randperm(len(self._images), generator=generator).to(self._images.device)
             self._epoch = epoch
         chosen = self._order[place * self._batch_size : (place + 1) * self._batch_size]

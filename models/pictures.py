@@ -116,7 +116,7 @@ def variance_held(latents: Tensor) -> Tensor:
 
 def directions_for(held: Tensor, share: float) -> int:
     """How many directions hold that share of the variance."""
-    return int((held < share).sum()) + 1
+    return min(int((held < share).sum()) + 1, len(held))
 
 
 def _plane(codes: np.ndarray, seed: int) -> tuple[np.ndarray, str]:

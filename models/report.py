@@ -38,18 +38,18 @@ _CAPTIONS = {
 }
 
 
-def write(folder: Path, images: ImageSet | None = None) -> dict[str, Any]:
+def write(folder: Path, device: torch.device, images: ImageSet | None = None) -> dict[str, Any]:
     """Write summary.json, the pictures and report.html into the folder of a run, and print the summary.
 
     Raises:
-        DataError: the folder holds no checkpoint, or its images cannot be had.
+        DataError: the images of the run cannot be had.
+        ValueError: the folder holds no whole run.
     """
     for name in ("config.json", "checkpoint.safetensors"):
         if not (folder / name).is_file():
-            raise DataError(f"{folder} holds no {name}; it needs to be the folder of a run that has saved")
-    config = Config.from_json((folder / "config.json").read_text())
+            raise ValueError(f"{folder} holds no {name}; it needs to be the folder of a run that has saved")
+    config = Config.read(folder / "config.json")
     images = images or load(config.data, Path(config.data_dir))
-    device = pick_device(config.device)
     model = build_model(config, images.train.shape[1]).to(device)
     progress = checkpoint.load_weights(folder / "checkpoint.safetensors", model)
     evaluation = evaluate(model, images.held_out, images.train_variance(), device)
@@ -61,11 +61,12 @@ def write(folder: Path, images: ImageSet | None = None) -> dict[str, Any]:
         "num_embeddings": config.num_embeddings,
         "training_seconds": round(progress["seconds"], 1),
     }
-    (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     figures = _draw(folder, model, images, evaluation, device, config.seed)
     for name, figure in figures.items():
         figure.savefig(folder / f"{name}.png", dpi=110)
-    (folder / "report.html").write_text(_page(folder, config, summary, images.attribution, list(figures)))
+    page = _page(folder, config, summary, images.attribution, list(figures))
+    (folder / "report.html").write_text(page, encoding="utf-8")
     _print(summary, folder)
     return summary
 
@@ -95,7 +96,7 @@ def _draw(
 
 
 def _training_error(folder: Path) -> np.ndarray:
-    with (folder / "metrics.csv").open(newline="") as file:
+    with (folder / "metrics.csv").open(newline="", encoding="utf-8") as file:
         return np.array([float(row["nmse"]) for row in csv.DictReader(file)])
 
 
@@ -166,9 +167,11 @@ def _print(summary: dict[str, Any], folder: Path) -> None:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m models.report", description="Report on a run.")
     parser.add_argument("run", type=Path, help="folder of the run")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:N or auto")
+    options = parser.parse_args(arguments)
     try:
-        write(parser.parse_args(arguments).run)
-    except DataError as error:
+        write(options.run, pick_device(options.device))
+    except (DataError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import math
 import os
+import shlex
 import signal
 import sys
 import time
@@ -69,23 +70,33 @@ class Run:
         return self.folder / "checkpoint.safetensors"
 
     def start(self) -> None:
+        """Make the folder.
+
+        Raises:
+            OSError: it cannot be made.
+        """
         self.folder.mkdir(parents=True)
-        (self.folder / "config.json").write_text(self.config.to_json())
-        with self._metrics().open("w", newline="") as file:
-            csv.writer(file).writerow(_COLUMNS)
+        _write(self.folder / "config.json", self.config.to_json())
+        self._write_metrics([])
 
     def resume(self) -> None:
+        """Take up the checkpoint, or begin anew where there is none yet.
+
+        Raises:
+            ValueError: the checkpoint is broken, or of more updates than are asked for.
+        """
         if self.checkpoint_path.exists():
             progress = checkpoint.load(self.checkpoint_path, self.model, self.optimizer)
             self.update, self.seconds = progress["update"], progress["seconds"]
-        # The file is replaced last of all, so rows after the checkpoint are of updates that are done again.
-        with self._metrics().open(newline="") as file:
-            header, *rows = list(csv.reader(file))
-        partial = self._metrics().with_suffix(".partial")
-        with partial.open("w", newline="") as file:
-            csv.writer(file).writerows([header, *rows[: self.update]])
-        os.replace(partial, self._metrics())
-        (self.folder / "config.json").write_text(self.config.to_json())
+        if self.update > self.config.updates:
+            raise ValueError(f"updates is {self.config.updates}; {self.folder} has done {self.update} already")
+        # Rows after the checkpoint are of updates that are done again.
+        rows: list[list[str]] = []
+        if self._metrics().exists():
+            with self._metrics().open(newline="", encoding="utf-8") as file:
+                rows = [row for row in csv.reader(file) if row[0].isdigit() and int(row[0]) <= self.update]
+        self._write_metrics(rows)
+        _write(self.folder / "config.json", self.config.to_json())
 
     def train(self) -> bool:
         """Train to the end, or until interrupted (False); either way all is saved.
@@ -145,26 +156,41 @@ class Run:
         first = self.update - len(rows)
         bad = next((i for i, row in enumerate(rows) if not math.isfinite(row[1])), None)
         good = rows if bad is None else rows[:bad]
-        with self._metrics().open("a", newline="") as file:
-            writer = csv.writer(file)
+        with self._metrics().open("a", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file, lineterminator="\n")
             for update, row in enumerate(good, start=first):
                 rate = learning_rate(self.config, update)
                 writer.writerow([update + 1, *(f"{value:.6g}" for value in (*row, rate))])
                 for name, value in zip(_COLUMNS[1:], (*row, rate), strict=True):
                     board.add_scalar(name, value, update + 1)
         if bad is not None:
-            kept = self.checkpoint_path if self.checkpoint_path.exists() else "none yet"
-            raise TrainingDiverged(
-                f"the loss of update {first + bad + 1} is {rows[bad][1]}; try a lower --lr. Last checkpoint: {kept}"
-            )
+            raise TrainingDiverged(f"the loss of update {first + bad + 1} is {rows[bad][1]}; {self._advice()}")
         return {"nmse": f"{rows[-1][0]:.4f}", "perplexity": f"{rows[-1][2]:.0f}"}
 
     def _save(self) -> None:
+        # The losses seen so far are of the weights before the last update.
+        if not all(value.isfinite().all() for value in self.model.state_dict().values()):
+            raise TrainingDiverged(f"update {self.update} made weights that are not finite; {self._advice()}")
         progress = {"update": self.update, "seconds": self.seconds}
         checkpoint.save(self.checkpoint_path, self.model, self.optimizer, progress)
 
+    def _advice(self) -> str:
+        kept = self.checkpoint_path if self.checkpoint_path.exists() else "none"
+        return f"start a new run with a lower --lr. Last good checkpoint: {kept}"
+
     def _metrics(self) -> Path:
         return self.folder / "metrics.csv"
+
+    def _write_metrics(self, rows: list[list[str]]) -> None:
+        text = "".join(",".join(row) + "\n" for row in [_COLUMNS, *rows])
+        _write(self._metrics(), text)
+
+
+def _write(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    partial = path.with_suffix(".partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
 
 
 @contextmanager
@@ -191,27 +217,30 @@ def main(arguments: list[str] | None = None) -> int:
     stamp = time.strftime("%Y%m%d-%H%M%S")
     folder = Path(config.out or f"runs/{config.model}-{config.data.split(':')[0]}-{stamp}")
     try:
-        if command.resume is None and folder.exists():
-            raise DataError(f"{folder} exists already; choose another --out, or go on with --resume {folder}")
-        run = Run(config, folder)
-    except (DataError, ValueError) as error:
-        return _fail(error)
-    run.resume() if command.resume else run.start()
+        return _run(config, folder, resumes=command.resume is not None)
+    except (DataError, TrainingDiverged) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"interrupted; what was saved is in {folder}", file=sys.stderr)
+        return 130
+
+
+def _run(config: Config, folder: Path, resumes: bool) -> int:
+    if not resumes and folder.exists():
+        raise DataError(f"{folder} exists already; choose another --out, or go on with --resume {folder}")
     try:
-        finished = run.train()
-    except TrainingDiverged as error:
-        return _fail(error)
-    if not finished:
-        print(f"interrupted after {run.update} updates; go on with: python -m models.train --resume {folder}")
+        run = Run(config, folder)
+        run.resume() if resumes else run.start()
+    except (ValueError, OSError) as error:
+        raise DataError(str(error)) from error
+    if not run.train():
+        again = shlex.join(["python", "-m", "models.train", "--resume", str(folder)])
+        print(f"interrupted after {run.update} updates; go on with: {again}")
         return 130
     checkpoint.save_weights(folder / "model.safetensors", run.model)
-    report.write(folder, run.images)
+    report.write(folder, run.device, run.images)
     return 0
-
-
-def _fail(error: Exception) -> int:
-    print(f"error: {error}", file=sys.stderr)
-    return 1
 
 
 if __name__ == "__main__":

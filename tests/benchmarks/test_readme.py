@@ -5,6 +5,7 @@ import re
 import torch
 
 from benchmarks import measure, readme, registry
+from benchmarks.__main__ import operations, training
 
 
 def test_the_table_is_not_stale():
@@ -27,6 +28,16 @@ def test_ratios_are_over_ours():
     assert ours["ratio"] == "1.00"
     assert float(other["ratio"]) > 2
     assert set(measure.COLUMNS) == set(ours)
+
+
+def test_rows_are_kept(tmp_path, monkeypatch):
+    path = tmp_path / "deeper" / "ops.csv"
+    operations((registry._ema_update(50, 7, 3), registry._sparse_decode(50, 7, 3, 2)), torch.device("cpu"), path)
+    assert [row["contender"] for row in measure.read(path)] == ["dlvae_kernels", "plain PyTorch"] * 2
+    (tmp_path / "summary.json").write_text('{"model": "dlvae", "nmse": 0.5}')
+    training([tmp_path], path, torch.device("cpu"))
+    (row,) = measure.read(path)
+    assert (row["model"], row["nmse"], row["torch"]) == ("dlvae", "0.5", torch.__version__)
 
 
 def test_contenders_agree():

@@ -16,10 +16,27 @@ def test_every_field_is_a_flag(capsys):
         assert f"--{field.name.replace('_', '-')}" in text
 
 
-def test_flags_set_fields():
+def test_flags_set_fields(tmp_path):
     config = parse(["--model", "dlvae", "--lr", "0.5", "--no-channels-last", "--updates", "7"]).config
     assert (config.model, config.lr, config.channels_last, config.updates) == ("dlvae", 0.5, False, 7)
-    assert Config.from_json(config.to_json()) == config
+    path = tmp_path / "config.json"
+    path.write_text(config.to_json())
+    assert Config.read(path) == config
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"no_such_field": 1}', '{"updates": 0}'])
+def test_a_broken_configuration_is_named(text, tmp_path):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ValueError, match=r"config\.json holds no configuration"):
+        Config.read(tmp_path / "config.json")
+
+
+def test_paths_become_absolute(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    config = parse(["--data", "folder:images"]).config
+    assert config.data == f"folder:{tmp_path / 'images'}"
+    assert config.data_dir == str(tmp_path / "data")
+    assert parse([]).config.data == "patches"
 
 
 @pytest.mark.parametrize(("model", "init"), [("vqvae", "uniform"), ("vqvae-ema", "normal")])
@@ -50,8 +67,11 @@ def test_the_notebooks_hyper_parameters(model, init):
     ("flags", "message"),
     [
         (["--updates", "0"], "updates is 0; it needs to be a whole number of at least 1"),
+        (["--hiddens", "1"], "hiddens is 1; it needs to be a whole number of at least 2"),
+        (["--seed", "-1"], r"seed is -1; it needs to be a whole number in \[0, 4294967295\]"),
+        (["--lr", "inf"], "lr is inf; it needs to lie in"),
         (["--batch-size", "-1"], "batch_size is -1"),
-        (["--lr", "-1"], "lr is -1.0; it needs to be at least 0"),
+        (["--lr", "-1"], "lr is -1.0; it needs to lie in"),
         (["--decay", "0"], r"decay is 0.0; vqvae-ema needs it in \(0, 1\]"),
         (["--model", "gan"], "invalid choice: 'gan'"),
         (["--resume", "no/such/run"], "--resume no/such/run: there is no"),

@@ -7,6 +7,7 @@ import csv
 import io
 import json
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,7 +23,7 @@ from safetensors.torch import load_file
 from models import report
 from models.build import build_model
 from models.config import Config, parse
-from models.train import Run, learning_rate
+from models.train import Run, TrainingDiverged, learning_rate
 
 ROOT = Path(__file__).parents[2]
 SMALL = ["--hiddens", "16", "--residual-hiddens", "8", "--num-embeddings", "32", "--embedding-dim", "8"]
@@ -95,7 +96,7 @@ def test_trains_and_reports(model, images, tmp_path):
         assert value in page
 
     weights = load_file(run / "model.safetensors")
-    config = Config.from_json((run / "config.json").read_text())
+    config = Config.read(run / "config.json")
     build_model(config, 3).load_state_dict(weights)
 
     before = (run / "summary.json").read_text()
@@ -167,13 +168,49 @@ def test_a_finished_run_goes_on(images, tmp_path):
 
 def test_a_loss_that_is_no_number_stops_and_keeps_the_last_good_checkpoint(images, tmp_path):
     run = tmp_path / "run"
-    result = train("--updates", 60, "--lr", "1e15", "--warmup", 2000000, "--out", run, *images)
+    assert train("--updates", 20, "--out", run, *images).returncode == 0
+    config = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps({**config, "lr": 1e35, "schedule": "constant"}))
+    before = (run / "checkpoint.safetensors").read_bytes()
+    result = train("--resume", run, "--updates", 60)
     assert result.returncode == 1
-    assert re.search(r"error: the loss of update \d+ is (nan|inf); try a lower --lr", result.stderr)
+    message = (
+        r"error: (the loss of update \d+ is (nan|inf)|.*not finite); start a new run with a lower --lr\. Last good"
+    )
+    assert re.search(message, result.stderr), result.stderr
     assert all(np.isfinite(float(row["loss"])) for row in rows(run))
-    assert not (run / "model.safetensors").exists()
-    if (run / "checkpoint.safetensors").exists():
-        assert all(torch.isfinite(value).all() for value in load_file(run / "checkpoint.safetensors").values())
+    assert (run / "checkpoint.safetensors").read_bytes() == before
+
+
+def test_weights_that_are_not_finite_are_never_saved(images, tmp_path):
+    run = Run(parse([*images, "--out", str(tmp_path / "run")]).config, tmp_path / "run")
+    run.start()
+    run._save()
+    before = run.checkpoint_path.read_bytes()
+    next(run.model.parameters()).data[0] = torch.nan
+    with pytest.raises(TrainingDiverged, match="not finite"):
+        run._save()
+    assert run.checkpoint_path.read_bytes() == before
+
+
+def test_broken_runs_say_so(whole, images, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(whole, run)
+    result = train("--resume", run, "--updates", 20)
+    assert f"error: updates is 20; {run} has done 60 already" in result.stderr
+    (run / "metrics.csv").unlink()
+    assert Run(parse(["--resume", str(run)]).config, run).resume() is None
+    (run / "checkpoint.safetensors").write_bytes(b"no checkpoint")
+    result = train("--resume", run)
+    assert result.returncode == 1
+    assert "checkpoint.safetensors is not a whole checkpoint of a run" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert report.main([str(run)]) == 1
+    result = train(*images, "--device", "nowhere", "--out", tmp_path / "other")
+    assert "error: device is 'nowhere', which cannot be used here" in result.stderr
+    result = train(*images, "--device", "meta", "--out", tmp_path / "other")
+    assert "error: device is 'meta'; it needs to be cpu, cuda, cuda:N or auto" in result.stderr
+    assert not (tmp_path / "other").exists()
 
 
 def test_bad_data_and_sizes_say_so(images, tmp_path):
