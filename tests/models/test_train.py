@@ -216,7 +216,8 @@ def test_broken_runs_say_so(whole, images, tmp_path):
 def test_bad_data_and_sizes_say_so(images, tmp_path):
     result = train("--data", "folder:nowhere", "--out", tmp_path / "a")
     assert result.returncode == 1
-    assert result.stderr.strip() == "error: nowhere is not a folder; --data folder:PATH needs one that holds images"
+    message = f"error: {ROOT / 'nowhere'} is not a folder; --data folder:PATH needs one that holds images"
+    assert result.stderr.strip() == message
     result = train("--model", "dlvae", *images, "--sparsity-level", 33, "--out", tmp_path / "b")
     assert "sparsity_level is 33; it needs to be a whole number in [1, 32]" in result.stderr
     assert not (tmp_path / "a").exists()
