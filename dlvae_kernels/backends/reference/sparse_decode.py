@@ -8,9 +8,9 @@ from torch.nn.functional import embedding_bag
 
 from .segment_sum import segment_sum
 
-# Elements of one temporary chunk in the gradient of the values.
+# Elements of one temporary chunk in the backward.
 _CHUNK_ELEMENTS = 2**21
-# Above this K / k a chunk gathers its atoms; below, one product with the whole dictionary is cheaper.
+# Above this K / k the backward gathers the kept atoms; below, products with all atoms are cheaper.
 _GATHER_ABOVE = 64
 
 
@@ -29,29 +29,51 @@ def sparse_decode_bwd(
     dtype = torch.promote_types(dictionary.dtype, torch.float32)
     k = indices.shape[-1]
     rows = grad.reshape(-1, grad.shape[-1]).to(dtype)  # [N, D]
-    per_row = indices.reshape(-1, k)  # [N, k]
+    coefficients, atoms = values.reshape(-1, k).to(dtype), indices.reshape(-1, k)  # [N, k]
+    wide = dictionary.to(dtype)
+    gathers = len(wide) > _GATHER_ABOVE * k
     grad_values, grad_dictionary = (torch.empty(0, dtype=dtype, device=grad.device) for _ in range(2))
-    if need_values:
-        grad_values = _atom_products(rows, per_row, dictionary.to(dtype)).view(values.shape)
-    if need_dictionary:
-        row_of = torch.arange(len(rows), device=grad.device).repeat_interleave(k)  # [N * k]
-        weights = values.flatten().to(dtype)
-        grad_dictionary = segment_sum(rows, row_of, per_row.flatten(), len(dictionary), weights)
+    # Autocast would round the matrix products to half precision.
+    with torch.autocast(grad.device.type, enabled=False):
+        if need_values:
+            grad_values = _products_by_gather(rows, atoms, wide) if gathers else _products(rows, atoms, wide)
+            grad_values = grad_values.view(values.shape)
+        if need_dictionary:
+            grad_dictionary = (_sums_by_segment if gathers else _sums)(rows, coefficients, atoms, len(wide))
     return grad_values, grad_dictionary
 
 
-def _atom_products(rows: Tensor, indices: Tensor, dictionary: Tensor) -> Tensor:
-    """Inner product of each row [N, D] with its atoms: [N, k]."""
-    products = torch.empty(indices.shape, dtype=rows.dtype, device=rows.device)
-    num_atoms, k = len(dictionary), indices.shape[1]
-    gathers = num_atoms > _GATHER_ABOVE * k
-    chunk = max(1, _CHUNK_ELEMENTS // max(1, k * rows.shape[1] if gathers else num_atoms))
-    # Autocast would round a matrix product to half precision.
-    with torch.autocast(rows.device.type, enabled=False):
-        for start in range(0, len(rows), chunk):
-            part = slice(start, start + chunk)
-            if gathers:
-                products[part] = (rows[part, None] * dictionary[indices[part]]).sum(2)
-            else:
-                products[part] = (rows[part] @ dictionary.T).gather(1, indices[part])
-    return products
+def _products(rows: Tensor, atoms: Tensor, dictionary: Tensor) -> Tensor:
+    """Inner product of each row [N, D] with its atoms [N, k], out of those with all: [N, k]."""
+    parts = zip(rows.split(chunk := _rows_of(len(dictionary))), atoms.split(chunk), strict=True)
+    return torch.cat([(row @ dictionary.T).gather(1, atom) for row, atom in parts])
+
+
+def _products_by_gather(rows: Tensor, atoms: Tensor, dictionary: Tensor) -> Tensor:
+    """As `_products`, of the kept atoms alone."""
+    parts = zip(rows.split(chunk := _rows_of(atoms.shape[1] * rows.shape[1])), atoms.split(chunk), strict=True)
+    return torch.cat([(row[:, None] * dictionary[atom]).sum(2) for row, atom in parts])
+
+
+def _sums(rows: Tensor, coefficients: Tensor, atoms: Tensor, num_atoms: int) -> Tensor:
+    """Sum over rows [N, D] of each row times its coefficient for an atom [N, k], by dense coefficients: [K, D]."""
+    sums = rows.new_zeros(num_atoms, rows.shape[1])
+    chunk = _rows_of(num_atoms)
+    for row, coefficient, atom in zip(rows.split(chunk), coefficients.split(chunk), atoms.split(chunk), strict=True):
+        dense = row.new_zeros(len(row), num_atoms)
+        # Column by column: no two additions meet, so that their order is fixed on a GPU too.
+        for j in range(atom.shape[1]):
+            dense.scatter_add_(1, atom[:, j : j + 1], coefficient[:, j : j + 1])
+        sums.addmm_(dense.T, row)
+    return sums
+
+
+def _sums_by_segment(rows: Tensor, coefficients: Tensor, atoms: Tensor, num_atoms: int) -> Tensor:
+    """As `_sums`, by sorting the pairs of row and atom."""
+    row_of = torch.arange(len(rows), device=rows.device).repeat_interleave(atoms.shape[1])  # [N * k]
+    return segment_sum(rows, row_of, atoms.flatten(), num_atoms, coefficients.flatten())
+
+
+def _rows_of(elements: int) -> int:
+    """How many rows of that many elements make a chunk."""
+    return max(1, _CHUNK_ELEMENTS // elements)
