@@ -148,6 +148,16 @@ def test_a_killed_run_resumes_to_the_same_bits(images, whole, tmp_path):
     assert_same_end(run, whole)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_resumes_on_a_gpu(images, tmp_path):
+    run = tmp_path / "run"
+    assert train(*images, "--device", "cuda", "--updates", 20, "--out", run).returncode == 0
+    result = train("--resume", run, "--updates", 40)
+    assert result.returncode == 0, result.stderr
+    assert len(rows(run)) == 40
+
+
 def test_ctrl_c_saves_and_resumes(images, whole, tmp_path):
     run = tmp_path / "run"
     process = interrupted(images, run, signal.SIGINT)
