@@ -90,11 +90,11 @@ class Run:
             self.update, self.seconds = progress["update"], progress["seconds"]
         if self.update > self.config.updates:
             raise ValueError(f"updates is {self.config.updates}; {self.folder} has done {self.update} already")
-        # Rows after the checkpoint are of updates that are done again.
+        # Rows after the checkpoint, of which the last may be cut, are of updates that are done again.
         rows: list[list[str]] = []
         if self._metrics().exists():
             with self._metrics().open(newline="", encoding="utf-8") as file:
-                rows = [row for row in csv.reader(file) if row[0].isdigit() and int(row[0]) <= self.update]
+                rows = list(csv.reader(file))[1 : self.update + 1]
         self._write_metrics(rows)
         _write(self.folder / "config.json", self.config.to_json())
 
