@@ -36,7 +36,7 @@ def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict
     """Restore what `save` wrote; returns the progress.
 
     Raises:
-        ValueError: the file is not a whole checkpoint of this model.
+        ValueError: the file is not a whole checkpoint of a run.
     """
     tensors, progress = _read(path)
     model.load_state_dict(_below(tensors, _MODEL))
@@ -57,7 +57,7 @@ def load_weights(path: Path, model: nn.Module) -> dict[str, Any]:
     """Restore the weights alone, of `save`; returns the progress.
 
     Raises:
-        ValueError: the file is not a whole checkpoint of this model.
+        ValueError: the file is not a whole checkpoint of a run.
     """
     tensors, progress = _read(path)
     model.load_state_dict(_below(tensors, _MODEL))

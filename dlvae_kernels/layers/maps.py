@@ -23,7 +23,7 @@ def map_to_rows(name: str, inputs: Tensor, codes_name: str, codes: Tensor, chann
 
 
 def rows_to_map(rows: Tensor, like: Tensor, channel_last: bool) -> Tensor:
-    """The inverse of `map_to_rows` for the map `like`; a last dimension other than D is kept."""
+    """The inverse of `map_to_rows` for the map `like`."""
     if channel_last or like.ndim == 2:
         return rows
     return rows.transpose(1, 2).unflatten(2, like.shape[2:])
