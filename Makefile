@@ -1,7 +1,8 @@
-.PHONY: setup train test lint bench gpu readme-table
+.PHONY: setup train test lint bench plot gpu wheels readme-table
 
 VENV := .venv
 PYTHON := $(VENV)/bin/python
+WHEEL_PYTHON ?= 3.12
 STAMP := $(VENV)/.installed
 
 setup: $(STAMP)
@@ -27,8 +28,18 @@ lint: setup
 bench: setup
 	$(PYTHON) -m benchmarks cpu
 
+plot: setup
+	$(PYTHON) -m benchmarks plot
+
 readme-table: setup
 	$(PYTHON) -m benchmarks readme-table
+
+# Baselines for a GPU machine without a network: `make gpu` there installs what lies in .whl.
+wheels: setup
+	$(PYTHON) -m pip download --quiet --no-deps --only-binary=:all: --python-version $(WHEEL_PYTHON) --implementation cp \
+		--platform manylinux_2_28_x86_64 --platform manylinux_2_27_x86_64 --platform manylinux_2_17_x86_64 \
+		--platform manylinux2014_x86_64 --constraint constraints.txt --dest .whl \
+		flash-kmeans eai-sparsify vector-quantize-pytorch einops einx loguru torch-einops-utils frozendict hypothesis sortedcontainers
 
 # On a machine with a GPU; needs no installation: python3 -m benchmarks gpu does the same.
 gpu:

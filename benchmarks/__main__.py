@@ -1,78 +1,129 @@
-"""`python -m benchmarks cpu | gpu | train RUN ... | readme-table`."""
+"""Measure ours against what users would pick instead.
+
+`python -m benchmarks` lists what there is, `python -m benchmarks --op nearest_code` measures a part of it.
+"""
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import subprocess
 import sys
-import time
+from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from . import measure, readme, registry
+from models.build import pick_device
 
-# Updates of the training run on a GPU, a length that takes well under a minute there.
-_GPU_UPDATES = 2000
-
-
-def operations(cases: tuple[registry.Case, ...], device: torch.device, path: Path) -> None:
-    """Time all cases on a device into a CSV file, and print them."""
-    table = []
-    for case in cases:
-        for row in measure.rows(case, device):
-            table.append(row)
-            print(*(row[name] for name in measure.COLUMNS[:5]), sep="  ", flush=True)
-    measure.write(path, table)
+from . import gpu, plot, readme, results, run, verify
+from .registry import ENTRIES
 
 
-def training(runs: list[Path], path: Path, device: torch.device) -> None:
-    """Collect the summaries of finished runs into a CSV file."""
-    summaries = [json.loads((run / "summary.json").read_text(encoding="utf-8")) for run in runs]
-    measure.write(
-        path,
-        [{**{key: str(value) for key, value in each.items()}, **measure.environment(device)} for each in summaries],
-    )
+def _list() -> None:
+    for entry in ENTRIES.values():
+        print(entry.name)
+        for device, sizes in entry.sizes.items():
+            print(f"  {device}:", "; ".join(f"{size.workload} {size} {size.precision}" for size in sizes))
+        print("  beside:", "; ".join(each.name for each in entry.contenders[1:]))
 
 
-def gpu() -> int:
-    """Tests on the GPU, then the benchmark, then a training run; results under $OUT or benchmarks/results/."""
-    if not torch.cuda.is_available():
-        print("error: no CUDA device; `python -m benchmarks gpu` needs one", file=sys.stderr)
-        return 1
-    out = Path(os.environ.get("OUT", readme.RESULTS))
-    tests = subprocess.run([sys.executable, "-m", "pytest", "-q", "-m", "gpu", "tests"])
-    device = torch.device("cuda")
-    operations(registry.CUDA_CASES, device, out / "ops-gpu.csv")
-    run = Path("runs") / f"gpu-{time.strftime('%Y%m%d-%H%M%S')}"
-    words = ["--updates", str(_GPU_UPDATES), "--batch-size", "256", "--device", "cuda", "--out", str(run)]
-    trained = subprocess.run([sys.executable, "-m", "models.train", *words])
-    if trained.returncode == 0:
-        training([run], out / "training-gpu.csv", device)
-    return tests.returncode or trained.returncode
+def _measure(arguments: argparse.Namespace) -> int:
+    device = pick_device(arguments.device)
+    cases = run.select(arguments.op, arguments.size, device)
+    known = {each.name for entry, _ in cases for each in entry.contenders}
+    for name in arguments.baseline or ():
+        if name not in known:
+            raise ValueError(f"baseline is {name!r}; it needs to be one of {', '.join(sorted(known))}")
+    status = 0
+    with results.writing(arguments.csv) if arguments.csv else nullcontext(lambda rows: None) as add:
+        for table in run.rows(cases, device, baselines=arguments.baseline, backend=arguments.backend):
+            add(table)
+            status |= int(run.any_of_ours_is_wrong(table))
+    return status
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks", description="Measure; results are CSV files.")
-    commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("cpu", help="time the operations on the CPU into benchmarks/results/ops-cpu.csv")
-    commands.add_parser("gpu", help="test, time and train on a GPU; results under $OUT or benchmarks/results/")
+def _verify(arguments: argparse.Namespace) -> int:
+    device = pick_device(arguments.device)
+    cases = run.select([arguments.op], arguments.size, device)
+    sizes = [size for _, size in cases if arguments.size or size.workload != "growth"]
+    print(*verify.verify(cases[0][0], sizes, arguments.base, device), sep="\n")
+    return 0
+
+
+def _compare(arguments: argparse.Namespace) -> int:
+    print(*results.compare(results.read(arguments.first), results.read(arguments.second)), sep="\n")
+    return 0
+
+
+def _readme_table() -> None:
+    path = results.ROOT / "README.md"
+    path.write_text(readme.updated(path.read_text(encoding="utf-8")), encoding="utf-8")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    _add_selection(parser.add_argument, "append")
+    parser.add_argument("--backend", help="force ours onto it: triton, native or reference")
+    parser.add_argument("--baseline", action="append", help="only beside this one; may be repeated")
+    parser.add_argument("--csv", type=Path, help="write the rows to this file too")
+    commands = parser.add_subparsers(dest="command")
+    commands.add_parser("cpu", help="the standard set of the CPU, into benchmarks/results/cpu.csv")
+    on_gpu = commands.add_parser("gpu", help="test, time and train on a GPU; results under $OUT or benchmarks/results/")
+    on_gpu.add_argument("--commit", help="what the rows say where git cannot")
     finished = commands.add_parser("train", help="collect finished CPU runs into benchmarks/results/training-cpu.csv")
     finished.add_argument("runs", type=Path, nargs="+", metavar="RUN")
-    commands.add_parser("readme-table", help="write the table of README.md from benchmarks/results/")
-    arguments = parser.parse_args()
+    verifies = commands.add_parser("verify", help="test an operation, then time it against another commit")
+    _add_selection(verifies.add_argument, "store")
+    verifies.add_argument("--base", default="main", help="the commit to compare with")
+    compares = commands.add_parser("compare", help="how well the ratios of two CSV files agree")
+    compares.add_argument("first", type=Path)
+    compares.add_argument("second", type=Path)
+    commands.add_parser("plot", help="draw the PNGs of benchmarks/results/ from its CSV files")
+    commands.add_parser("readme-table", help="write the tables of README.md from benchmarks/results/")
+    return parser
+
+
+def _add_selection(add: Callable[..., Any], op: str) -> None:
+    add("--op", action=op, required=op == "store", help=f"one of {', '.join(ENTRIES)}")
+    add("--size", action="append", help="part of a workload's name, or NxKxD[xk]; may be repeated")
+    add("--device", default="cpu", help="cpu or cuda")
+
+
+def main(words: list[str] | None = None) -> int:
+    words = sys.argv[1:] if words is None else words
+    if not words:
+        _list()
+        return 0
+    arguments = _parser().parse_args(words)
+    try:
+        return _run(arguments)
+    except (ValueError, OSError, verify.RefusedError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+
+
+def _run(arguments: argparse.Namespace) -> int:
     if arguments.command == "gpu":
-        return gpu()
-    cpu = torch.device("cpu")
+        if arguments.commit:
+            os.environ["DLVAE_COMMIT"] = arguments.commit
+        return gpu.main()
+    if arguments.command == "verify":
+        return _verify(arguments)
+    if arguments.command == "compare":
+        return _compare(arguments)
     if arguments.command == "cpu":
-        operations(registry.CPU_CASES, cpu, readme.RESULTS / "ops-cpu.csv")
-    elif arguments.command == "train":
-        training(arguments.runs, readme.RESULTS / "training-cpu.csv", cpu)
+        return run.standard(torch.device("cpu"), results.FOLDER / "cpu.csv")
+    if arguments.command == "train":
+        results.write_training(arguments.runs, results.FOLDER / "training-cpu.csv", torch.device("cpu"))
+    elif arguments.command == "plot":
+        for csv in sorted(results.FOLDER.glob("[cg]pu.csv")):
+            print(*plot.write(csv, results.FOLDER), sep="\n")
+    elif arguments.command == "readme-table":
+        _readme_table()
     else:
-        path = readme.ROOT / "README.md"
-        path.write_text(readme.updated(path.read_text(encoding="utf-8")), encoding="utf-8")
+        return _measure(arguments)
     return 0
 
 

@@ -1,90 +1,247 @@
-"""Timing of contenders against each other, and the CSV rows that keep it."""
+"""Timing of contenders against each other: warmed up, interleaved in one process, judged before they are timed."""
 
 from __future__ import annotations
 
-import csv
-import platform
+import gc
 import statistics
-import subprocess
 import time
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any
 
 import torch
 
-from .registry import Case
+from dlvae_kernels.backends import choose, use_backend
 
-COLUMNS = ("op", "size", "contender", "milliseconds", "ratio", "device", "threads", "torch", "commit")
-_ROUNDS = 7
+from .ceilings import Ceilings
+from .entry import TOLERANCES, Call, Contender, Entry, Inputs, MissingError, Size, Verdict, draw
+from .memory import peak_megabytes
+
+# A sample on the CPU repeats a short call until it lasts this long, far over the resolution of the clock.
+_LEAST_SAMPLE = 2e-3  # seconds
+_MOST_REPEATS = 50
+_ROUNDS = (5, 41)  # at least and at most
+# On a GPU each call finds the L2 cache overwritten, and other inputs than the call before it.
+_FLUSH_BYTES = 256 * 2**20
+_INPUT_SETS = {"cpu": 1, "cuda": 3}
+_MOST_INPUT_BYTES = 16 * 2**30
 
 
-def device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    models = (line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name"))
-    return next(models, f":{platform.processor()}").partition(":")[2].strip()
+@dataclass
+class Result:
+    """What was found of one contender: why it did not run, or its verdict, times and peak memory by pass."""
+
+    contender: Contender
+    backend: str = ""  # that ours ran on
+    reason: str | None = None
+    verdict: Verdict | None = None
+    seconds: dict[str, list[float]] = field(default_factory=dict)
+    megabytes: dict[str, float] = field(default_factory=dict)
+    calls: list[Call] = field(default_factory=list)
+    repeats: int = 1
 
 
-def commit() -> str:
-    """The commit that is checked out, marked where files differ from it."""
+def race(
+    entry: Entry,
+    size: Size,
+    device: torch.device,
+    *,
+    names: Sequence[str] | None = None,
+    backend: str | None = None,
+    seconds: float = 6.0,
+    memory: bool = True,
+) -> list[Result]:
+    """Judge and time the contenders of an entry at a size, ours always among them.
+
+    Args:
+        names: baselines to take; None: all.
+        backend: force ours onto it; None: what it chooses.
+        seconds: about how long to time; slow contenders still get a few rounds.
+    """
+    chosen = [each for i, each in enumerate(entry.contenders) if i == 0 or names is None or each.name in names]
+    with use_backend(backend) if backend else nullcontext():
+        inputs = input_sets(entry, size, device)
+        results = [prepare(entry, each, inputs) for each in chosen]
+        results[0].backend = _backend_of(entry, device)
+        _time([each for each in results if each.reason is None], device, seconds)
+        for result in results:
+            if memory and result.reason is None:
+                result.megabytes = peak_megabytes(entry, size, device, result.contender, backend)
+    return results
+
+
+def input_sets(entry: Entry, size: Size, device: torch.device) -> list[Inputs]:
+    first = draw(size, device, unit=entry.unit)
+    taken = sum(each.nbytes for each in (first.x, first.codes, first.indices, first.values, first.grad))
+    fit = max(1, min(_INPUT_SETS[device.type], _MOST_INPUT_BYTES // max(1, taken)))
+    return [first, *(draw(size, device, seed, entry.unit) for seed in range(1, fit))]
+
+
+def prepare(entry: Entry, contender: Contender, inputs: list[Inputs]) -> Result:
+    """Prepare a contender, warm it up and judge its first answer; what it raises becomes its reason."""
+    result = Result(contender)
     try:
-        words = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
-        return subprocess.run(words, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+        result.calls = [contender.prepare(each) for each in inputs]
+        call, size = result.calls[0], inputs[0].size
+        out = call.forward()
+        answer = call.answer(out)
+        gradients = call.backward(out) if call.backward else None
+        precision = contender.precision or size.precision
+        judge = contender.judge or entry.judge
+        result.verdict = judge(inputs[0], answer, gradients, TOLERANCES["float32" if contender.exact else precision])
+        for other in result.calls[1:]:
+            out = other.forward()
+            if other.backward:
+                other.backward(out)
+    except MissingError as error:
+        result.reason = f"missing: {error}"
+    except Exception as error:
+        # Another library may raise anything; ours must not.
+        if contender.exact and not isinstance(error, torch.OutOfMemoryError):
+            raise
+        result.reason = (
+            f"failed: {type(error).__name__}: {str(error).strip().splitlines()[0][:200] if str(error) else ''}"
+        )
+        result.calls = []
+    return result
 
 
-def rows(case: Case, device: torch.device) -> list[dict[str, str]]:
-    """Time the contenders of a case, interleaved; a row for each, with its time over ours."""
-    torch.manual_seed(0)
-    contenders = case.contenders(device)
-    seconds: dict[str, list[float]] = {name: [] for name in contenders}
-    for _ in range(_ROUNDS + 1):
-        for name, run in contenders.items():
-            seconds[name].append(_time(run, device))
-    # The first round warms up.
-    medians = {name: statistics.median(times[1:]) for name, times in seconds.items()}
-    ours = next(iter(medians.values()))
-    return [
-        {
-            "op": case.op,
-            "size": " x ".join(map(str, case.size)),
-            "contender": name,
-            "milliseconds": f"{1e3 * median:.3f}",
-            "ratio": f"{median / ours:.2f}",
-            **environment(device),
-        }
-        for name, median in medians.items()
-    ]
+def _time(results: list[Result], device: torch.device, budget: float) -> None:
+    with _quiet():
+        begin = time.perf_counter()
+        for result in results:
+            _calibrate(result, device)
+        # The slowest has not been repeated: a round lasts about as long as this first one did.
+        least, most = _ROUNDS
+        lasts = max(time.perf_counter() - begin, _LEAST_SAMPLE * len(results))
+        for number in range(max(least, min(most, int(budget / lasts)))):
+            # Another begins each round, so that no one always follows the same one.
+            first = number % len(results)
+            for result in results[first:] + results[:first]:
+                for name, value in sample(result, device, number).items():
+                    result.seconds.setdefault(name, []).append(value)
 
 
-def environment(device: torch.device) -> dict[str, str]:
-    return {
-        "device": device_name(device),
-        "threads": str(torch.get_num_threads()),
-        "torch": torch.__version__,
-        "commit": commit(),
-    }
+def ours(entry: Entry, size: Size, device: torch.device) -> Result:
+    """Our contender alone, judged and ready for `sample`."""
+    result = prepare(entry, entry.contenders[0], input_sets(entry, size, device))
+    _calibrate(result, device)
+    return result
 
 
-def write(path: Path, table: list[dict[str, str]]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(table[0]))
-        writer.writeheader()
-        writer.writerows(table)
+def _calibrate(result: Result, device: torch.device) -> None:
+    """How often a sample has to repeat the call."""
+    first = sample(result, device)["forward"]
+    result.repeats = max(1, min(_MOST_REPEATS, round(_LEAST_SAMPLE / max(first, 1e-9))))
 
 
-def read(path: Path) -> list[dict[str, str]]:
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
+def sample(result: Result, device: torch.device, number: int = 0) -> dict[str, float]:
+    """Seconds of each pass, once; the number of the round says which inputs it takes."""
+    call = result.calls[number % len(result.calls)]
+    return _cuda_sample(call) if device.type == "cuda" else _cpu_sample(call, result.repeats)
 
 
-def _time(run: Callable[[], object], device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+def _cpu_sample(call: Call, repeats: int) -> dict[str, float]:
+    """Seconds of a forward (a mean over repeats), and of the backward of the last."""
     begin = time.perf_counter()
-    run()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - begin
+    for _ in range(repeats):
+        out = call.forward()
+    found = {"forward": (time.perf_counter() - begin) / repeats}
+    if call.backward:
+        begin = time.perf_counter()
+        call.backward(out)
+        found["backward"] = time.perf_counter() - begin
+    return found
+
+
+def _cuda_sample(call: Call) -> dict[str, float]:
+    """By events; the flush before keeps the GPU busy while the call is queued."""
+    found: dict[str, float] = {}
+
+    def timed(name: str, run: Callable[[], Any]) -> Any:
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        _flush().zero_()
+        begin.record()
+        out = run()
+        end.record()
+        torch.cuda.synchronize()
+        found[name] = begin.elapsed_time(end) * 1e-3
+        return out
+
+    out, backward = timed("forward", call.forward), call.backward
+    if backward:
+        timed("backward", lambda: backward(out))
+    return found
+
+
+@lru_cache
+def _flush() -> torch.Tensor:
+    return torch.empty(_FLUSH_BYTES, dtype=torch.uint8, device="cuda")
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No garbage collection meanwhile."""
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
+def rows(results: list[Result], entry: Entry, size: Size, ceilings: Ceilings) -> list[dict[str, Any]]:
+    """A row for each contender and pass, without what the environment adds."""
+    table = []
+    ours = results[0]
+    for result in results:
+        precision = result.contender.precision or size.precision
+        common = {
+            "op": entry.name,
+            "workload": size.workload,
+            "size": str(size),
+            "contender": result.contender.name,
+            "backend": result.backend,
+            "precision": precision,
+            "package": result.contender.package,
+        }
+        if result.reason is not None:
+            table.append({**common, "pass": "forward", "status": result.reason})
+            continue
+        assert result.verdict is not None
+        for name, seconds in result.seconds.items():
+            row = {**common, "pass": name, **_spread("ms", [1e3 * each for each in seconds], ".4g")}
+            # Rounds are paired, so that what slows a whole round down leaves the ratio as it is.
+            if name in ours.seconds:
+                pairs = zip(seconds, ours.seconds[name], strict=True)
+                row |= _spread("ratio", [other / our for other, our in pairs], ".3f")
+            if name in entry.work:
+                limit = ceilings.seconds(entry.work[name](size), precision)
+                row["limit_percent"] = f"{100 * limit / statistics.median(seconds):.3g}"
+            if name in result.megabytes:
+                row["peak_mb"] = f"{result.megabytes[name]:.1f}"
+            if result.verdict.differing is not None:
+                row["differing"] = f"{result.verdict.differing:.2g}"
+            row["error"] = f"{result.verdict.error:.2g}"
+            row["status"] = "wrong" if result.verdict.wrong else "ok"
+            table.append(row)
+    return table
+
+
+def _backend_of(entry: Entry, device: torch.device) -> str:
+    """The backends that ours runs on for this entry."""
+    probe = torch.empty(0, device=device)
+    names = [choose(op, probe).__module__.split(".")[2] for op in entry.ops]
+    return "+".join(dict.fromkeys(names))
+
+
+def _spread(name: str, values: list[float], form: str) -> dict[str, str]:
+    """Median, 20th and 80th percentile."""
+    cuts = statistics.quantiles(values, n=5, method="inclusive")
+    return {
+        name: format(statistics.median(values), form),
+        f"{name}_p20": format(cuts[0], form),
+        f"{name}_p80": format(cuts[3], form),
+    }

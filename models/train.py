@@ -10,7 +10,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -104,21 +104,19 @@ class Run:
         Raises:
             TrainingDiverged: a loss is not a number; the last good checkpoint is kept.
         """
-        from torch.utils.tensorboard import SummaryWriter
         from tqdm import tqdm
 
         config = self.config
         self.model.train()
         refresh = 0.5 if sys.stderr.isatty() else 30  # seconds
         with (
-            SummaryWriter(str(self.folder), purge_step=self.update) as board,
+            _board(self.folder, self.update) as board,
             tqdm(total=config.updates, initial=self.update, unit="update", mininterval=refresh) as bar,
             _interrupts() as interrupted,
         ):
             begin = time.perf_counter() - self.seconds
             while self.update < config.updates and not interrupted:
-                self._pending.append(self._step())
-                self.update += 1
+                self._pending.append(self.step())
                 bar.update()
                 saves = self.update % config.checkpoint_every == 0
                 if saves or len(self._pending) == _LOOK_EVERY:
@@ -131,7 +129,7 @@ class Run:
             self._save()
         return self.update >= config.updates
 
-    def _step(self) -> Tensor:
+    def step(self) -> Tensor:
         """One update; returns (nmse, loss, perplexity) on the device, without waiting for it."""
         images = self.batches[self.update]
         for group in self.optimizer.param_groups:
@@ -144,6 +142,7 @@ class Run:
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()
+        self.update += 1
         in_use = perplexity(coding.use(self.config.num_embeddings))
         return torch.stack([nmse.detach(), loss.detach(), in_use])
 
@@ -161,7 +160,7 @@ class Run:
             for update, row in enumerate(good, start=first):
                 rate = learning_rate(self.config, update)
                 writer.writerow([update + 1, *(f"{value:.6g}" for value in (*row, rate))])
-                for name, value in zip(_COLUMNS[1:], (*row, rate), strict=True):
+                for name, value in zip(_COLUMNS[1:], (*row, rate), strict=True) if board else ():
                     board.add_scalar(name, value, update + 1)
         if bad is not None:
             raise TrainingDiverged(f"the loss of update {first + bad + 1} is {rows[bad][1]}; {self._advice()}")
@@ -184,6 +183,16 @@ class Run:
     def _write_metrics(self, rows: list[list[str]]) -> None:
         text = "".join(",".join(row) + "\n" for row in [_COLUMNS, *rows])
         _write(self._metrics(), text)
+
+
+def _board(folder: Path, update: int) -> AbstractContextManager[Any]:
+    """A writer of TensorBoard events, or None where TensorBoard is not installed."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        print("tensorboard is not installed: no events are written", file=sys.stderr)
+        return nullcontext()
+    return SummaryWriter(str(folder), purge_step=update)
 
 
 def _write(path: Path, text: str) -> None:

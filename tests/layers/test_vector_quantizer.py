@@ -8,8 +8,8 @@ import pickle
 import pytest
 import torch
 
+from benchmarks import notebook
 from dlvae_kernels import VectorQuantizer, VectorQuantizerEMA
-from tests import notebook
 
 K, D = 24, 6
 

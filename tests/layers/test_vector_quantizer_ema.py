@@ -5,8 +5,8 @@ import copy
 import pytest
 import torch
 
+from benchmarks import notebook
 from dlvae_kernels import VectorQuantizerEMA
-from tests import notebook
 
 K, D = 24, 6
 

@@ -253,6 +253,16 @@ def test_bfloat16_trains(images, tmp_path):
     assert all(parameter.dtype == torch.float32 for parameter in run.model.parameters())
 
 
+def test_trains_without_tensorboard(images, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    run = Run(parse([*images, "--updates", "3"]).config, tmp_path / "run")
+    run.start()
+    assert run.train()
+    assert "tensorboard is not installed" in capsys.readouterr().err
+    assert len(rows(run.folder)) == 3
+    assert not list(run.folder.glob("events.out*"))
+
+
 def test_umap_is_optional_at_import():
     code = "import sys; sys.modules['umap'] = None; import models.train, models.report"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0

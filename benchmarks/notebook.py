@@ -46,7 +46,7 @@ class VectorQuantizer(nn.Module):
 class VectorQuantizerEMA(nn.Module):
     def __init__(self, codebook: Tensor, commitment_cost: float, decay: float, epsilon: float) -> None:
         super().__init__()
-        self.codebook, self.sums, self.sizes = codebook.clone(), codebook.clone(), torch.ones(len(codebook))
+        self.codebook, self.sums, self.sizes = codebook.clone(), codebook.clone(), codebook.new_ones(len(codebook))
         self.commitment_cost, self.decay, self.epsilon = commitment_cost, decay, epsilon
 
     def forward(self, inputs: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -77,7 +77,7 @@ class DictionaryLearning(nn.Module):
     def forward(self, inputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         x = _flat(inputs)
         nearest = torch.topk(-_distances(x, self.dictionary), self.sparsity_level, dim=1).indices
-        mask = torch.zeros(len(x), len(self.dictionary)).scatter(1, nearest, 1)
+        mask = x.new_zeros(len(x), len(self.dictionary)).scatter(1, nearest, 1)
         representation = self.representation(x) * mask
         reconstruction = representation @ self.dictionary
         loss = F.mse_loss(x, reconstruction.detach()) * 0.25 + F.mse_loss(x.detach(), reconstruction)

@@ -1,0 +1,69 @@
+"""What the machine can do at best, measured in the same run: a matrix product and a copy."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from .entry import Work
+
+_GEMM = {"cpu": 2048, "cuda": 8192}
+_COPY_BYTES = {"cpu": 2**28, "cuda": 2**32}
+_ROUNDS = 7
+# Products of float32 accuracy from bfloat16 parts take three of them.
+_TERMS = 3
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """Operations a second of the matrix product by precision, and bytes a second (read and written) of a copy."""
+
+    flops: dict[str, float]
+    bytes: float
+
+    def seconds(self, work: Work, precision: str) -> float:
+        """The time under which no implementation comes."""
+        return max(work.flops / self.flops[precision], work.bytes / self.bytes)
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Rows that say what was measured."""
+        found = {"copy": f"{self.bytes / 1e9:.1f} GB/s"}
+        found |= {f"matrix product, {name}": f"{rate / 1e9:.1f} GFLOP/s" for name, rate in self.flops.items()}
+        return [{"op": "ceiling", "pass": "forward", "contender": name, "status": rate} for name, rate in found.items()]
+
+
+def measure(device: torch.device) -> Ceilings:
+    size = _GEMM[device.type]
+
+    def gemm(dtype: torch.dtype) -> float:
+        a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+        return 2 * size**3 / _best(lambda: a @ b, device)
+
+    source = torch.rand(_COPY_BYTES[device.type] // 4, device=device)
+    target = torch.empty_like(source)
+    copied = 2 * source.nbytes / _best(lambda: target.copy_(source), device)
+    flops = {"float32": gemm(torch.float32)}
+    # Where the machine has no matrix unit for them, torch's own products in these take minutes.
+    if device.type == "cuda" or torch.cpu._is_avx512_bf16_supported():
+        flops |= {"bfloat16": gemm(torch.bfloat16), "float16": gemm(torch.float16)}
+        flops["float32"] = max(flops["float32"], flops["bfloat16"] / _TERMS)
+        flops["tf32"] = flops["bfloat16"] / 2
+    return Ceilings(flops, copied)
+
+
+def _best(run: Callable[[], object], device: torch.device) -> float:
+    """The shortest of a few runs, in seconds: a limit is not an average."""
+    times = []
+    for _ in range(_ROUNDS + 1):
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        begin = time.perf_counter()
+        run()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        times.append(time.perf_counter() - begin)
+    return min(times[1:])

@@ -1,0 +1,138 @@
+"""The CSV files of results: a row for each operation, size, contender and pass, with machine, versions and commit."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import platform
+import statistics
+import subprocess
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+Row = dict[str, Any]
+
+ROOT = Path(__file__).parents[1]
+FOLDER = ROOT / "benchmarks" / "results"
+# Time in ms; ratio: time over ours in the same round; both as median, 20th and 80th percentile. peak_mb: MB beyond the
+# inputs, of forward, or of forward and backward together. differing: share of indices that are not those of float64.
+COLUMNS = (
+    *("op", "pass", "workload", "size", "contender", "backend", "precision"),
+    *("ms", "ms_p20", "ms_p80", "ratio", "ratio_p20", "ratio_p80", "limit_percent", "peak_mb"),
+    *("differing", "error", "status", "device", "threads", "versions", "commit"),
+)
+
+
+def device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    models = (line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name"))
+    return next(models, f":{platform.processor()}").partition(":")[2].strip()
+
+
+def commit() -> str:
+    """The commit that is checked out, marked where files differ from it; DLVAE_COMMIT says it where git cannot."""
+    if given := os.environ.get("DLVAE_COMMIT"):
+        return given
+    try:
+        words = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
+        return subprocess.run(words, capture_output=True, text=True, check=True, cwd=ROOT).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def environment(device: torch.device) -> dict[str, str]:
+    return {
+        "device": device_name(device),
+        "threads": str(torch.get_num_threads()),
+        "torch": torch.__version__,
+        "commit": commit(),
+    }
+
+
+def completed(rows: Iterable[Row], device: torch.device) -> list[Row]:
+    """Rows of measurements, with device, versions and commit."""
+    around = environment(device)
+    own = f"torch {around.pop('torch')}" + (f", triton {_version('triton')}" if device.type == "cuda" else "")
+    table = []
+    for row in rows:
+        package = row.pop("package", None)
+        versions = f"{own}, {package} {_version(package)}" if package else own
+        table.append({**row, **around, "versions": versions})
+    return table
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "-"
+
+
+@contextmanager
+def writing(path: Path, columns: Iterable[str] = COLUMNS) -> Iterator[Callable[[list[Row]], None]]:
+    """Write a CSV file row by row beside `path`, which is replaced when all are there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    with partial.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(columns), lineterminator="\n")
+        writer.writeheader()
+
+        def add(rows: list[Row]) -> None:
+            writer.writerows(rows)
+            file.flush()
+
+        yield add
+    os.replace(partial, path)
+
+
+def read(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def write_training(runs: list[Path], path: Path, device: torch.device) -> None:
+    """Collect the summaries of finished runs into a CSV file."""
+    summaries = [json.loads((run / "summary.json").read_text(encoding="utf-8")) for run in runs]
+    rows = [{**each, **environment(device)} for each in summaries]
+    with writing(path, rows[0]) as add:
+        add(rows)
+
+
+def line(row: Row) -> str:
+    """A row for the eye."""
+    name = f"{row['op']:<18} {row['pass']:<8} {row['workload']:<18} {row['size']:<24} {row['contender']:<31}"
+    if "ms" not in row:
+        return f"{name} {row['status']}"
+    ratio = f"{row['ratio']:>7} ({row['ratio_p20']} to {row['ratio_p80']})" if "ratio" in row else ""
+    limit = f"{row['limit_percent']:>5} % of the limit" if "limit_percent" in row else ""
+    memory = f"{row['peak_mb']:>7} MB" if "peak_mb" in row else ""
+    differing = f", {float(row['differing']):.2%} differ" if row.get("differing") else ""
+    return f"{name} {row['ms']:>8} ms  ratio {ratio}  {limit} {memory}  {row['status']}{differing}"
+
+
+def compare(first: list[dict[str, str]], second: list[dict[str, str]], within: float = 0.15) -> list[str]:
+    """How the ratios of two files agree: a line for each that differs by more than `within`, last how many agree."""
+    keys = ("op", "pass", "workload", "size", "contender", "precision")
+    others = {tuple(row[key] for key in keys): row for row in second if row["ratio"]}
+    apart, changes = [], []
+    for row in first:
+        other = others.get(tuple(row[key] for key in keys))
+        if not row["ratio"] or other is None or float(row["ratio"]) == float(other["ratio"]) == 1:
+            continue
+        change = float(other["ratio"]) / float(row["ratio"])
+        changes.append(change)
+        if not 1 / (1 + within) <= change <= 1 + within:
+            spreads = [f"{each['ratio']} ({each['ratio_p20']} to {each['ratio_p80']})" for each in (row, other)]
+            apart.append(f"{row['op']} {row['pass']} {row['size']} {row['contender']}: {' and '.join(spreads)}")
+    if not changes:
+        raise ValueError("the two files have no ratio in common")
+    middle = statistics.median(max(each, 1 / each) for each in changes) - 1
+    apart.append(f"{len(changes) - len(apart)} of {len(changes)} ratios agree within {within:.0%}; median {middle:.1%}")
+    return apart
