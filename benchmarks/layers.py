@@ -14,7 +14,7 @@ import dlvae_kernels as dlvae
 
 from . import baselines, judge, notebook
 from .entry import Call, Contender, Entry, Inputs, Size, Tolerance, Verdict, Work, to_map, to_rows
-from .sizes import CIFAR, DICTIONARY, LASER, LLAMAGEN, VQGAN, VQVAE2
+from .sizes import CIFAR, DICTIONARY, ENCODEC, LASER, LLAMAGEN, VQGAN, VQVAE2
 
 _DECAY, _EPSILON = 0.99, 1e-5
 _EMA_COMMITMENT = 0.25
@@ -108,7 +108,7 @@ VECTOR_QUANTIZER = Entry(
     "VectorQuantizer",
     "tests/layers/test_vector_quantizer.py",
     ("vector_quantize_fwd", "vector_quantize_bwd"),
-    {"cpu": (CIFAR, LLAMAGEN), "cuda": (CIFAR, VQGAN, LLAMAGEN)},
+    {"cpu": (CIFAR, ENCODEC), "cuda": (CIFAR, VQGAN, LLAMAGEN)},
     (
         Contender("dlvae_kernels", _vector_quantizer, exact=True),
         Contender("notebook", _notebook),

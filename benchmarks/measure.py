@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import statistics
 import time
@@ -26,6 +27,8 @@ _ROUNDS = (5, 41)  # at least and at most
 # On a GPU each call finds the L2 cache overwritten, and other inputs than the call before it.
 _FLUSH_BYTES = 256 * 2**20
 _INPUT_SETS = {"cpu": 1, "cuda": 3}
+# From malloc.h.
+_M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD = -3, -1
 _MOST_INPUT_BYTES = 16 * 2**30
 
 
@@ -72,7 +75,21 @@ def race(
     return results
 
 
+@lru_cache
+def _keep_freed_memory() -> None:
+    """Let freed memory stay with this process.
+
+    By default glibc gives some of it back, depending on what ran before, and the page faults of getting it again then
+    take up to nine tenths of the time of an operation that stores N x K: two runs would differ by factors.
+    """
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        for parameter in (_M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD):
+            libc.mallopt(parameter, 2**30)
+
+
 def input_sets(entry: Entry, size: Size, device: torch.device) -> list[Inputs]:
+    _keep_freed_memory()
     first = draw(size, device, unit=entry.unit)
     taken = sum(each.nbytes for each in (first.x, first.codes, first.indices, first.values, first.grad))
     fit = max(1, min(_INPUT_SETS[device.type], _MOST_INPUT_BYTES // max(1, taken)))

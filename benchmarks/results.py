@@ -10,6 +10,7 @@ import statistics
 import subprocess
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -36,8 +37,9 @@ def device_name(device: torch.device) -> str:
     return next(models, f":{platform.processor()}").partition(":")[2].strip()
 
 
+@lru_cache
 def commit() -> str:
-    """The commit that is checked out, marked where files differ from it; DLVAE_COMMIT says it where git cannot."""
+    """The commit that is checked out when first asked, marked where files differ from it; DLVAE_COMMIT overrides it."""
     if given := os.environ.get("DLVAE_COMMIT"):
         return given
     try:

@@ -97,7 +97,7 @@ def test_two_files_are_compared():
 
 def test_the_commit_can_be_given(monkeypatch):
     monkeypatch.setenv("DLVAE_COMMIT", "abc")
-    assert results.environment(CPU)["commit"] == "abc"
+    assert results.commit.__wrapped__() == "abc"
 
 
 @pytest.mark.parametrize("csv", sorted(results.FOLDER.glob("[cg]pu.csv")), ids=lambda path: path.name)
