@@ -19,8 +19,8 @@ def nearest(inputs: Inputs, answer: tuple[Tensor, ...], gradients: object, toler
         return Verdict(1.0, float("inf"), True)
     best, expected = _nearest(inputs)
     excess = distances_at(inputs.x.double(), inputs.codes.double(), indices[:, None])[:, 0] - best
-    error = float((excess / _squared_lengths(inputs.x, inputs.codes, indices)).max())
-    return Verdict(float((indices != expected).double().mean()), error, not error <= tolerance.distance)
+    error = _largest(excess / _squared_lengths(inputs.x, inputs.codes, indices))
+    return Verdict(float((indices != expected).double().mean()), error, error > tolerance.distance)
 
 
 def topk(inputs: Inputs, answer: tuple[Tensor, ...], gradients: object, tolerance: Tolerance) -> Verdict:
@@ -36,9 +36,9 @@ def topk(inputs: Inputs, answer: tuple[Tensor, ...], gradients: object, toleranc
         found = exact.gather(1, chosen)
         off = torch.maximum((found - expected.values).abs(), (given[rows].double() - found).abs())
         differing += int((chosen != expected.indices).sum())
-        error = max(error, float((off / _squared_lengths(x, inputs.codes, chosen)).max()))
+        error = max(error, _largest(off / _squared_lengths(x, inputs.codes, chosen)))
         repeats |= not bool((chosen.sort(dim=1).values.diff(dim=1) > 0).all())
-    return Verdict(differing / indices.numel(), error, repeats or not error <= tolerance.distance)
+    return Verdict(differing / indices.numel(), error, repeats or error > tolerance.distance)
 
 
 def quantized(
@@ -76,7 +76,7 @@ def quantized(
 def close(exact: tuple[Tensor, ...], actual: tuple[Tensor, ...], tolerance: Tolerance) -> Verdict:
     """Of values: the largest of their errors. Where there are fewer actual values, the last exact ones are left out."""
     error = max(_relative_error(*pair) for pair in zip(exact, actual, strict=False))
-    return Verdict(None, error, not error <= tolerance.relative)  # NaN is wrong too
+    return Verdict(None, error, error > tolerance.relative)
 
 
 def distances_at(x: Tensor, codes: Tensor, indices: Tensor) -> Tensor:
@@ -84,11 +84,16 @@ def distances_at(x: Tensor, codes: Tensor, indices: Tensor) -> Tensor:
     return torch.stack([(x - codes[column]).square().sum(1) for column in indices.T], dim=1)
 
 
+def _largest(errors: Tensor) -> float:
+    """The largest of errors, infinite where one is NaN: in Python's comparisons NaN would be lost."""
+    return float(errors.nan_to_num(nan=float("inf")).max())
+
+
 def _relative_error(exact: Tensor, actual: Tensor) -> float:
     if exact.shape != actual.shape:
         return float("inf")
     exact, actual = exact.detach().double(), actual.detach().double()
-    return float((actual - exact).norm()) / (float(exact.norm()) or 1.0)
+    return _largest((actual - exact).norm() / (float(exact.norm()) or 1.0))
 
 
 def _squared_lengths(x: Tensor, codes: Tensor, indices: Tensor) -> Tensor:

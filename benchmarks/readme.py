@@ -48,6 +48,7 @@ def _operation_lines(rows: list[dict[str, str]], file: str) -> Iterator[str]:
         f" {first['versions']}. A ratio is their time over ours, forward / backward: **above 1 ours is faster**, below"
         f" theirs is. Of all {len(others)} ratios in [{file}](benchmarks/results/{file}), {slower} are below 1; between"
         f" rounds a ratio varies by {_noise(others):.0%} (half the way from the 20th to the 80th percentile, median)."
+        f"{_agreement(rows, file)}"
     )
     yield ""
     yield "| operation | N x K x D (x k) | ours, ms | backend | peak, MB | ratios |"
@@ -86,6 +87,14 @@ def _two_digits(value: float) -> str:
 
 def _flag(rows: list[dict[str, str]]) -> str:
     return " (wrong)" if rows[0]["status"] == "wrong" else ""
+
+
+def _agreement(rows: list[dict[str, str]], file: str) -> str:
+    """How far a second run of the same set agrees, where there is one."""
+    again = results.FOLDER / file.replace(".", "-again.")
+    if not again.exists():
+        return ""
+    return f" Beside a second run ({again.name}): {results.compare(rows, results.read(again))[-1]}."
 
 
 def _noise(rows: list[dict[str, str]]) -> float:

@@ -43,10 +43,16 @@ def commit() -> str:
     if given := os.environ.get("DLVAE_COMMIT"):
         return given
     try:
-        words = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
-        return subprocess.run(words, capture_output=True, text=True, check=True, cwd=ROOT).stdout.strip()
+        name = _git("rev-parse", "--short=12", "HEAD")
+        # What a run before wrote changes nothing that is measured.
+        changed = _git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/results")
+        return f"{name}-dirty" if changed else name
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
+
+
+def _git(*words: str) -> str:
+    return subprocess.run(["git", *words], capture_output=True, text=True, check=True, cwd=ROOT).stdout.strip()
 
 
 def environment(device: torch.device) -> dict[str, str]:
@@ -136,5 +142,6 @@ def compare(first: list[dict[str, str]], second: list[dict[str, str]], within: f
     if not changes:
         raise ValueError("the two files have no ratio in common")
     middle = statistics.median(max(each, 1 / each) for each in changes) - 1
-    apart.append(f"{len(changes) - len(apart)} of {len(changes)} ratios agree within {within:.0%}; median {middle:.1%}")
+    agree = len(changes) - len(apart)
+    apart.append(f"{agree} of {len(changes)} ratios agree within {within:.0%}, their median change is {middle:.1%}")
     return apart

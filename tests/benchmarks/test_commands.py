@@ -92,7 +92,7 @@ def test_two_files_are_compared():
     second = [row("ours", "1.000"), row("a", "2.2"), row("b", "0.40"), row("gone", "")]
     apart, agree = results.compare(first, second)
     assert "b: 0.50 (- to -) and 0.40 (- to -)" in apart
-    assert agree == "1 of 2 ratios agree within 15%; median 17.5%"
+    assert agree == "1 of 2 ratios agree within 15%, their median change is 17.5%"
 
 
 def test_the_commit_can_be_given(monkeypatch):

@@ -72,6 +72,7 @@ def test_topk(inputs):
     repeated[0, 1] = indices[0, 0]
     assert judge.topk(inputs, (repeated, distances), None, FLOAT32).wrong
     assert judge.topk(inputs, (indices, distances * 1.001), None, FLOAT32).wrong
+    assert judge.topk(inputs, (indices, distances * torch.nan), None, FLOAT32).wrong
 
 
 def test_quantized(inputs, indices):
