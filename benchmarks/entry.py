@@ -138,7 +138,7 @@ class Work:
     bytes: float
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Entry:
     """An operation or a layer: its sizes, who competes (ours first), and how answers are judged."""
 

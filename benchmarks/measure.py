@@ -18,7 +18,7 @@ from dlvae_kernels.backends import choose, use_backend
 
 from .ceilings import Ceilings
 from .entry import TOLERANCES, Call, Contender, Entry, Inputs, MissingError, Size, Verdict, draw
-from .memory import peak_megabytes
+from .memory import peak_on_cpu, peak_on_cuda
 
 # A sample on the CPU repeats a short call until it lasts this long, far over the resolution of the clock.
 _LEAST_SAMPLE = 2e-3  # seconds
@@ -71,7 +71,14 @@ def race(
         _time([each for each in results if each.reason is None], device, seconds)
         for result in results:
             if memory and result.reason is None:
-                result.megabytes = peak_megabytes(entry, size, device, result.contender, backend)
+                if device.type == "cuda":
+                    result.megabytes = peak_on_cuda(result.calls[0], device)
+                else:
+                    result.megabytes = peak_on_cpu(entry, size, result.contender, backend)
+            result.calls.clear()
+    if device.type == "cuda":
+        # What one size leaves in the allocator is not missing at the next.
+        torch.cuda.empty_cache()
     return results
 
 

@@ -30,16 +30,12 @@ _PRELOADED = [
 ]
 
 
-def peak_megabytes(
-    entry: Entry, size: Size, device: torch.device, contender: Contender, backend: str | None
-) -> dict[str, float]:
+def peak_on_cpu(entry: Entry, size: Size, contender: Contender, backend: str | None) -> dict[str, float]:
     """Of the forward, and of forward and backward together; MB of 10^6 bytes.
 
     Raises:
         RuntimeError: the child process failed.
     """
-    if device.type == "cuda":
-        return _on_cuda(contender.prepare(draw(size, device, unit=entry.unit)), device)
     server = multiprocessing.get_context("forkserver")
     server.set_forkserver_preload(_PRELOADED)
     receiver, sender = server.Pipe(duplex=False)
@@ -87,8 +83,8 @@ def _resident(field: str) -> float:
     return int(line.split()[1]) * 1024 / 1e6
 
 
-def _on_cuda(call: Call, device: torch.device) -> dict[str, float]:
-    _through(call, "backward" if call.backward else "forward")
+def peak_on_cuda(call: Call, device: torch.device) -> dict[str, float]:
+    """Of a call that has run before, as on the CPU."""
     found = {}
     for name in ("forward", *(["backward"] if call.backward else [])):
         gc.collect()

@@ -47,8 +47,8 @@ def _finished(function: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-@pytest.mark.parametrize(("entry", "size", "contender"), CASES)
 @pytest.mark.parametrize("name", ["forward", "backward"])
+@pytest.mark.parametrize(("entry", "size", "contender"), CASES)
 def test_speed(benchmark: Any, entry: Entry, size: Size, contender: Contender, name: str) -> None:
     result = _result(entry, size, contender)
     if result.reason is not None or result.verdict is None:

@@ -111,6 +111,15 @@ def test_pictures_are_not_stale(csv, tmp_path):
             assert fresh.convert("L").getextrema()[0] < 128
 
 
+def test_the_registry_runs_through_pytest_benchmark():
+    words = ["-m", "pytest", "benchmarks", "-q", "-k", "semantic and (kernels or cdist or flash)"]
+    result = subprocess.run([sys.executable, *words], cwd=results.ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout
+    # Two contenders run, the third needs a GPU, and a search has no backward.
+    assert "2 passed, 4 skipped" in result.stdout
+    assert "benchmark 'nearest_code forward, semantic ids: 640 x 256 x 32'" in result.stdout
+
+
 # --- verify ---
 
 

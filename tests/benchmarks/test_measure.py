@@ -96,7 +96,7 @@ def test_peak_memory_is_seen():
     size = Size("test", 4_000, 500, 8)
     of = run.ENTRIES["nearest_code"]
     peaks = {
-        each.name: memory.peak_megabytes(of, size, CPU, each, None)
+        each.name: memory.peak_on_cpu(of, size, each, None)
         for each in of.contenders
         if each.name in ("dlvae_kernels", "plain PyTorch")
     }
