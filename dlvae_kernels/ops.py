@@ -55,8 +55,8 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-@_op("nearest_code(Tensor x, Tensor codebook, bool return_distance) -> (Tensor, Tensor)")
-def _(x: Tensor, codebook: Tensor, return_distance: bool) -> tuple[Tensor, Tensor]:
+@_op("nearest_code(Tensor x, Tensor codebook, bool return_distance, str precision) -> (Tensor, Tensor)")
+def _(x: Tensor, codebook: Tensor, return_distance: bool, precision: str) -> tuple[Tensor, Tensor]:
     rows = x.shape[:-1]
     distances = x.new_empty(rows if return_distance else (0,), dtype=_wide(x.dtype))
     return x.new_empty(rows, dtype=torch.int64), distances
@@ -84,10 +84,12 @@ def _(grad: Tensor, indices: Tensor, num_codes: int) -> Tensor:
 
 
 @_op(
-    "vector_quantize_fwd(Tensor x, Tensor codebook, bool need_error)"
+    "vector_quantize_fwd(Tensor x, Tensor codebook, bool need_error, str precision)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
-def _(x: Tensor, codebook: Tensor, need_error: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _(
+    x: Tensor, codebook: Tensor, need_error: bool, precision: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     loss = x.new_empty((), dtype=_wide(x.dtype))
     indices = x.new_empty(x.shape[:-1], dtype=torch.int64)
     counts = x.new_empty(codebook.shape[:1], dtype=torch.int64)

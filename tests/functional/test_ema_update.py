@@ -58,6 +58,7 @@ def test_any_strides(device, layout):
     assert torch.equal(ema_statistics(x, indices, 9), expected)
 
 
+@pytest.mark.float64
 def test_many_steps_against_float64(device):
     states = [state(17, 5, device), None]
     states[1] = [tensor.double() for tensor in states[0]]
@@ -83,7 +84,7 @@ def test_decay_of_zero_takes_the_batch_and_of_one_keeps_the_past(device):
 def test_unused_codes_stay(device):
     codebook, *rest = state(2, 2, device)
     codebook[1] = rest[1][1] = 50.0
-    for _ in range(2000):
+    for _ in range(200):
         x = codebook[:1] + 0.1
         ema_update(codebook, *rest, x, torch.zeros(1, dtype=torch.int64, device=device), decay=0.8, epsilon=1e-5)
     assert codebook[1].tolist() == [50, 50]

@@ -52,6 +52,7 @@ def test_gradient_of_a_strided_gradient(device):
     torch.testing.assert_close(codebook.grad, expected)
 
 
+@pytest.mark.float64
 def test_gradcheck(device):
     indices = torch.tensor([[0, 2, 2], [1, 0, 2]], device=device)
     codebook = rows(4, 3, device, torch.float64).requires_grad_()

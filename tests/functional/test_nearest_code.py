@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 
@@ -57,34 +59,37 @@ def test_float32_codebook_beside_half_rows(device, dtype):
 def test_ties_take_the_lowest_index(device):
     codebook = rows(70, 33, device)
     codebook = torch.cat([codebook, codebook, codebook])
-    indices = nearest_code(torch.cat([rows(300, 33, device), codebook]), codebook)
-    assert indices.max() < 70
-    assert indices[300:].tolist() == list(range(70)) * 3
+    x = torch.cat([rows(300, 33, device), codebook])
+    # The products of NumPy, with which Triton's interpreter computes, depend on the place of a column.
+    for precision in ["exact"] if os.environ.get("TRITON_INTERPRET") == "1" else ["exact", "float32"]:
+        indices = nearest_code(x, codebook, precision=precision)
+        assert indices.max() < 70
+        assert indices[300:].tolist() == list(range(70)) * 3
 
 
 def test_close_codes_are_told_apart(device):
     # A clamp of squared distances at 1e-8 would make all of these tie.
     codebook = torch.tensor([[0.5 + 3e-5], [0.5], [0.5 - 3e-5]], device=device)
     x = torch.tensor([[0.5], [0.5 + 2.9e-5], [0.5 - 2.9e-5]], device=device)
-    assert nearest_code(x, codebook).tolist() == [1, 0, 2]
+    assert nearest_code(x, codebook, precision="exact").tolist() == [1, 0, 2]
 
 
 def test_far_from_the_origin(device):
     # |x|^2 swallows the differences of float32 scores here.
     codebook = rows(64, 16, device) + 3000
     x = codebook[torch.arange(200, device=device) % 64] + 0.01 * rows(200, 16, device)
-    assert nearest_code(x, codebook).tolist() == [i % 64 for i in range(200)]
+    assert nearest_code(x, codebook, precision="exact").tolist() == [i % 64 for i in range(200)]
 
 
 def test_differences_that_cancel_in_a_product(device):
     x = torch.full((1, 256), 100.0, device=device)
     codebook = x.repeat(2, 1)
     codebook[0, 0] += 2e-3
-    index, distance = nearest_code(x, codebook, return_distance=True)
+    index, distance = nearest_code(x, codebook, return_distance=True, precision="exact")
     assert (int(index), float(distance)) == (1, 0)
     close = 1e3 + 1e-3 * rows(2000, 256, device)
     codebook = 1e3 + 1e-3 * rows(50, 256, device)
-    indices, distances = nearest_code(close, codebook, return_distance=True)
+    indices, distances = nearest_code(close, codebook, return_distance=True, precision="exact")
     exact, expected = exact_distances(close, codebook).min(1)
     assert torch.equal(indices, expected)
     torch.testing.assert_close(distances, exact.float(), rtol=1e-5, atol=0)
@@ -95,7 +100,7 @@ def test_an_outlier_code_does_not_blur_the_others(device):
     x = rows(300, 16, device)
     expected = nearest_code(x, codebook)
     codebook = torch.cat([codebook, torch.full((1, 16), 1e15, device=device)])
-    assert torch.equal(nearest_code(x, codebook), expected)
+    assert torch.equal(nearest_code(x, codebook, precision="exact"), expected)
 
 
 def test_extreme_scales(device):
@@ -142,7 +147,7 @@ def test_repeats_to_the_bit(device):
 def test_opcheck(device):
     x = layouts(20, 6, device)["channel_first"]
     for return_distance in (False, True):
-        torch.library.opcheck(torch.ops.dlvae.nearest_code, (x, rows(5, 6, device), return_distance))
+        torch.library.opcheck(torch.ops.dlvae.nearest_code, (x, rows(5, 6, device), return_distance, "float32"))
 
 
 def test_compiles_whole(device):

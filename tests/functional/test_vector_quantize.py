@@ -101,6 +101,7 @@ def test_gradient_of_half_rows_beside_close_float32_codes(device, dtype):
     assert_accurate(codebook.grad, codes.grad, codes.grad, floor=1e-2)
 
 
+@pytest.mark.float64
 def test_gradcheck_of_the_losses(device):
     x, codebook = rows(7, 3, device, torch.float64), rows(4, 3, device, torch.float64)
     # The straight-through output has no true gradient; each loss has one with the other side held.
@@ -130,9 +131,9 @@ def test_repeats_to_the_bit(device):
 
 def test_opcheck(device):
     x, codebook = layouts(20, 6, device)["channel_first"], rows(5, 6, device)
-    torch.library.opcheck(torch.ops.dlvae.vector_quantize_fwd, (x, codebook, False))
-    torch.library.opcheck(torch.ops.dlvae.vector_quantize_fwd, (x, codebook, True))
-    _, indices, *_, error = torch.ops.dlvae.vector_quantize_fwd(x, codebook, True)
+    torch.library.opcheck(torch.ops.dlvae.vector_quantize_fwd, (x, codebook, False, "float32"))
+    torch.library.opcheck(torch.ops.dlvae.vector_quantize_fwd, (x, codebook, True, "float32"))
+    _, indices, *_, error = torch.ops.dlvae.vector_quantize_fwd(x, codebook, True, "float32")
     one = torch.ones((), device=device)
     for needs in ((True, True), (True, False), (False, True)):
         args = (torch.randn_like(x), one, one, error, indices, 5, *needs)

@@ -1,4 +1,4 @@
-"""Reference of `nearest_code`: argmin_k |x - c_k|^2, in chunks of rows."""
+"""Reference of `nearest_code`: argmin_k |x - c_k|^2, in chunks of rows; exact, whatever precision is asked for."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import Tensor
 from .scores import score_chunks
 
 
-def nearest_code(x: Tensor, codebook: Tensor, return_distance: bool) -> tuple[Tensor, Tensor]:
+def nearest_code(x: Tensor, codebook: Tensor, return_distance: bool, precision: str) -> tuple[Tensor, Tensor]:
     rows = x.reshape(-1, x.shape[-1])  # [N, D]
     indices = torch.empty(len(rows), dtype=torch.int64, device=x.device)
     distances = torch.empty(

@@ -10,9 +10,9 @@ from .segment_sum import segment_sum
 
 
 def vector_quantize_fwd(
-    x: Tensor, codebook: Tensor, need_error: bool
+    x: Tensor, codebook: Tensor, need_error: bool, precision: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    indices, _ = nearest_code(x, codebook, False)
+    indices, _ = nearest_code(x, codebook, False, precision)
     codes = codebook[indices]  # [..., D]
     error = codes.to(torch.promote_types(x.dtype, torch.float32)) - x
     loss = error.square().sum() / max(1, x.numel())

@@ -1,0 +1,56 @@
+"""Rows of a tensor of any strides, as kernels read them: x[n // inner, n % inner]."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+class Rows(NamedTuple):
+    """Rows [N, D]; `strides` are (inner, stride_outer, stride_inner, stride_d) of a kernel."""
+
+    tensor: Tensor
+    num_rows: int
+    num_features: int
+    strides: tuple[int, int, int, int]
+
+
+def as_rows(x: Tensor) -> Rows:
+    """The rows of x [..., D], without a copy where two dimensions can hold them, as those of a map do."""
+    merged: list[tuple[int, int]] = []
+    for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True):
+        if size == 1:
+            continue
+        if merged and merged[-1][1] == size * stride:
+            merged[-1] = (merged[-1][0] * size, stride)
+        else:
+            merged.append((size, stride))
+    if len(merged) > 2:
+        return as_rows(x.contiguous())
+    (_, outer), (inner, step) = [(1, 0), (1, 0), *merged][-2:]
+    return Rows(x, x.numel() // x.shape[-1], x.shape[-1], (inner, outer, step, x.stride(-1)))
+
+
+@triton.jit
+def row_offsets(n, inner, stride_outer, stride_inner):
+    """Offsets of rows n."""
+    n = n.to(tl.int64)
+    return (n // inner) * stride_outer + (n % inner) * stride_inner
+
+
+@triton.jit
+def load_rows(x_ptr, n, d, num_rows, num_features, inner, stride_outer, stride_inner, stride_d):
+    """Rows n and features d of x, [BLOCK_N, BLOCK_D]; 0 outside."""
+    offsets = row_offsets(n, inner, stride_outer, stride_inner)[:, None] + d.to(tl.int64)[None, :] * stride_d
+    return tl.load(x_ptr + offsets, mask=(n < num_rows)[:, None] & (d < num_features)[None, :], other=0.0)
+
+
+@triton.jit
+def store_rows(out_ptr, value, n, d, num_rows, num_features, inner, stride_outer, stride_inner, stride_d):
+    """Write rows n and features d, in the dtype of the tensor."""
+    offsets = row_offsets(n, inner, stride_outer, stride_inner)[:, None] + d.to(tl.int64)[None, :] * stride_d
+    mask = (n < num_rows)[:, None] & (d < num_features)[None, :]
+    tl.store(out_ptr + offsets, value.to(out_ptr.dtype.element_ty), mask=mask)

@@ -1,0 +1,128 @@
+"""Sums and counts of rows by code, in a fixed order: no atomics, so that equal inputs give equal bits.
+
+Rows are sorted by code, and a program sums a chunk of sorted rows: a code that begins and ends within its chunk is
+done. What crosses an edge of a chunk is kept apart, and a second kernel joins those pieces in order.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .rows import as_rows, row_offsets
+from .tuning import on_device
+
+_CHUNK = 64
+
+
+@triton.jit
+def _chunk_sum_kernel(
+    x_ptr,
+    order_ptr,
+    code_ptr,
+    out_ptr,
+    edge_ptr,
+    num_rows,
+    num_features,
+    inner,
+    stride_outer,
+    stride_inner,
+    stride_d,
+    CHUNK: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Sums of the codes of a chunk, one row after the other. edge: [chunks, 2, D + 1], pieces of its first and last."""
+    chunk = tl.program_id(0)
+    begin = chunk * CHUNK
+    end = tl.minimum(begin + CHUNK, num_rows)
+    d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    width = num_features + 1
+    inside = d < width
+    total = tl.zeros([BLOCK_D], tl.float32)
+    from_before = (tl.load(code_ptr + begin - 1, mask=begin > 0, other=-1) == tl.load(code_ptr + begin)).to(tl.int32)
+    for place in range(begin, end):
+        code = tl.load(code_ptr + place)
+        following = tl.load(code_ptr + place + 1, mask=place + 1 < num_rows, other=-1)
+        offset = row_offsets(tl.load(order_ptr + place), inner, stride_outer, stride_inner)
+        x = tl.load(x_ptr + offset + d.to(tl.int64) * stride_d, mask=d < num_features, other=0.0).to(tl.float32)
+        # The last column counts.
+        total += tl.where(d == num_features, 1.0, x)
+        is_last = place == end - 1
+        ends = (code != following) | is_last
+        goes_on = is_last & (code == following)
+        whole = out_ptr + code * width + d
+        # The piece that came from before goes to slot 0, one that only goes on to slot 1.
+        piece = edge_ptr + (chunk.to(tl.int64) * 2 + 1 - from_before) * width + d
+        is_piece = (from_before > 0) | goes_on
+        tl.store(whole, total, mask=inside & ends & (is_piece == 0))
+        tl.store(piece, total, mask=inside & ends & is_piece)
+        total = tl.where(ends, 0.0, total)
+        from_before = tl.where(ends, 0, from_before)
+
+
+@triton.jit
+def _join_edges_kernel(
+    code_ptr, out_ptr, edge_ptr, num_rows, num_features, num_chunks, CHUNK: tl.constexpr, BLOCK_D: tl.constexpr
+):
+    """For a code that begins in this chunk and crosses its end: its piece here and those of the chunks that follow."""
+    chunk = tl.program_id(0)
+    last = tl.minimum(chunk * CHUNK + CHUNK, num_rows) - 1
+    code = tl.load(code_ptr + last)
+    goes_on = tl.load(code_ptr + last + 1, mask=last + 1 < num_rows, other=-1) == code
+    begins_before = (tl.load(code_ptr + chunk * CHUNK - 1, mask=chunk > 0, other=-1) == code) & (
+        tl.load(code_ptr + chunk * CHUNK) == code
+    )
+    if goes_on & (begins_before == 0):
+        d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+        mask = d <= num_features
+        width = num_features + 1
+        total = tl.load(edge_ptr + (chunk.to(tl.int64) * 2 + 1) * width + d, mask=mask, other=0.0)
+        following = chunk + 1
+        while following < num_chunks:
+            if tl.load(code_ptr + following * CHUNK) == code:
+                total += tl.load(edge_ptr + following.to(tl.int64) * 2 * width + d, mask=mask, other=0.0)
+                following += 1
+            else:
+                following = num_chunks
+        tl.store(out_ptr + code.to(tl.int64) * width + d, total, mask=mask)
+
+
+def segment_sum(x: Tensor, indices: Tensor, num_codes: int, *, skip_infinite: bool) -> Tensor:
+    """Sums, and in the last column numbers, of the rows of x [..., D] by their codes [...]: [K, D + 1] float32.
+
+    Args:
+        skip_infinite: leave out rows that hold NaN or infinity.
+    """
+    num_features = x.shape[-1]
+    out = torch.zeros(num_codes, num_features + 1, dtype=torch.float32, device=x.device)
+    if x.numel() == 0:
+        return out
+    rows = as_rows(x)
+    codes = indices.flatten()
+    if skip_infinite:
+        # As code K they come last, and out has a row for them that is cut off.
+        finite = x.isfinite().all(-1).flatten()
+        codes = torch.where(finite, codes, num_codes)
+        out = torch.zeros(num_codes + 1, num_features + 1, dtype=torch.float32, device=x.device)
+    ordered, order = torch.sort(codes, stable=True)
+    chunks = triton.cdiv(rows.num_rows, _CHUNK)
+    edge = torch.empty(chunks, 2, num_features + 1, dtype=torch.float32, device=x.device)
+    block = min(64, max(16, triton.next_power_of_2(num_features + 1)))
+    grid = (chunks, triton.cdiv(num_features + 1, block))
+    with on_device(x):
+        _chunk_sum_kernel[grid](
+            rows.tensor,
+            order,
+            ordered,
+            out,
+            edge,
+            rows.num_rows,
+            num_features,
+            *rows.strides,
+            CHUNK=_CHUNK,
+            BLOCK_D=block,
+        )
+        _join_edges_kernel[grid](ordered, out, edge, rows.num_rows, num_features, chunks, CHUNK=_CHUNK, BLOCK_D=block)
+    return out[:num_codes]
