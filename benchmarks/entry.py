@@ -88,6 +88,17 @@ class Call:
     # From what forward returned to what the judge takes; not timed.
     answer: Callable[[Any], tuple[Tensor, ...]] = lambda out: out if isinstance(out, tuple) else (out,)
 
+    @property
+    def passes(self) -> tuple[str, ...]:
+        return ("forward", "backward") if self.backward else ("forward",)
+
+    def run(self, name: str) -> None:
+        """The forward, or forward and backward."""
+        out = self.forward()
+        if name == "backward":
+            assert self.backward is not None
+            self.backward(out)
+
 
 # Of inputs, the answer and, where there is a backward, the gradients.
 Judge = Callable[[Inputs, tuple[Tensor, ...], "tuple[Tensor, ...] | None", "Tolerance"], "Verdict"]

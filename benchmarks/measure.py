@@ -27,9 +27,9 @@ _ROUNDS = (5, 41)  # at least and at most
 # On a GPU each call finds the L2 cache overwritten, and other inputs than the call before it.
 _FLUSH_BYTES = 256 * 2**20
 _INPUT_SETS = {"cpu": 1, "cuda": 3}
+_MOST_INPUT_BYTES = 16 * 2**30
 # From malloc.h.
 _M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD = -3, -1
-_MOST_INPUT_BYTES = 16 * 2**30
 
 
 @dataclass
@@ -87,7 +87,7 @@ def _keep_freed_memory() -> None:
     """Let freed memory stay with this process.
 
     By default glibc gives some of it back, depending on what ran before, and the page faults of getting it again then
-    take up to nine tenths of the time of an operation that stores N x K: two runs would differ by factors.
+    take much of the time of an operation that stores N x K: two runs would differ by factors.
     """
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):
@@ -116,9 +116,7 @@ def prepare(entry: Entry, contender: Contender, inputs: list[Inputs]) -> Result:
         judge = contender.judge or entry.judge
         result.verdict = judge(inputs[0], answer, gradients, TOLERANCES["float32" if contender.exact else precision])
         for other in result.calls[1:]:
-            out = other.forward()
-            if other.backward:
-                other.backward(out)
+            other.run(other.passes[-1])
     except MissingError as error:
         result.reason = f"missing: {error}"
     except Exception as error:

@@ -63,8 +63,8 @@ def _child(sender: Connection, entry_name: str, size: Size, name: str, backend: 
     with use_backend(backend) if backend else nullcontext():
         call = contender.prepare(draw(size, torch.device("cpu"), unit=entry.unit))
         # Once before: libraries load, caches fill, compilers run.
-        _through(call, "backward" if call.backward else "forward")
-        sender.send({name: _growth(call, name) for name in ("forward", *(["backward"] if call.backward else []))})
+        call.run(call.passes[-1])
+        sender.send({name: _growth(call, name) for name in call.passes})
 
 
 def _growth(call: Call, name: str) -> float:
@@ -73,7 +73,7 @@ def _growth(call: Call, name: str) -> float:
     ctypes.CDLL(None).malloc_trim(0)
     before = _resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
-    _through(call, name)
+    call.run(name)
     return max(0.0, _resident("VmHWM") - before)
 
 
@@ -86,17 +86,10 @@ def _resident(field: str) -> float:
 def peak_on_cuda(call: Call, device: torch.device) -> dict[str, float]:
     """Of a call that has run before, as on the CPU."""
     found = {}
-    for name in ("forward", *(["backward"] if call.backward else [])):
+    for name in call.passes:
         gc.collect()
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
-        _through(call, name)
+        call.run(name)
         found[name] = (torch.cuda.max_memory_allocated(device) - before) / 1e6
     return found
-
-
-def _through(call: Call, name: str) -> None:
-    out = call.forward()
-    if name == "backward":
-        assert call.backward is not None
-        call.backward(out)

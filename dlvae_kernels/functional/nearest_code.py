@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from typing import Literal, overload
+from typing import Literal, get_args, overload
 
 import torch
 from torch import Tensor
@@ -9,7 +9,7 @@ from .. import ops  # noqa: F401  (defines torch.ops.dlvae)
 from .checks import check_choice, check_rows
 
 Precision = Literal["float32", "exact", "tf32"]
-PRECISIONS = ("float32", "exact", "tf32")
+PRECISIONS = get_args(Precision)
 
 
 @overload

@@ -26,6 +26,7 @@ LAST = tl.constexpr(-2.9e38)
 TARGET_EXPONENT = tl.constexpr(14)
 _LARGEST_SHIFT = tl.constexpr(120)
 _META = 3
+# Divides every padded number of features.
 _BLOCK_D = 16
 _KEPT = 8
 
@@ -131,13 +132,12 @@ def _codebook_parts_kernel(
         mask = (k < num_codes)[:, None] & (d < num_features)[None, :] & is_finite
         c = tl.load(codes_ptr + offsets, mask=mask, other=0.0)
         out = k.to(tl.int64)[:, None] * padded + d[None, :]
-        inside = (d < padded)[None, :] & (k >= 0)[:, None]
         if SPLIT:
             high, low = split(c.to(tl.float32), power_of_two(shift))
-            tl.store(high_ptr + out, high, mask=inside)
-            tl.store(low_ptr + out, low, mask=inside)
+            tl.store(high_ptr + out, high)
+            tl.store(low_ptr + out, low)
         else:
-            tl.store(high_ptr + out, c.to(high_ptr.dtype.element_ty), mask=inside)
+            tl.store(high_ptr + out, c.to(high_ptr.dtype.element_ty))
     if SPLIT:
         tl.store(bias_ptr + k, tl.where(bias > LAST, bias * power_of_two(shift), bias))
 

@@ -22,7 +22,7 @@ from .codebook_parts import (
     power_of_two,
     split,
 )
-from .rows import as_rows, load_rows
+from .rows import Rows, as_rows, load_rows, row_offsets
 from .tuning import INTERPRETED, num_splits, on_device, search_config
 
 # Of a score, over |x| |c| + |c|^2 / 2: what float16 parts and float32 accumulation may be off by.
@@ -240,8 +240,8 @@ def _rescan_kernel(
     count = tl.load(count_ptr)
     columns = tl.arange(0, BLOCK_K)
     for place in range(tl.program_id(0), count, tl.num_programs(0)):
-        row = tl.load(worklist_ptr + place).to(tl.int64)
-        start = (row // inner) * stride_outer + (row % inner) * stride_inner
+        row = tl.load(worklist_ptr + place)
+        start = row_offsets(row, inner, stride_outer, stride_inner)
         best = tl.full([], float("inf"), tl.float32)
         index = tl.load(index_ptr + row).to(tl.int32)
         for begin in range(0, num_codes, BLOCK_K):
@@ -302,7 +302,7 @@ def nearest_code(x: Tensor, codebook: Tensor, return_distance: bool, precision: 
         return indices, distances
     rows = as_rows(x)
     sizes = (rows.num_rows, rows.num_features, *rows.strides)
-    search(x, codebook, indices, precision)
+    search(rows, codebook, indices, precision)
     if return_distance:
         grid = (triton.cdiv(rows.num_rows, 64),)
         with on_device(x):
@@ -312,9 +312,9 @@ def nearest_code(x: Tensor, codebook: Tensor, return_distance: bool, precision: 
     return indices, distances
 
 
-def search(x: Tensor, codebook: Tensor, indices: Tensor, precision: str) -> None:
-    """Write the index of the nearest code of each row of x into `indices` [...] int64."""
-    rows = as_rows(x)
+def search(rows: Rows, codebook: Tensor, indices: Tensor, precision: str) -> None:
+    """Write the index of the nearest code of each row into `indices` [...] int64."""
+    x = rows.tensor
     num_codes = len(codebook)
     # Products of half-precision inputs of one type are exact in float32 as they are.
     splits_parts = precision != "tf32" and (x.dtype == torch.float32 or codebook.dtype != x.dtype)
@@ -368,7 +368,7 @@ def search(x: Tensor, codebook: Tensor, indices: Tensor, precision: str) -> None
         if is_whole:
             return
         worklist = buffer(certify, torch.int32, n)
-        count = torch.zeros(1, dtype=torch.int32, device=x.device)
+        count = torch.zeros(int(certify), dtype=torch.int32, device=x.device)
         _join_splits_kernel[(triton.cdiv(n, 256),)](
             found, score, second, bound, indices, worklist, count, n, splits, CERTIFY=certify, BLOCK_N=256
         )

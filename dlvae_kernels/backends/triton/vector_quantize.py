@@ -100,8 +100,8 @@ def vector_quantize_fwd(
     if x.numel() == 0:
         zero = torch.zeros((), dtype=torch.float32, device=x.device)
         return quantized, indices, zero, zero.clone(), counts, error
-    search(x, codebook, indices, precision)
     rows, out = as_rows(x), as_rows(quantized)
+    search(rows, codebook, indices, precision)
     programs = triton.cdiv(rows.num_rows, _BLOCK_N)
     partial = torch.empty(programs, dtype=torch.float32, device=x.device)
     with on_device(x):
