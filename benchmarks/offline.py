@@ -48,7 +48,7 @@ class Kernel:
         found = [f"spills {self.spilled} bytes"] if self.spilled else []
         if self.shared > _SHARED[self.arch]:
             found.append(f"takes {self.shared} bytes of shared memory, of which there are {_SHARED[self.arch]}")
-        if self.label.startswith("_nearest_code_fwd_kernel") and self.per_distance is None:
+        if self.label.startswith("_search_kernel") and self.per_distance is None:
             found.append("its search loop has no matrix instructions")
         return found
 
@@ -161,7 +161,7 @@ def _read(compiled: Any, label: str, arch: int, constants: dict[str, Any]) -> Ke
             short = name.split(".")[0]
             matrix[short] = matrix.get(short, 0) + 1
     per_distance = None
-    if compiled.metadata.name == "_nearest_code_fwd_kernel":
+    if compiled.metadata.name == "_search_kernel":
         distances = constants["BLOCK_N"] * constants["BLOCK_K"] / (32 * compiled.metadata.num_warps)
         per_distance = _per_distance(code, distances)
     return Kernel(

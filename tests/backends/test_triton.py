@@ -41,7 +41,7 @@ for kernel in offline.compile_all(({arch},)):
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-2000:]
     rows = [line.split("|") for line in result.stdout.splitlines()]
-    searches = [row for row in rows if row[0].startswith("_nearest_code_fwd_kernel")]
+    searches = [row for row in rows if row[0].startswith("_search_kernel")]
     assert len(searches) == 2
     assert all(row[1] == "[]" for row in rows)
     for row in searches:

@@ -18,10 +18,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from .tuning import SearchConfig, on_device
 
-# The bias of codes that must not win (padding, NaN), and a score before any code: finite, so that no NaN arises from
-# it. Codes of infinite norm win where there is nothing else.
-NEVER = tl.constexpr(-3.0e38)
-LAST = tl.constexpr(-2.9e38)
+# The bias of codes that must not win: padding, and those whose norm is NaN or infinite.
+NEVER = tl.constexpr(float("-inf"))
 # Of the largest feature of codes and rows, once scaled.
 TARGET_EXPONENT = tl.constexpr(14)
 _LARGEST_SHIFT = tl.constexpr(120)
@@ -34,6 +32,8 @@ _KEPT = 8
 @dataclass(frozen=True)
 class CodebookParts:
     """high, low: [K padded, D padded], low only of float32 codes; bias: [K padded], times 2^shift of such codes.
+
+    Packed: high is [K padded, 32], of each code high, high and low parts and three parts of the bias.
 
     meta: int32, the largest exponent of a feature, the first code that is not NaN, the largest exponent of a bias.
     """
@@ -72,6 +72,12 @@ def codebook_shift(meta_ptr):
 
 
 @triton.jit
+def bias_shift(meta_ptr):
+    """The power of two by which the bias of packed codes is scaled."""
+    return tl.minimum(-tl.load(meta_ptr + 2) + TARGET_EXPONENT, _LARGEST_SHIFT)
+
+
+@triton.jit
 def _bias_kernel(
     codes_ptr,
     bias_ptr,
@@ -96,13 +102,12 @@ def _bias_kernel(
         largest = tl.maximum(largest, tl.max(tl.abs(c), axis=1))
     half = 0.5 * total
     is_nan = half != half
-    is_finite = half < -LAST
+    is_finite = half < float("inf")
     exponents = tl.where(is_finite, exponent_of(largest), -127)
     tl.atomic_max(meta_ptr, tl.max(exponents, axis=0))
     tl.atomic_min(meta_ptr + 1, tl.min(tl.where(is_nan | (k >= num_codes), num_codes, k), axis=0))
     tl.atomic_max(meta_ptr + 2, tl.max(tl.where(is_finite, exponent_of(half), -127), axis=0))
-    bias = tl.where(is_finite, -half, LAST)
-    tl.store(bias_ptr + k, tl.where(is_nan | (k >= num_codes), NEVER, bias))
+    tl.store(bias_ptr + k, tl.where(is_finite & (k < num_codes), -half, NEVER))
 
 
 @triton.jit
@@ -118,28 +123,41 @@ def _codebook_parts_kernel(
     stride_d,
     padded,
     SPLIT: tl.constexpr,
+    PACKED: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     """Padded parts of the codes; those that are not finite become 0: their bias tells them."""
     k = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
     bias = tl.load(bias_ptr + k)
-    is_finite = (bias > LAST)[:, None]
+    is_finite = (bias > NEVER)[:, None]
     shift = codebook_shift(meta_ptr)
     for begin in range(0, padded, BLOCK_D):
-        d = begin + tl.arange(0, BLOCK_D)
+        column = begin + tl.arange(0, BLOCK_D)
+        d = column
+        if PACKED:
+            d = column % num_features
         offsets = k.to(tl.int64)[:, None] * stride_k + d.to(tl.int64)[None, :] * stride_d
         mask = (k < num_codes)[:, None] & (d < num_features)[None, :] & is_finite
         c = tl.load(codes_ptr + offsets, mask=mask, other=0.0)
-        out = k.to(tl.int64)[:, None] * padded + d[None, :]
-        if SPLIT:
+        out = k.to(tl.int64)[:, None] * padded + column[None, :]
+        if PACKED:
+            high, low = split(c.to(tl.float32), power_of_two(shift))
+            rest = bias * power_of_two(bias_shift(meta_ptr))
+            value = tl.where((column < 2 * num_features)[None, :], high, low)
+            for part in tl.static_range(3):
+                piece = rest.to(tl.float16)
+                rest = tl.where(rest > NEVER, rest - piece.to(tl.float32), 0.0)
+                value = tl.where((column == 3 * num_features + part)[None, :], piece[:, None], value)
+            tl.store(high_ptr + out, tl.where((column < 3 * num_features + 3)[None, :], value, 0.0))
+        elif SPLIT:
             high, low = split(c.to(tl.float32), power_of_two(shift))
             tl.store(high_ptr + out, high)
             tl.store(low_ptr + out, low)
         else:
             tl.store(high_ptr + out, c.to(high_ptr.dtype.element_ty))
     if SPLIT:
-        tl.store(bias_ptr + k, tl.where(bias > LAST, bias * power_of_two(shift), bias))
+        tl.store(bias_ptr + k, bias * power_of_two(shift))
 
 
 _cache: OrderedDict[tuple, tuple[StorageWeakRef, CodebookParts]] = OrderedDict()
@@ -177,7 +195,7 @@ def _make(codebook: Tensor, config: SearchConfig, dtype: torch.dtype, splits: bo
     padded, block = config.padded(num_features), config.block_k
     programs = triton.cdiv(num_codes, block)
     high = torch.empty(programs * block, padded, dtype=dtype, device=codebook.device)
-    low = torch.empty_like(high) if splits else high
+    low = torch.empty_like(high) if splits and not config.packed else high
     bias = torch.empty(programs * block, dtype=torch.float32, device=codebook.device)
     meta = torch.full((_META,), -127, dtype=torch.int32, device=codebook.device)
     meta[1:2].fill_(num_codes)
@@ -185,6 +203,16 @@ def _make(codebook: Tensor, config: SearchConfig, dtype: torch.dtype, splits: bo
     with on_device(codebook):
         _bias_kernel[(programs,)](codebook, bias, meta, *sizes, BLOCK_K=block, BLOCK_D=_BLOCK_D)
         _codebook_parts_kernel[(programs,)](
-            codebook, high, low, bias, meta, *sizes, padded, SPLIT=splits, BLOCK_K=block, BLOCK_D=_BLOCK_D
+            codebook,
+            high,
+            low,
+            bias,
+            meta,
+            *sizes,
+            padded,
+            SPLIT=splits,
+            PACKED=config.packed,
+            BLOCK_K=block,
+            BLOCK_D=_BLOCK_D,
         )
     return CodebookParts(high, low, bias, meta)

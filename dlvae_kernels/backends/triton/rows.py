@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -32,6 +33,12 @@ def as_rows(x: Tensor) -> Rows:
         return as_rows(x.contiguous())
     (_, outer), (inner, step) = [(1, 0), (1, 0), *merged][-2:]
     return Rows(x, x.numel() // x.shape[-1], x.shape[-1], (inner, outer, step, x.stride(-1)))
+
+
+def laid_out_like(x: Tensor, result: Tensor) -> Tensor:
+    """`result` with the strides that `torch.empty_like(x)` has."""
+    wanted = torch.empty_like(x)
+    return result if result.stride() == wanted.stride() else wanted.copy_(result)
 
 
 @triton.jit

@@ -20,17 +20,23 @@ _MOST_SPLITS = 64
 
 @dataclass(frozen=True)
 class SearchConfig:
-    """Of the search: tiles of BLOCK_N rows by BLOCK_K codes, BLOCK_D features at a time."""
+    """Of the search: tiles of BLOCK_N rows by BLOCK_K codes, BLOCK_D features at a time.
+
+    group: so many codes share a running maximum, and are told apart at the end.
+    packed: all parts of a product, and the bias, lie side by side in one block of features.
+    """
 
     block_n: int
     block_k: int
     block_d: int
+    group: int
+    packed: bool
     num_warps: int
     num_stages: int
 
     def padded(self, num_features: int) -> int:
         """D rounded up to whole blocks."""
-        return -(-num_features // self.block_d) * self.block_d
+        return self.block_d if self.packed else -(-num_features // self.block_d) * self.block_d
 
 
 def architecture() -> int:
@@ -38,26 +44,37 @@ def architecture() -> int:
     return 90 if INTERPRETED else int(triton.runtime.driver.active.get_current_target().arch)
 
 
-def search_config(num_features: int, dtype: torch.dtype, splits: bool, certifies: bool) -> SearchConfig:
-    """For D features, parts of a dtype, two of them or one, and with the second best score kept or not."""
+def search_config(num_features: int, num_codes: int, dtype: torch.dtype, splits: bool, certifies: bool) -> SearchConfig:
+    """For D features, K codes, parts of a dtype, two of them or one, and with the second best score kept or not."""
+    group = _group(num_features, num_codes)
+    # Three parts of the features and three of the bias in 32 columns.
+    if splits and 3 * num_features + 3 <= 32:
+        return SearchConfig(128, 128, 32, group, True, 8, 3)
     bytes_per_feature = dtype.itemsize * (2 if splits else 1)
     if architecture() >= 90:
-        # Three registers a distance and thread, four to certify; both operands lie in shared memory. Rows that are
-        # read anew for each tile want registers too.
-        block_d = _block_d(num_features, 128 if bytes_per_feature <= 4 else 64)
-        block_k = 64 if certifies or block_d < num_features else 128
+        block_d = _block_d(num_features, 128)
+        block_k = int(os.environ.get("BK", "128"))
     else:
         # Operands pass through registers.
         block_k = 64
         block_d = _block_d(num_features, 64 if bytes_per_feature <= 2 else 32)
+    group = int(os.environ.get("GR", group))
     stages = 3 if block_k * block_d * bytes_per_feature <= 2**15 else 2
-    return SearchConfig(128, block_k, block_d, 8, stages)
+    return SearchConfig(128, block_k, block_d, group, False, 8, stages)
+
+
+def _group(num_features: int, num_codes: int) -> int:
+    """A larger group spares instructions for each code, and costs a second look at `group` codes of D features."""
+    group = 8
+    while group > 2 and (4 * group * num_features > num_codes or group * num_features > 512):
+        group //= 2
+    return group
 
 
 def _block_d(num_features: int, most: int) -> int:
-    """A whole row where a power of two is just its length, else chunks."""
+    """A whole row where a power of two is not much longer, else chunks."""
     whole = max(16, 1 << (num_features - 1).bit_length())
-    if whole <= most and whole - num_features < 16:
+    if whole <= most and (whole <= 64 or 4 * num_features >= 3 * whole):
         return whole
     return min(most, 64 if num_features > 128 else 32)
 

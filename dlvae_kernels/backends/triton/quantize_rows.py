@@ -1,0 +1,131 @@
+"""The codes of rows whose indices are known, their errors, and how often each code was taken."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .rows import Rows, as_rows, load_rows, store_rows
+
+_BLOCK_N = 64
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """quantized, error: [N, D], error empty if it is not wanted; counts: [K] int64, to which each row adds."""
+
+    quantized: Tensor
+    error: Tensor
+    counts: Tensor
+
+
+@triton.jit
+def quantize_rows(
+    x_ptr,
+    codes_ptr,
+    quantized_ptr,
+    error_ptr,
+    count_ptr,
+    rows,
+    index,
+    num_rows,
+    num_features,
+    inner,
+    stride_outer,
+    stride_inner,
+    stride_d,
+    out_inner,
+    out_outer,
+    out_step,
+    out_d,
+    stride_ck,
+    stride_cd,
+    SAVE_ERROR: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Write codes `index` of `rows`, and with SAVE_ERROR code - x; count the codes."""
+    mask = rows < num_rows
+    for begin in range(0, num_features, BLOCK_D):
+        d = begin + tl.arange(0, BLOCK_D)
+        offsets = index.to(tl.int64)[:, None] * stride_ck + d.to(tl.int64)[None, :] * stride_cd
+        code = tl.load(codes_ptr + offsets, mask=mask[:, None] & (d < num_features)[None, :], other=0.0)
+        store_rows(quantized_ptr, code, rows, d, num_rows, num_features, out_inner, out_outer, out_step, out_d)
+        if SAVE_ERROR:
+            x = load_rows(x_ptr, rows, d, num_rows, num_features, inner, stride_outer, stride_inner, stride_d)
+            error = code.to(tl.float32) - x.to(tl.float32)
+            store_rows(error_ptr, error, rows, d, num_rows, num_features, out_inner, out_outer, out_step, out_d)
+    # Integers add up the same in any order.
+    tl.atomic_add(count_ptr + index, tl.full(index.shape, 1, tl.int64), mask=mask, sem="relaxed")
+
+
+@triton.jit
+def _quantize_rows_kernel(
+    x_ptr,
+    codes_ptr,
+    index_ptr,
+    quantized_ptr,
+    error_ptr,
+    count_ptr,
+    num_rows,
+    num_features,
+    inner,
+    stride_outer,
+    stride_inner,
+    stride_d,
+    out_inner,
+    out_outer,
+    out_step,
+    out_d,
+    stride_ck,
+    stride_cd,
+    SAVE_ERROR: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    quantize_rows(
+        x_ptr,
+        codes_ptr,
+        quantized_ptr,
+        error_ptr,
+        count_ptr,
+        rows,
+        tl.load(index_ptr + rows, mask=rows < num_rows, other=0),
+        num_rows,
+        num_features,
+        inner,
+        stride_outer,
+        stride_inner,
+        stride_d,
+        out_inner,
+        out_outer,
+        out_step,
+        out_d,
+        stride_ck,
+        stride_cd,
+        SAVE_ERROR,
+        BLOCK_D,
+    )
+
+
+def launch_quantize_rows(rows: Rows, codebook: Tensor, indices: Tensor, out: Quantized) -> None:
+    """What the search does by itself where one program sees all codes."""
+    _quantize_rows_kernel[(triton.cdiv(rows.num_rows, _BLOCK_N),)](
+        rows.tensor,
+        codebook,
+        indices,
+        out.quantized,
+        out.error,
+        out.counts,
+        rows.num_rows,
+        rows.num_features,
+        *rows.strides,
+        *as_rows(out.quantized).strides,
+        *codebook.stride(),
+        SAVE_ERROR=out.error.numel() > 0,
+        BLOCK_N=_BLOCK_N,
+        BLOCK_D=64,
+    )

@@ -1,0 +1,99 @@
+"""The certificate of `precision="exact"`: rows whose two best scores are too close are searched anew in float32."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .codebook_parts import codebook_shift, power_of_two
+from .rows import Rows, row_offsets
+
+# Of a score, over |x| |c| + |c|^2 / 2: what float16 parts and float32 accumulation may be off by.
+ERROR = tl.constexpr(2.0**-19)
+_PROGRAMS = 1024
+
+
+@triton.jit
+def error_bound(largest, squares, scale, meta_ptr, num_features, SPLIT: tl.constexpr):
+    """How much the difference of two scores of a row may be off, in the units of the scores: [BLOCK_N]."""
+    # The largest bias b of a code bounds all |c|.
+    bias = power_of_two(tl.minimum(tl.load(meta_ptr + 2) + 1, 127))
+    code = tl.sqrt(2.0 * bias)
+    shift = 1.0
+    if SPLIT:
+        shift = power_of_two(codebook_shift(meta_ptr))
+    bound = ((tl.sqrt(squares) * scale) * (code * shift) + (bias * shift) * scale) * (2.0 * ERROR)
+    if SPLIT:
+        # The parts of a row, beside the largest of its block, are off by 2^-25 of a unit each; of one that was cut
+        # off, nothing is known.
+        bound += 2.0**-23 * tl.sqrt(num_features.to(tl.float32)) * (code * shift)
+        bound = tl.where(largest * scale < 2.0**15, bound, float("inf"))
+    return bound
+
+
+@triton.jit
+def _rescan_kernel(
+    x_ptr,
+    codes_ptr,
+    index_ptr,
+    distance_ptr,
+    worklist_ptr,
+    count_ptr,
+    num_rows,
+    num_features,
+    inner,
+    stride_outer,
+    stride_inner,
+    stride_d,
+    num_codes,
+    stride_ck,
+    stride_cd,
+    BLOCK_K: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Rows of the worklist anew, by differences in float32; each program takes every P-th of them."""
+    count = tl.load(count_ptr)
+    columns = tl.arange(0, BLOCK_K)
+    for place in range(tl.program_id(0), count, tl.num_programs(0)):
+        row = tl.load(worklist_ptr + place)
+        start = row_offsets(row, inner, stride_outer, stride_inner)
+        best = tl.full([], float("inf"), tl.float32)
+        index = tl.load(index_ptr + row).to(tl.int32)
+        for begin in range(0, num_codes, BLOCK_K):
+            codes = begin + columns
+            distance = tl.zeros([BLOCK_K], tl.float32)
+            for d in range(0, num_features, BLOCK_D):
+                features = (d + tl.arange(0, BLOCK_D)).to(tl.int64)
+                x = tl.load(x_ptr + start + features * stride_d, mask=features < num_features, other=0.0)
+                offsets = codes.to(tl.int64)[:, None] * stride_ck + features[None, :] * stride_cd
+                inside = (codes < num_codes)[:, None] & (features < num_features)[None, :]
+                c = tl.load(codes_ptr + offsets, mask=inside, other=0.0)
+                difference = x.to(tl.float32)[None, :] - c.to(tl.float32)
+                distance += tl.sum(difference * difference, axis=1)
+            distance = tl.where((codes < num_codes) & (distance == distance), distance, float("inf"))
+            smallest = tl.min(distance, axis=0)
+            if smallest < best:
+                best = smallest
+                index = tl.min(tl.where(distance == smallest, codes, 2147483647), axis=0)
+        tl.store(index_ptr + row, index.to(tl.int64))
+        tl.store(distance_ptr + row, best)
+
+
+def rescan(rows: Rows, codebook: Tensor, indices: Tensor, distances: Tensor, worklist: Tensor, count: Tensor) -> None:
+    """Search the rows of a worklist, of which there are `count` [1], by differences in float32."""
+    _rescan_kernel[(min(rows.num_rows, _PROGRAMS),)](
+        rows.tensor,
+        codebook,
+        indices,
+        distances,
+        worklist,
+        count,
+        rows.num_rows,
+        rows.num_features,
+        *rows.strides,
+        len(codebook),
+        *codebook.stride(),
+        BLOCK_K=64,
+        BLOCK_D=32,
+    )

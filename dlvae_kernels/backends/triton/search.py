@@ -1,0 +1,429 @@
+"""The search behind `nearest_code` and `vector_quantize`: tiles of codes stream past a block of rows.
+
+score = x . c - |c|^2 / 2, the largest is nearest. A float32 product is three products of float16 parts on the matrix
+units (see `codebook_parts`); what the product of both low parts would add lies under float32 rounding. Codes
+2i, 2i + 1 and those 8, 16 and 24 after them lie in one thread, so a group of them shares one running maximum and the
+tile that it came from: under three instructions a distance. At the end exact differences tell a group's codes apart.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from .codebook_parts import (
+    NEVER,
+    TARGET_EXPONENT,
+    bias_shift,
+    codebook_parts,
+    codebook_shift,
+    exponent_of,
+    power_of_two,
+    split,
+)
+from .quantize_rows import Quantized, launch_quantize_rows, quantize_rows
+from .rescan import error_bound, rescan
+from .rows import Rows, as_rows, load_rows
+from .tuning import INTERPRETED, num_splits, on_device, search_config
+
+INFINITE = tl.constexpr(3.4028236e38)
+NO_CODE = tl.constexpr(2147483647)
+
+
+@triton.jit
+def _product(x, c, acc, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
+    if UPCAST:
+        return acc + tl.dot(x.to(tl.float32), c.to(tl.float32), input_precision="ieee")
+    return tl.dot(x, c, acc=acc, input_precision=PRECISION)
+
+
+@triton.jit
+def _row_shift(largest, meta_ptr, PACKED: tl.constexpr):
+    """The power of two that scales a block of rows, of which `largest` is the largest finite feature.
+
+    One for the whole block: what rows smaller than its largest lose is nothing beside |c|, as long as no row is 2^19
+    times as long as the codes. Of one that is, all distances tie in float32; it is cut off instead.
+    """
+    of_codes = tl.load(meta_ptr)
+    shift = -tl.minimum(exponent_of(largest), of_codes + 19) + TARGET_EXPONENT
+    # Not so much that the scaled bias overflows, or the factor of a packed one: beside such codes x is nothing.
+    shift = tl.minimum(tl.minimum(shift, 120), 120 - tl.load(meta_ptr + 2) - codebook_shift(meta_ptr))
+    if PACKED:
+        shift = tl.minimum(shift, bias_shift(meta_ptr) - codebook_shift(meta_ptr) + 15)
+    return shift
+
+
+@triton.jit
+def _squared_distances(
+    x_ptr,
+    codes_ptr,
+    rows,
+    codes,
+    num_rows,
+    num_codes,
+    num_features,
+    inner,
+    stride_outer,
+    stride_inner,
+    stride_d,
+    stride_ck,
+    stride_cd,
+    BLOCK_D: tl.constexpr,
+):
+    """Of rows [BLOCK_N] to codes [BLOCK_N, G], by differences; 0 where there is no such code."""
+    total = tl.zeros(codes.shape, tl.float32)
+    for begin in range(0, num_features, BLOCK_D):
+        d = begin + tl.arange(0, BLOCK_D)
+        x = load_rows(x_ptr, rows, d, num_rows, num_features, inner, stride_outer, stride_inner, stride_d)
+        offsets = codes.to(tl.int64)[:, :, None] * stride_ck + d.to(tl.int64)[None, None, :] * stride_cd
+        inside = (codes < num_codes)[:, :, None] & (d < num_features)[None, None, :]
+        c = tl.load(codes_ptr + offsets, mask=inside, other=0.0)
+        difference = x.to(tl.float32)[:, None, :] - c.to(tl.float32)
+        total += tl.sum(difference * difference, axis=2)
+    return total
+
+
+@triton.jit
+def _search_kernel(
+    x_ptr,
+    codes_ptr,
+    high_parts,
+    low_parts,
+    bias_ptr,
+    meta_ptr,
+    index_ptr,
+    distance_ptr,
+    score_ptr,
+    second_ptr,
+    bound_ptr,
+    quantized_ptr,
+    error_ptr,
+    count_ptr,
+    num_rows,
+    num_features,
+    inner,
+    stride_outer,
+    stride_inner,
+    stride_d,
+    out_inner,
+    out_outer,
+    out_step,
+    out_d,
+    num_codes,
+    stride_ck,
+    stride_cd,
+    num_tiles,
+    tiles_per_split,
+    PADDED: tl.constexpr,
+    SPLIT: tl.constexpr,
+    PACKED: tl.constexpr,
+    CERTIFY: tl.constexpr,
+    WHOLE: tl.constexpr,
+    QUANTIZE: tl.constexpr,
+    SAVE_ERROR: tl.constexpr,
+    PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    GROUP: tl.constexpr,
+    TILE_STAGES: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """Nearest code of each row among those of one split, its distance and score: [splits, N]."""
+    rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    columns = tl.arange(0, BLOCK_K)
+    features = tl.arange(0, BLOCK_D)
+    scale = 1.0
+    if SPLIT or CERTIFY:
+        largest = tl.zeros([BLOCK_N], tl.float32)
+        squares = tl.zeros([BLOCK_N], tl.float32)
+        for d in range(0, PADDED, BLOCK_D):
+            x = load_rows(
+                x_ptr, rows, d + features, num_rows, num_features, inner, stride_outer, stride_inner, stride_d
+            ).to(tl.float32)
+            largest = tl.maximum(largest, tl.max(tl.abs(x), axis=1))
+            squares += tl.sum(x * x, axis=1)
+    if SPLIT:
+        shift = _row_shift(tl.max(tl.where(largest < INFINITE, largest, 0.0), axis=0), meta_ptr, PACKED)
+        scale = power_of_two(shift)
+    if PACKED:
+        x = load_rows(
+            x_ptr, rows, features % num_features, num_rows, num_features, inner, stride_outer, stride_inner, stride_d
+        )
+        x_high, x_low = split(x.to(tl.float32), scale)
+        part = (features // num_features)[None, :]
+        one = power_of_two(shift + codebook_shift(meta_ptr) - bias_shift(meta_ptr)).to(tl.float16)
+        x = tl.where(part == 1, x_low, tl.where(part < 3, x_high, one))
+    elif BLOCK_D == PADDED:
+        x = load_rows(x_ptr, rows, features, num_rows, num_features, inner, stride_outer, stride_inner, stride_d)
+        if SPLIT:
+            x, x_low = split(x.to(tl.float32), scale)
+    LANES: tl.constexpr = BLOCK_K // GROUP
+    best = tl.full([BLOCK_N, LANES], NEVER, tl.float32)
+    tile_of_best = tl.zeros([BLOCK_N, LANES], tl.int32)
+    if CERTIFY:
+        second = tl.full([BLOCK_N, LANES], NEVER, tl.float32)
+    begin = tl.program_id(1) * tiles_per_split
+    # One of the two loops is pipelined: this one where a row is one block of features, else that over its blocks.
+    for tile in tl.range(begin, tl.minimum(begin + tiles_per_split, num_tiles), num_stages=TILE_STAGES):
+        score = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
+        if BLOCK_D == PADDED:
+            high = high_parts.load([tile * BLOCK_K, 0])
+            score = _product(x, high.T, score, PRECISION, UPCAST)
+            if SPLIT and not PACKED:
+                low = low_parts.load([tile * BLOCK_K, 0])
+                score = _product(x_low, high.T, score, PRECISION, UPCAST)
+                score = _product(x, low.T, score, PRECISION, UPCAST)
+        else:
+            for block in tl.range(0, PADDED, BLOCK_D, num_stages=STAGES):
+                at = block + features
+                y = load_rows(x_ptr, rows, at, num_rows, num_features, inner, stride_outer, stride_inner, stride_d)
+                high = high_parts.load([tile * BLOCK_K, block])
+                if SPLIT:
+                    y, y_low = split(y.to(tl.float32), scale)
+                    low = low_parts.load([tile * BLOCK_K, block])
+                    score = _product(y_low, high.T, score, PRECISION, UPCAST)
+                    score = _product(y, low.T, score, PRECISION, UPCAST)
+                score = _product(y, high.T, score, PRECISION, UPCAST)
+        if not PACKED:
+            score += (tl.load(bias_ptr + tile * BLOCK_K + columns) * scale)[None, :]
+        groups = tl.reshape(score, [BLOCK_N, BLOCK_K // (4 * GROUP), GROUP // 2, 4, 2])
+        most = tl.reshape(tl.max(tl.max(groups, axis=4), axis=2), [BLOCK_N, LANES])
+        # False for NaN: it never wins. Of equal scores in a lane the earlier tile stays.
+        is_better = most > best
+        if CERTIFY:
+            second = tl.where(is_better, best, tl.maximum(most, second))
+        best = tl.where(is_better, most, best)
+        tile_of_best = tl.where(is_better, tile, tile_of_best)
+    winner = tl.max(best, axis=1)
+    lanes = tl.arange(0, LANES)
+    # The first code of the group of each lane that has the best score.
+    firsts = tile_of_best * BLOCK_K + ((lanes // 4) * (4 * GROUP) + (lanes % 4) * 2)[None, :]
+    firsts = tl.where((best == winner[:, None]) & (best > NEVER), firsts, NO_CODE)
+    first = tl.min(firsts, axis=1)
+    if CERTIFY:
+        # Of a tie within one lane the other score is in `second`; of one between lanes, in `best`.
+        other = tl.max(tl.where(firsts == first[:, None], second, best), axis=1)
+    in_group = tl.arange(0, GROUP)
+    in_group = ((in_group // 2) * 8 + in_group % 2)[None, :]
+    distance = tl.full([BLOCK_N], float("inf"), tl.float32)
+    index = tl.full([BLOCK_N], NO_CODE, tl.int32)
+    first_tile = first // BLOCK_K
+    pending = first < NO_CODE
+    # Once, and again for each further group of the same tile that ties: its codes may come before.
+    while tl.max(pending.to(tl.int32), axis=0) > 0:
+        codes = tl.where(pending[:, None], first[:, None] + in_group, num_codes)
+        is_code = tl.load(bias_ptr + codes, mask=codes < num_codes, other=NEVER) > NEVER
+        found = _squared_distances(
+            x_ptr,
+            codes_ptr,
+            rows,
+            codes,
+            num_rows,
+            num_codes,
+            num_features,
+            inner,
+            stride_outer,
+            stride_inner,
+            stride_d,
+            stride_ck,
+            stride_cd,
+            8,
+        )
+        found = tl.where(is_code & (found == found), found, float("inf"))
+        least = tl.min(found, axis=1)
+        code = tl.min(tl.where(is_code & (found == least[:, None]), codes, NO_CODE), axis=1)
+        is_nearer = (least < distance) | ((least == distance) & (code < index))
+        distance = tl.where(is_nearer, least, distance)
+        index = tl.where(is_nearer, code, index)
+        first = tl.min(tl.where(firsts > first[:, None], firsts, NO_CODE), axis=1)
+        pending = (first < NO_CODE) & (first // BLOCK_K == first_tile)
+    is_lost = index == NO_CODE
+    if tl.max(is_lost.to(tl.int32), axis=0) > 0:
+        # Nothing can be compared: a row that holds NaN takes 0, another one the first code that is not NaN.
+        has_nan = tl.zeros([BLOCK_N], tl.int32)
+        for d in range(0, PADDED, BLOCK_D):
+            y = load_rows(
+                x_ptr, rows, d + features, num_rows, num_features, inner, stride_outer, stride_inner, stride_d
+            )
+            has_nan = tl.maximum(has_nan, tl.max((y != y).to(tl.int32), axis=1))
+        kept = tl.load(meta_ptr + 1)
+        fallback = tl.where((has_nan > 0) | (kept >= num_codes), 0, kept)
+        distance = tl.where(is_lost & (has_nan > 0), float("nan"), distance)
+        index = tl.where(is_lost, fallback, index)
+    mask = rows < num_rows
+    out = tl.program_id(1).to(tl.int64) * num_rows + rows
+    tl.store(index_ptr + out, index.to(index_ptr.dtype.element_ty), mask=mask)
+    tl.store(distance_ptr + out, distance, mask=mask)
+    if not WHOLE:
+        tl.store(score_ptr + out, winner, mask=mask)
+    if CERTIFY:
+        tl.store(second_ptr + out, other, mask=mask)
+        bound = error_bound(largest, squares, scale, meta_ptr, num_features, SPLIT)
+        tl.store(bound_ptr + rows, bound, mask=mask)
+    if QUANTIZE:
+        quantize_rows(
+            x_ptr,
+            codes_ptr,
+            quantized_ptr,
+            error_ptr,
+            count_ptr,
+            rows,
+            index,
+            num_rows,
+            num_features,
+            inner,
+            stride_outer,
+            stride_inner,
+            stride_d,
+            out_inner,
+            out_outer,
+            out_step,
+            out_d,
+            stride_ck,
+            stride_cd,
+            SAVE_ERROR,
+            16,
+        )
+
+
+@triton.jit
+def _join_splits_kernel(
+    part_index_ptr,
+    part_distance_ptr,
+    score_ptr,
+    second_ptr,
+    bound_ptr,
+    index_ptr,
+    distance_ptr,
+    worklist_ptr,
+    count_ptr,
+    num_rows,
+    splits,
+    CERTIFY: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """The best of all splits, the earliest of equal ones; rows with two scores too close go on the worklist."""
+    rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask = rows < num_rows
+    best = tl.load(score_ptr + rows, mask=mask, other=0.0)
+    index = tl.load(part_index_ptr + rows, mask=mask, other=0)
+    distance = tl.load(part_distance_ptr + rows, mask=mask, other=0.0)
+    if CERTIFY:
+        second = tl.load(second_ptr + rows, mask=mask, other=0.0)
+    for part in range(1, splits):
+        at = tl.cast(part, tl.int64) * num_rows + rows
+        score = tl.load(score_ptr + at, mask=mask, other=0.0)
+        is_better = score > best
+        if CERTIFY:
+            other = tl.load(second_ptr + at, mask=mask, other=0.0)
+            second = tl.maximum(tl.where(is_better, best, score), tl.where(is_better, other, second))
+        index = tl.where(is_better, tl.load(part_index_ptr + at, mask=mask, other=0), index)
+        distance = tl.where(is_better, tl.load(part_distance_ptr + at, mask=mask, other=0.0), distance)
+        best = tl.where(is_better, score, best)
+    tl.store(index_ptr + rows, index.to(tl.int64), mask=mask)
+    tl.store(distance_ptr + rows, distance, mask=mask)
+    if CERTIFY:
+        # Also where the difference is not a number.
+        is_close = ((best - second > tl.load(bound_ptr + rows, mask=mask, other=0.0)) == 0) & mask
+        places = tl.atomic_add(count_ptr + tl.zeros_like(rows), 1, mask=is_close)
+        tl.store(worklist_ptr + places, rows, mask=is_close)
+
+
+def search(
+    rows: Rows, codebook: Tensor, precision: str, indices: Tensor, distances: Tensor, out: Quantized | None = None
+) -> None:
+    """Write the nearest code of each row, [N] int64, its squared distance, [N] float32, and `out` if it is given."""
+    x = rows.tensor
+    num_codes = len(codebook)
+    # Products of half-precision inputs of one type are exact in float32 as they are.
+    splits_parts = precision != "tf32" and (x.dtype == torch.float32 or codebook.dtype != x.dtype)
+    dtype = torch.float16 if splits_parts else x.dtype
+    certify = precision == "exact"
+    config = search_config(rows.num_features, num_codes, dtype, splits_parts, certify)
+    parts = codebook_parts(codebook, config, dtype, splits_parts)
+    tiles = triton.cdiv(num_codes, config.block_k)
+    splits = num_splits(rows.num_rows, tiles, config)
+    per_split = triton.cdiv(tiles, splits)
+    splits = triton.cdiv(tiles, per_split)
+    is_whole = splits == 1 and not certify
+
+    def buffer(wanted: bool, dtype: torch.dtype, *shape: int) -> Tensor:
+        return torch.empty(shape if wanted else (0,), dtype=dtype, device=x.device)
+
+    n = rows.num_rows
+    found = indices if is_whole else buffer(True, torch.int32, splits, n)
+    apart = distances if is_whole else buffer(True, torch.float32, splits, n)
+    score = buffer(not is_whole, torch.float32, splits, n)
+    second, bound = buffer(certify, torch.float32, splits, n), buffer(certify, torch.float32, n)
+    written = out if is_whole else None
+    quantized, error, counts = (written.quantized, written.error, written.counts) if written else (x, x, indices)
+    block = [config.block_k, config.block_d]
+    is_whole_row = config.block_d == config.padded(rows.num_features)
+    with on_device(x):
+        _search_kernel[(triton.cdiv(n, config.block_n), splits)](
+            x,
+            codebook,
+            TensorDescriptor.from_tensor(parts.high, block),
+            TensorDescriptor.from_tensor(parts.low, block),
+            parts.bias,
+            parts.meta,
+            found,
+            apart,
+            score,
+            second,
+            bound,
+            quantized,
+            error,
+            counts,
+            n,
+            rows.num_features,
+            *rows.strides,
+            *as_rows(quantized).strides,
+            num_codes,
+            *codebook.stride(),
+            tiles,
+            per_split,
+            PADDED=config.padded(rows.num_features),
+            SPLIT=splits_parts,
+            PACKED=config.packed,
+            CERTIFY=certify,
+            WHOLE=is_whole,
+            QUANTIZE=written is not None,
+            SAVE_ERROR=written is not None and error.numel() > 0,
+            PRECISION="tf32" if precision == "tf32" else "ieee",
+            UPCAST=INTERPRETED,
+            BLOCK_N=config.block_n,
+            BLOCK_K=config.block_k,
+            BLOCK_D=config.block_d,
+            GROUP=config.group,
+            TILE_STAGES=config.num_stages if is_whole_row else 1,
+            STAGES=config.num_stages,
+            num_warps=config.num_warps,
+        )
+        if not is_whole:
+            worklist = buffer(certify, torch.int32, n)
+            count = torch.zeros(int(certify), dtype=torch.int32, device=x.device)
+            _join_splits_kernel[(triton.cdiv(n, 256),)](
+                found,
+                apart,
+                score,
+                second,
+                bound,
+                indices,
+                distances,
+                worklist,
+                count,
+                n,
+                splits,
+                CERTIFY=certify,
+                BLOCK_N=256,
+            )
+            if certify:
+                rescan(rows, codebook, indices, distances, worklist, count)
+            if out is not None:
+                launch_quantize_rows(rows, codebook, indices, out)
