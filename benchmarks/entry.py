@@ -115,6 +115,10 @@ class Contender:
     # Its indices must be those of float64 up to float32 rounding, whatever the dtype of the inputs: so must ours.
     exact: bool = False
 
+    def precision_at(self, size: Size) -> str:
+        """That of the inputs, but where float32 is computed in another."""
+        return self.precision if self.precision and size.dtype == torch.float32 else size.precision
+
 
 @dataclass(frozen=True)
 class Tolerance:

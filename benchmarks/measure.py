@@ -112,7 +112,7 @@ def prepare(entry: Entry, contender: Contender, inputs: list[Inputs]) -> Result:
         out = call.forward()
         answer = call.answer(out)
         gradients = call.backward(out) if call.backward else None
-        precision = contender.precision or size.precision
+        precision = contender.precision_at(size)
         judge = contender.judge or entry.judge
         result.verdict = judge(inputs[0], answer, gradients, TOLERANCES["float32" if contender.exact else precision])
         for other in result.calls[1:]:
@@ -219,7 +219,7 @@ def rows(results: list[Result], entry: Entry, size: Size, ceilings: Ceilings) ->
     table = []
     ours = results[0]
     for result in results:
-        precision = result.contender.precision or size.precision
+        precision = result.contender.precision_at(size)
         common = {
             "op": entry.name,
             "workload": size.workload,

@@ -9,9 +9,11 @@ import re
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
+from multiprocessing import get_context
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -31,14 +33,25 @@ _MATRIX = re.compile(r"^(HGMMA|HMMA|IMMA|QGMMA|UTC\w*MMA)")
 _INSTRUCTION = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)([^;]*);")
 
 
+# Kernels of bfloat16 are those of float16 with other instructions of the same kind: one of them stands for all.
+_PRECISIONS = (
+    (torch.float32, "float32"),
+    (torch.float32, "exact"),
+    (torch.float32, "tf32"),
+    (torch.float16, "float32"),
+    (torch.float16, "exact"),
+)
+
+
 @dataclass(frozen=True)
 class Kernel:
     """What one kernel became on one architecture."""
 
     label: str
+    hash: str
     arch: int
     registers: int
-    spilled: int  # bytes of local memory
+    spilled: int  # bytes of local memory, where it is used
     shared: int  # bytes
     matrix: dict[str, int]  # matrix instructions by name
     bulk_copies: int  # TMA
@@ -64,19 +77,26 @@ class Kernel:
 def cases() -> dict[str, Callable[[], Any]]:
     """Calls that together launch every kernel in every configuration."""
     found: dict[str, Callable[[], Any]] = {}
-    for d in (8, 64, 100, 128, 256):
-        for dtype in (torch.float32, torch.float16, torch.bfloat16):
-            for precision in ("float32", "exact", "tf32"):
-                if dtype != torch.float32 and precision == "tf32":
-                    continue
-                x, codebook = torch.zeros(65_536, d, dtype=dtype), torch.zeros(1_024, d, dtype=dtype)
-                name = f"D={d} {str(dtype)[6:]} {precision}"
+    for d in (8, 16, 64, 100, 128, 256):
+        for dtype, precision in _PRECISIONS:
+            # Few codes and many make groups of different sizes.
+            for num_codes in (512, 16_384):
+                x, codebook = torch.zeros(65_536, d, dtype=dtype), torch.zeros(num_codes, d, dtype=dtype)
+                name = f"D={d} K={num_codes} {str(dtype)[6:]} {precision}"
                 found[name] = partial(_search, x, codebook, precision)
+    x, codebook = torch.zeros(65_536, 64, dtype=torch.bfloat16), torch.zeros(16_384, 64, dtype=torch.bfloat16)
+    found["D=64 K=16384 bfloat16 float32"] = partial(_search, x, codebook, "float32")
     x, codebook = torch.zeros(1_024, 64), torch.zeros(16_384, 64)
     found["few rows"] = lambda: kernels.nearest_code(x, codebook, False, "float32")
     map = torch.zeros(64, 64, 256).transpose(1, 2)
     found["map"] = lambda: kernels.nearest_code(map, codebook[:512], False, "float32")
     indices, one = torch.zeros(1_024, dtype=torch.int64), torch.ones(())
+    many, codes = torch.zeros(65_536, 64), codebook[:512]
+    found["quantize, fused"] = lambda: kernels.vector_quantize_fwd(many, codes, True, "float32")
+    found["quantize, fused, bfloat16"] = lambda: kernels.vector_quantize_fwd(
+        many.bfloat16(), codes.bfloat16(), True, "float32"
+    )
+    found["quantize, fused, D=8"] = lambda: kernels.vector_quantize_fwd(many[:, :8], codebook[:, :8], False, "float32")
     found["quantize"] = lambda: kernels.vector_quantize_fwd(x, codebook, True, "float32")
     found["quantize, no error"] = lambda: kernels.vector_quantize_fwd(x, codebook, False, "float32")
     found["quantize, backward"] = lambda: kernels.vector_quantize_bwd(x, one, one, x, indices, 16_384, True, True)
@@ -86,6 +106,8 @@ def cases() -> dict[str, Callable[[], Any]]:
     found["ema"] = lambda: kernels.ema_step(
         codebook, torch.ones(16_384), codebook.clone(), kernels.ema_statistics(x, indices, 16_384), 0.99, 1e-5
     )
+    found["ema, few codes"] = lambda: kernels.ema_statistics(x, indices, 512)
+    found["ema, few codes, bfloat16"] = lambda: kernels.ema_statistics(x.bfloat16(), indices, 512)
     return found
 
 
@@ -93,20 +115,31 @@ def _search(x: torch.Tensor, codebook: torch.Tensor, precision: str) -> None:
     kernels.nearest_code(x, codebook, True, precision)
 
 
-def compile_all(architectures: tuple[int, ...] = ARCHITECTURES) -> Iterator[Kernel]:
-    """Every kernel of `cases`, once for each configuration.
+def compile_case(arch: int, case: str) -> list[Kernel]:
+    """The kernels that a case launches; those that it shares with earlier ones are compiled once.
 
     Raises:
         Whatever the compiler raises.
     """
-    for arch in architectures:
-        seen = set()
-        for case, call in cases().items():
-            for compiled, constants in _compiled_by(call, arch):
-                if compiled.hash in seen:
-                    continue
-                seen.add(compiled.hash)
-                yield _read(compiled, f"{compiled.metadata.name} {case}", arch, constants)
+    return [_read(*each, case, arch) for each in _compiled_by(cases()[case], arch)]
+
+
+def compile_all(architectures: tuple[int, ...] = ARCHITECTURES, names: tuple[str, ...] = ()) -> Iterator[Kernel]:
+    """Every kernel of the cases of these names (none: all), once for each configuration, by all cores."""
+    seen = set()
+    # Each process has compiled kernels of its own, and all share those on disk.
+    with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
+        tasks = [
+            pool.submit(compile_case, arch, case)
+            for arch in architectures
+            for case in cases()
+            if not names or case in names
+        ]
+        for task in tasks:
+            for kernel in task.result():
+                if (kernel.arch, kernel.hash) not in seen:
+                    seen.add((kernel.arch, kernel.hash))
+                    yield kernel
 
 
 def _compiled_by(call: Callable[[], Any], arch: int) -> list[tuple[Any, dict[str, Any]]]:
@@ -144,16 +177,21 @@ def _driver(arch: int) -> Iterator[None]:
         triton.runtime.driver._active = before
 
 
-def _read(compiled: Any, label: str, arch: int, constants: dict[str, Any]) -> Kernel:
+@cache
+def _read_code(hash: str, cubin: bytes) -> tuple[dict[str, str], list[tuple[int, str, str]]]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
+        file.write(cubin)
         file.flush()
         usage, sass = (
             subprocess.run([str(_TOOL), option, file.name], capture_output=True, text=True, check=True).stdout
             for option in ("--dump-resource-usage", "--dump-sass")
         )
     fields = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", usage))
-    code = [(int(m[1], 16), m[2], m[3]) for m in map(_INSTRUCTION.match, sass.splitlines()) if m]
+    return fields, [(int(m[1], 16), m[2], m[3]) for m in map(_INSTRUCTION.match, sass.splitlines()) if m]
+
+
+def _read(compiled: Any, constants: dict[str, Any], case: str, arch: int) -> Kernel:
+    fields, code = _read_code(compiled.hash, compiled.asm["cubin"])
     names = [name for _, name, _ in code]
     matrix: dict[str, int] = {}
     for name in names:
@@ -165,10 +203,11 @@ def _read(compiled: Any, label: str, arch: int, constants: dict[str, Any]) -> Ke
         distances = constants["BLOCK_N"] * constants["BLOCK_K"] / (32 * compiled.metadata.num_warps)
         per_distance = _per_distance(code, distances)
     return Kernel(
-        label,
+        f"{compiled.metadata.name} {case}",
+        compiled.hash,
         arch,
         int(fields["REG"]),
-        int(fields["LOCAL"]) + int(fields["STACK"]),
+        int(fields["LOCAL"]) + int(fields["STACK"]) if any(n.startswith(("STL", "LDL")) for n in names) else 0,
         compiled.metadata.shared,
         matrix,
         sum(name.startswith(("UTMALDG", "UBLKCP")) for name in names),

@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 
+from benchmarks import offline
 from dlvae_kernels.backends import triton, why_not
 
 ROOT = Path(__file__).parents[2]
@@ -29,24 +31,26 @@ def test_every_operation_in_the_interpreter():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("arch", [90, 100])
-def test_the_search_compiles_onto_matrix_units_without_spills(arch):
-    code = f"""
-from benchmarks import offline
-chosen = ("D=64 float32 float32", "D=64 bfloat16 float32")
-offline.cases = lambda all=offline.cases(): {{name: all[name] for name in chosen}}
-for kernel in offline.compile_all(({arch},)):
-    print(kernel.label, kernel.faults(), *kernel.matrix, kernel.per_distance, sep="|")
-"""
-    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr[-2000:]
-    rows = [line.split("|") for line in result.stdout.splitlines()]
-    searches = [row for row in rows if row[0].startswith("_search_kernel")]
-    assert len(searches) == 2
-    assert all(row[1] == "[]" for row in rows)
-    for row in searches:
-        assert row[2] == {90: "HGMMA", 100: "UTCHMMA"}[arch]
-        assert float(row[3]) < 7
+def test_every_kernel_compiles_for_every_architecture_without_spills():
+    words = [sys.executable, "-m", "benchmarks", "offline"]
+    result = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-2000:]
+    found = result.stdout.splitlines()
+    assert sum("_search_kernel" in line for line in found) > 90
+    for arch, matrix in ((80, "HMMA"), (90, "HGMMA"), (100, "UTCHMMA")):
+        assert any(line.startswith(f"sm_{arch} ") and f" {matrix} x" in line for line in found)
+    # Instructions beside those of the matrix units for each distance: what a search may cost, by its inputs.
+    for inputs, most in (("float32", 5.0), ("float16", 4.0), ("bfloat16", 4.0)):
+        case = f"_search_kernel D=64 K=16384 {inputs} float32"
+        (line,) = [each for each in found if case in each and each.startswith("sm_90")]
+        assert float(re.search(r"([0-9.]+) other instructions", line)[1]) <= most
+
+
+def test_a_fault_is_found():
+    kernel = offline.Kernel("_search_kernel D=64", "", 90, 255, 8, 2**20, {}, 0, None)
+    assert [fault.split()[0] for fault in kernel.faults()] == ["spills", "takes", "its"]
+    fine = offline.Kernel("_search_kernel D=64", "", 90, 255, 0, 2**10, {"HGMMA": 4}, 2, 3.5)
+    assert fine.faults() == []
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is there")
@@ -62,10 +66,12 @@ def test_types_and_devices_that_it_does_not_take(monkeypatch):
     assert "float64" in why_not("triton", "nearest_code", torch.zeros(2, 3).double())
     monkeypatch.delenv("TRITON_INTERPRET")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     assert "on cpu" in why_not("triton", "nearest_code", torch.zeros(2, 3))
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
-    assert "compute capability 9.0" in why_not("triton", "nearest_code")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    with FakeTensorMode():
+        x = torch.empty(2, 3, device="cuda")
+    assert "compute capability (8, 0) or newer, and cuda:0 has (7, 5)" in why_not("triton", "nearest_code", x)
 
 
 def test_unknown_names():
@@ -75,10 +81,11 @@ def test_unknown_names():
 
 def test_parts_are_kept_until_the_codebook_changes():
     code = """
+from dataclasses import replace
 import torch
 from dlvae_kernels.backends.triton.codebook_parts import codebook_parts
-from dlvae_kernels.backends.triton.tuning import SearchConfig
-config = SearchConfig(128, 128, 16, 8, 2)
+from dlvae_kernels.backends.triton.tuning import search_config
+config = replace(search_config(3, 5, torch.float16, True, False), block_d=16, packed=False)
 codebook = torch.randn(5, 3)
 first = codebook_parts(codebook, config, torch.float16, True)
 assert codebook_parts(codebook.detach(), config, torch.float16, True) is first
@@ -89,6 +96,13 @@ assert second is not first
 rows, shift = second.high[:5, :3].float() + second.low[:5, :3].float(), second.high.float().abs().max()
 assert 2**13 <= shift <= 2**15
 torch.testing.assert_close(rows / rows.norm(), codebook / codebook.norm(), rtol=2e-6, atol=1e-7)
+packed = codebook_parts(codebook, replace(config, block_d=32, packed=True), torch.float16, True).high[:5].float()
+high, same, low, bias = packed.split([3, 3, 3, 23], dim=1)
+assert torch.equal(high, second.high[:5, :3].float()) and torch.equal(high, same)
+assert torch.equal(low, second.low[:5, :3].float())
+expected = codebook.double().square().sum(1)
+assert not bias[:, 3:].any()
+torch.testing.assert_close(bias.double().sum(1) / bias.double().sum(), expected / expected.sum(), rtol=1e-6, atol=0)
 with torch.inference_mode():
     inferred = torch.randn(5, 3)
     assert codebook_parts(inferred, config, torch.float16, True) is not codebook_parts(

@@ -28,5 +28,7 @@ def layouts(n: int, d: int, device: torch.device, dtype: torch.dtype = torch.flo
         "transposed": torch.randn(d, n, device=device).to(dtype).T,
         "expanded": torch.randn(1, d, device=device).to(dtype).expand(n, d),
         "vector": torch.randn(d, device=device).to(dtype),
+        # Three dimensions of rows, of which no two are one.
+        "permuted": torch.randn(3, d, 2, 4, device=device).to(dtype).permute(2, 0, 3, 1),
         "deep": torch.randn(2, 3, 1, d, device=device).to(dtype),
     }

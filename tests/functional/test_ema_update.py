@@ -38,7 +38,7 @@ def test_epsilon_by_hand(device):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("size", [(0, 5, 4), (1, 1, 1), (507, 129, 64), (3000, 3, 7)])
+@pytest.mark.parametrize("size", [(0, 5, 4), (1, 1, 1), (507, 129, 64), (3000, 3, 7), (300, 1100, 5)])
 def test_statistics(device, size, dtype):
     n, k, d = size
     x, indices = rows(n, d, device, dtype), torch.randint(0, k, (n,), device=device)
@@ -91,12 +91,13 @@ def test_unused_codes_stay(device):
     assert torch.isfinite(codebook).all()
 
 
-def test_rows_that_are_not_finite_are_left_out(device):
+@pytest.mark.parametrize("num_codes", [5, 2000])
+def test_rows_that_are_not_finite_are_left_out(device, num_codes):
     x, indices = rows(60, 4, device), torch.arange(60, device=device) % 3
-    expected = ema_statistics(x[3:], indices[3:], 5)
+    expected = ema_statistics(x[3:], indices[3:], num_codes)
     x[0, 1], x[1, 0], x[2, 3] = float("nan"), float("inf"), float("-inf")
-    assert torch.equal(ema_statistics(x, indices, 5), expected)
-    assert not ema_statistics(x[:3], indices[:3], 5).any()
+    assert torch.equal(ema_statistics(x, indices, num_codes), expected)
+    assert not ema_statistics(x[:3], indices[:3], num_codes).any()
 
 
 def test_counts_of_zero_divide_nothing(device):

@@ -67,6 +67,17 @@ def test_ties_take_the_lowest_index(device):
         assert indices[300:].tolist() == list(range(70)) * 3
 
 
+@pytest.mark.parametrize("d", [5, 12])
+def test_ties_among_integers_take_the_lowest_index(device, d):
+    # Sums of small integers are exact in any order, so nearly every row has exact ties, near and far.
+    x, codebook = (torch.randint(-1, 2, (n, d), device=device).float() for n in (150, 300))
+    indices, distances = nearest_code(x, codebook, return_distance=True)
+    expected, exact = exact_distances(x, codebook).argmin(1), exact_distances(x, codebook).amin(1)
+    assert torch.equal(indices, expected)
+    assert torch.equal(distances.double(), exact.double())
+    assert not nearest_code(x, torch.ones(300, d, device=device)).any()
+
+
 def test_close_codes_are_told_apart(device):
     # A clamp of squared distances at 1e-8 would make all of these tie.
     codebook = torch.tensor([[0.5 + 3e-5], [0.5], [0.5 - 3e-5]], device=device)

@@ -23,7 +23,7 @@ _MODULES = {
     "ema_statistics": "ema_update",
     "ema_step": "ema_update",
 }
-_LEAST_CAPABILITY = (9, 0)
+_LEAST_CAPABILITY = (8, 0)
 _TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.int64)
 
 
@@ -36,10 +36,6 @@ def why_not(op: str, *args: Any) -> str | None:
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     if not interpreted and not torch.cuda.is_available():
         return "there is no CUDA device (TRITON_INTERPRET=1 runs it on the CPU, slowly)"
-    if not interpreted and torch.cuda.get_device_capability() < _LEAST_CAPABILITY:
-        return (
-            f"its block sizes are made for compute capability 9.0 and newer, not {torch.cuda.get_device_capability()}"
-        )
     for arg in args:
         if not isinstance(arg, torch.Tensor):
             continue
@@ -47,6 +43,8 @@ def why_not(op: str, *args: Any) -> str | None:
             return f"the tensors are on {arg.device.type}, and it runs on cuda"
         if arg.dtype not in _TYPES:
             return f"it has no kernel for {arg.dtype}"
+        if not interpreted and (capability := torch.cuda.get_device_capability(arg.device)) < _LEAST_CAPABILITY:
+            return f"it needs compute capability {_LEAST_CAPABILITY} or newer, and {arg.device} has {capability}"
     return None
 
 

@@ -7,8 +7,38 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .one_hot_sum import one_hot_sum, suits
+from .rows import as_rows, load_rows
 from .segment_sum import segment_sum
 from .tuning import on_device
+
+
+@triton.jit
+def _finite_codes_kernel(
+    x_ptr,
+    index_ptr,
+    code_ptr,
+    num_rows,
+    num_features,
+    inner,
+    stride_outer,
+    stride_inner,
+    stride_d,
+    num_codes,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """The codes of rows; K for rows that hold NaN or infinity, or whose index is out of range."""
+    rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    largest = tl.zeros([BLOCK_N], tl.float32)
+    for begin in range(0, num_features, BLOCK_D):
+        d = begin + tl.arange(0, BLOCK_D)
+        x = load_rows(x_ptr, rows, d, num_rows, num_features, inner, stride_outer, stride_inner, stride_d)
+        x = tl.abs(x.to(tl.float32))
+        largest = tl.maximum(largest, tl.max(tl.where(x == x, x, float("inf")), axis=1))
+    index = tl.load(index_ptr + rows, mask=rows < num_rows, other=0)
+    is_kept = (largest < float("inf")) & (index >= 0) & (index < num_codes)
+    tl.store(code_ptr + rows, tl.where(is_kept, index, num_codes), mask=rows < num_rows)
 
 
 @triton.jit
@@ -54,7 +84,24 @@ def _ema_step_kernel(
 
 
 def ema_statistics(x: Tensor, indices: Tensor, num_codes: int) -> Tensor:
-    return segment_sum(x, indices, num_codes, skip_infinite=True).contiguous()
+    if x.numel() == 0:
+        return torch.zeros(num_codes, x.shape[-1] + 1, dtype=torch.float32, device=x.device)
+    rows = as_rows(x)
+    codes = torch.empty(rows.num_rows, dtype=torch.int64, device=x.device)
+    with on_device(x):
+        _finite_codes_kernel[(triton.cdiv(rows.num_rows, 64),)](
+            rows.tensor,
+            indices.contiguous(),
+            codes,
+            rows.num_rows,
+            rows.num_features,
+            *rows.strides,
+            num_codes,
+            BLOCK_N=64,
+            BLOCK_D=64,
+        )
+    total = one_hot_sum if suits(rows, num_codes) else segment_sum
+    return total(rows, codes, num_codes)
 
 
 def ema_step(

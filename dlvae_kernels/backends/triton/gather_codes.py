@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .rows import as_rows, unit
 from .segment_sum import segment_sum
 from .tuning import on_device
 
@@ -23,6 +24,7 @@ def _gather_codes_fwd_kernel(
     num_features,
     stride_k,
     stride_d,
+    UNIT: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
@@ -32,9 +34,10 @@ def _gather_codes_fwd_kernel(
     index = tl.load(index_ptr + rows, mask=rows < num_rows, other=0)
     # An index out of range reads nothing, and gives 0.
     is_valid = (index >= 0) & (index < num_codes)
-    offsets = index[:, None] * stride_k + d.to(tl.int64)[None, :] * stride_d
+    offsets = (index * (stride_k // UNIT) * UNIT)[:, None] + d.to(tl.int64)[None, :] * stride_d
     code = tl.load(codes_ptr + offsets, mask=mask & is_valid[:, None], other=0.0)
-    tl.store(out_ptr + rows.to(tl.int64)[:, None] * num_features + d[None, :], code, mask=mask)
+    out = rows.to(tl.int64) * (num_features // UNIT) * UNIT
+    tl.store(out_ptr + out[:, None] + d[None, :], code, mask=mask)
 
 
 def gather_codes_fwd(codebook: Tensor, indices: Tensor) -> Tensor:
@@ -44,9 +47,19 @@ def gather_codes_fwd(codebook: Tensor, indices: Tensor) -> Tensor:
         grid = (triton.cdiv(indices.numel(), _BLOCK_N), triton.cdiv(num_features, 64))
         sizes = (indices.numel(), num_codes, num_features, *codebook.stride())
         with on_device(codebook):
-            _gather_codes_fwd_kernel[grid](codebook, indices.contiguous(), out, *sizes, BLOCK_N=_BLOCK_N, BLOCK_D=64)
+            _gather_codes_fwd_kernel[grid](
+                codebook,
+                indices.contiguous(),
+                out,
+                *sizes,
+                UNIT=unit(codebook.stride(0), num_features),
+                BLOCK_N=_BLOCK_N,
+                BLOCK_D=64,
+            )
     return out
 
 
 def gather_codes_bwd(grad: Tensor, indices: Tensor, num_codes: int) -> Tensor:
-    return segment_sum(grad, indices, num_codes, skip_infinite=False)[:, :-1].contiguous()
+    codes = indices.flatten()
+    codes = torch.where((codes >= 0) & (codes < num_codes), codes, num_codes)
+    return segment_sum(as_rows(grad), codes, num_codes)[:, :-1].contiguous()

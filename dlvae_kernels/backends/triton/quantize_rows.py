@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .rows import Rows, as_rows, load_rows, store_rows
+from .rows import Rows, as_rows, load_rows, store_rows, unit
 
 _BLOCK_N = 64
 
@@ -44,19 +44,27 @@ def quantize_rows(
     stride_ck,
     stride_cd,
     SAVE_ERROR: tl.constexpr,
+    UNIT: tl.constexpr,
+    OUT_UNIT: tl.constexpr,
+    CODE_UNIT: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     """Write codes `index` of `rows`, and with SAVE_ERROR code - x; count the codes."""
     mask = rows < num_rows
+    starts = index.to(tl.int64) * (stride_ck // CODE_UNIT) * CODE_UNIT
     for begin in range(0, num_features, BLOCK_D):
         d = begin + tl.arange(0, BLOCK_D)
-        offsets = index.to(tl.int64)[:, None] * stride_ck + d.to(tl.int64)[None, :] * stride_cd
+        offsets = starts[:, None] + d.to(tl.int64)[None, :] * stride_cd
         code = tl.load(codes_ptr + offsets, mask=mask[:, None] & (d < num_features)[None, :], other=0.0)
-        store_rows(quantized_ptr, code, rows, d, num_rows, num_features, out_inner, out_outer, out_step, out_d)
+        store_rows(
+            quantized_ptr, code, rows, d, num_rows, num_features, out_inner, out_outer, out_step, out_d, OUT_UNIT
+        )
         if SAVE_ERROR:
-            x = load_rows(x_ptr, rows, d, num_rows, num_features, inner, stride_outer, stride_inner, stride_d)
+            x = load_rows(x_ptr, rows, d, num_rows, num_features, inner, stride_outer, stride_inner, stride_d, UNIT)
             error = code.to(tl.float32) - x.to(tl.float32)
-            store_rows(error_ptr, error, rows, d, num_rows, num_features, out_inner, out_outer, out_step, out_d)
+            store_rows(
+                error_ptr, error, rows, d, num_rows, num_features, out_inner, out_outer, out_step, out_d, OUT_UNIT
+            )
     # Integers add up the same in any order.
     tl.atomic_add(count_ptr + index, tl.full(index.shape, 1, tl.int64), mask=mask, sem="relaxed")
 
@@ -82,6 +90,9 @@ def _quantize_rows_kernel(
     stride_ck,
     stride_cd,
     SAVE_ERROR: tl.constexpr,
+    UNIT: tl.constexpr,
+    OUT_UNIT: tl.constexpr,
+    CODE_UNIT: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
@@ -107,12 +118,16 @@ def _quantize_rows_kernel(
         stride_ck,
         stride_cd,
         SAVE_ERROR,
+        UNIT,
+        OUT_UNIT,
+        CODE_UNIT,
         BLOCK_D,
     )
 
 
 def launch_quantize_rows(rows: Rows, codebook: Tensor, indices: Tensor, out: Quantized) -> None:
     """What the search does by itself where one program sees all codes."""
+    out_strides = as_rows(out.quantized).strides
     _quantize_rows_kernel[(triton.cdiv(rows.num_rows, _BLOCK_N),)](
         rows.tensor,
         codebook,
@@ -123,9 +138,12 @@ def launch_quantize_rows(rows: Rows, codebook: Tensor, indices: Tensor, out: Qua
         rows.num_rows,
         rows.num_features,
         *rows.strides,
-        *as_rows(out.quantized).strides,
+        *out_strides,
         *codebook.stride(),
         SAVE_ERROR=out.error.numel() > 0,
+        UNIT=unit(*rows.strides[1:3]),
+        OUT_UNIT=unit(*out_strides[1:3]),
+        CODE_UNIT=unit(codebook.stride(0)),
         BLOCK_N=_BLOCK_N,
         BLOCK_D=64,
     )

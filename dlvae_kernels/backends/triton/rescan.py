@@ -96,4 +96,5 @@ def rescan(rows: Rows, codebook: Tensor, indices: Tensor, distances: Tensor, wor
         *codebook.stride(),
         BLOCK_K=64,
         BLOCK_D=32,
+        maxnreg=128,
     )

@@ -26,7 +26,7 @@ from .codebook_parts import (
 )
 from .quantize_rows import Quantized, launch_quantize_rows, quantize_rows
 from .rescan import error_bound, rescan
-from .rows import Rows, as_rows, load_rows
+from .rows import Rows, as_rows, load_rows, unit
 from .tuning import INTERPRETED, num_splits, on_device, search_config
 
 INFINITE = tl.constexpr(3.4028236e38)
@@ -71,14 +71,17 @@ def _squared_distances(
     stride_d,
     stride_ck,
     stride_cd,
+    UNIT: tl.constexpr,
+    CODE_UNIT: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     """Of rows [BLOCK_N] to codes [BLOCK_N, G], by differences; 0 where there is no such code."""
     total = tl.zeros(codes.shape, tl.float32)
     for begin in range(0, num_features, BLOCK_D):
         d = begin + tl.arange(0, BLOCK_D)
-        x = load_rows(x_ptr, rows, d, num_rows, num_features, inner, stride_outer, stride_inner, stride_d)
-        offsets = codes.to(tl.int64)[:, :, None] * stride_ck + d.to(tl.int64)[None, None, :] * stride_cd
+        x = load_rows(x_ptr, rows, d, num_rows, num_features, inner, stride_outer, stride_inner, stride_d, UNIT)
+        starts = codes.to(tl.int64) * (stride_ck // CODE_UNIT) * CODE_UNIT
+        offsets = starts[:, :, None] + d.to(tl.int64)[None, None, :] * stride_cd
         inside = (codes < num_codes)[:, :, None] & (d < num_features)[None, None, :]
         c = tl.load(codes_ptr + offsets, mask=inside, other=0.0)
         difference = x.to(tl.float32)[:, None, :] - c.to(tl.float32)
@@ -121,7 +124,6 @@ def _search_kernel(
     SPLIT: tl.constexpr,
     PACKED: tl.constexpr,
     CERTIFY: tl.constexpr,
-    WHOLE: tl.constexpr,
     QUANTIZE: tl.constexpr,
     SAVE_ERROR: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -130,6 +132,10 @@ def _search_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
     GROUP: tl.constexpr,
+    UNIT: tl.constexpr,
+    OUT_UNIT: tl.constexpr,
+    CODE_UNIT: tl.constexpr,
+    LOOK_D: tl.constexpr,
     TILE_STAGES: tl.constexpr,
     STAGES: tl.constexpr,
 ):
@@ -143,7 +149,7 @@ def _search_kernel(
         squares = tl.zeros([BLOCK_N], tl.float32)
         for d in range(0, PADDED, BLOCK_D):
             x = load_rows(
-                x_ptr, rows, d + features, num_rows, num_features, inner, stride_outer, stride_inner, stride_d
+                x_ptr, rows, d + features, num_rows, num_features, inner, stride_outer, stride_inner, stride_d, UNIT
             ).to(tl.float32)
             largest = tl.maximum(largest, tl.max(tl.abs(x), axis=1))
             squares += tl.sum(x * x, axis=1)
@@ -152,14 +158,23 @@ def _search_kernel(
         scale = power_of_two(shift)
     if PACKED:
         x = load_rows(
-            x_ptr, rows, features % num_features, num_rows, num_features, inner, stride_outer, stride_inner, stride_d
+            x_ptr,
+            rows,
+            features % num_features,
+            num_rows,
+            num_features,
+            inner,
+            stride_outer,
+            stride_inner,
+            stride_d,
+            UNIT,
         )
         x_high, x_low = split(x.to(tl.float32), scale)
         part = (features // num_features)[None, :]
         one = power_of_two(shift + codebook_shift(meta_ptr) - bias_shift(meta_ptr)).to(tl.float16)
         x = tl.where(part == 1, x_low, tl.where(part < 3, x_high, one))
     elif BLOCK_D == PADDED:
-        x = load_rows(x_ptr, rows, features, num_rows, num_features, inner, stride_outer, stride_inner, stride_d)
+        x = load_rows(x_ptr, rows, features, num_rows, num_features, inner, stride_outer, stride_inner, stride_d, UNIT)
         if SPLIT:
             x, x_low = split(x.to(tl.float32), scale)
     LANES: tl.constexpr = BLOCK_K // GROUP
@@ -179,9 +194,11 @@ def _search_kernel(
                 score = _product(x_low, high.T, score, PRECISION, UPCAST)
                 score = _product(x, low.T, score, PRECISION, UPCAST)
         else:
-            for block in tl.range(0, PADDED, BLOCK_D, num_stages=STAGES):
+            for block in tl.range(0, num_features, BLOCK_D, num_stages=STAGES):
                 at = block + features
-                y = load_rows(x_ptr, rows, at, num_rows, num_features, inner, stride_outer, stride_inner, stride_d)
+                y = load_rows(
+                    x_ptr, rows, at, num_rows, num_features, inner, stride_outer, stride_inner, stride_d, UNIT
+                )
                 high = high_parts.load([tile * BLOCK_K, block])
                 if SPLIT:
                     y, y_low = split(y.to(tl.float32), scale)
@@ -232,7 +249,9 @@ def _search_kernel(
             stride_d,
             stride_ck,
             stride_cd,
-            8,
+            UNIT,
+            CODE_UNIT,
+            LOOK_D,
         )
         found = tl.where(is_code & (found == found), found, float("inf"))
         least = tl.min(found, axis=1)
@@ -248,7 +267,7 @@ def _search_kernel(
         has_nan = tl.zeros([BLOCK_N], tl.int32)
         for d in range(0, PADDED, BLOCK_D):
             y = load_rows(
-                x_ptr, rows, d + features, num_rows, num_features, inner, stride_outer, stride_inner, stride_d
+                x_ptr, rows, d + features, num_rows, num_features, inner, stride_outer, stride_inner, stride_d, UNIT
             )
             has_nan = tl.maximum(has_nan, tl.max((y != y).to(tl.int32), axis=1))
         kept = tl.load(meta_ptr + 1)
@@ -259,9 +278,8 @@ def _search_kernel(
     out = tl.program_id(1).to(tl.int64) * num_rows + rows
     tl.store(index_ptr + out, index.to(index_ptr.dtype.element_ty), mask=mask)
     tl.store(distance_ptr + out, distance, mask=mask)
-    if not WHOLE:
-        tl.store(score_ptr + out, winner, mask=mask)
     if CERTIFY:
+        tl.store(score_ptr + out, winner, mask=mask)
         tl.store(second_ptr + out, other, mask=mask)
         bound = error_bound(largest, squares, scale, meta_ptr, num_features, SPLIT)
         tl.store(bound_ptr + rows, bound, mask=mask)
@@ -287,6 +305,9 @@ def _search_kernel(
             stride_ck,
             stride_cd,
             SAVE_ERROR,
+            UNIT,
+            OUT_UNIT,
+            CODE_UNIT,
             16,
         )
 
@@ -310,21 +331,21 @@ def _join_splits_kernel(
     """The best of all splits, the earliest of equal ones; rows with two scores too close go on the worklist."""
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask = rows < num_rows
-    best = tl.load(score_ptr + rows, mask=mask, other=0.0)
     index = tl.load(part_index_ptr + rows, mask=mask, other=0)
     distance = tl.load(part_distance_ptr + rows, mask=mask, other=0.0)
     if CERTIFY:
+        best = tl.load(score_ptr + rows, mask=mask, other=0.0)
         second = tl.load(second_ptr + rows, mask=mask, other=0.0)
     for part in range(1, splits):
         at = tl.cast(part, tl.int64) * num_rows + rows
-        score = tl.load(score_ptr + at, mask=mask, other=0.0)
-        is_better = score > best
+        apart = tl.load(part_distance_ptr + at, mask=mask, other=0.0)
+        index = tl.where(apart < distance, tl.load(part_index_ptr + at, mask=mask, other=0), index)
+        distance = tl.where(apart < distance, apart, distance)
         if CERTIFY:
+            score = tl.load(score_ptr + at, mask=mask, other=0.0)
             other = tl.load(second_ptr + at, mask=mask, other=0.0)
-            second = tl.maximum(tl.where(is_better, best, score), tl.where(is_better, other, second))
-        index = tl.where(is_better, tl.load(part_index_ptr + at, mask=mask, other=0), index)
-        distance = tl.where(is_better, tl.load(part_distance_ptr + at, mask=mask, other=0.0), distance)
-        best = tl.where(is_better, score, best)
+            second = tl.maximum(tl.minimum(best, score), tl.where(score > best, other, second))
+            best = tl.maximum(best, score)
     tl.store(index_ptr + rows, index.to(tl.int64), mask=mask)
     tl.store(distance_ptr + rows, distance, mask=mask)
     if CERTIFY:
@@ -358,10 +379,11 @@ def search(
     n = rows.num_rows
     found = indices if is_whole else buffer(True, torch.int32, splits, n)
     apart = distances if is_whole else buffer(True, torch.float32, splits, n)
-    score = buffer(not is_whole, torch.float32, splits, n)
+    score = buffer(certify, torch.float32, splits, n)
     second, bound = buffer(certify, torch.float32, splits, n), buffer(certify, torch.float32, n)
     written = out if is_whole else None
     quantized, error, counts = (written.quantized, written.error, written.counts) if written else (x, x, indices)
+    out_strides = as_rows(quantized).strides
     block = [config.block_k, config.block_d]
     is_whole_row = config.block_d == config.padded(rows.num_features)
     with on_device(x):
@@ -383,7 +405,7 @@ def search(
             n,
             rows.num_features,
             *rows.strides,
-            *as_rows(quantized).strides,
+            *out_strides,
             num_codes,
             *codebook.stride(),
             tiles,
@@ -392,7 +414,6 @@ def search(
             SPLIT=splits_parts,
             PACKED=config.packed,
             CERTIFY=certify,
-            WHOLE=is_whole,
             QUANTIZE=written is not None,
             SAVE_ERROR=written is not None and error.numel() > 0,
             PRECISION="tf32" if precision == "tf32" else "ieee",
@@ -401,9 +422,14 @@ def search(
             BLOCK_K=config.block_k,
             BLOCK_D=config.block_d,
             GROUP=config.group,
+            UNIT=unit(*rows.strides[1:3]),
+            OUT_UNIT=unit(*out_strides[1:3]),
+            CODE_UNIT=unit(codebook.stride(0)),
+            LOOK_D=config.look_d,
             TILE_STAGES=config.num_stages if is_whole_row else 1,
             STAGES=config.num_stages,
             num_warps=config.num_warps,
+            maxnreg=config.max_registers,
         )
         if not is_whole:
             worklist = buffer(certify, torch.int32, n)

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .rows import as_rows, row_offsets
+from .rows import Rows, row_offsets
 from .tuning import on_device
 
 _CHUNK = 64
@@ -89,40 +89,32 @@ def _join_edges_kernel(
         tl.store(out_ptr + code.to(tl.int64) * width + d, total, mask=mask)
 
 
-def segment_sum(x: Tensor, indices: Tensor, num_codes: int, *, skip_infinite: bool) -> Tensor:
-    """Sums, and in the last column numbers, of the rows of x [..., D] by their codes [...]: [K, D + 1] float32.
-
-    Args:
-        skip_infinite: leave out rows that hold NaN or infinity.
-    """
-    num_features = x.shape[-1]
-    out = torch.zeros(num_codes, num_features + 1, dtype=torch.float32, device=x.device)
+def segment_sum(rows: Rows, codes: Tensor, num_codes: int) -> Tensor:
+    """Sums and numbers [K, D + 1] float32 of rows by their codes [N]; rows of code K are left out."""
+    x, width = rows.tensor, rows.num_features + 1
+    # Code K comes last; out has a row for it that is cut off.
+    out = torch.zeros(num_codes + 1, width, dtype=torch.float32, device=x.device)
     if x.numel() == 0:
-        return out
-    rows = as_rows(x)
-    codes = indices.flatten()
-    if skip_infinite:
-        # As code K they come last, and out has a row for them that is cut off.
-        finite = x.isfinite().all(-1).flatten()
-        codes = torch.where(finite, codes, num_codes)
-        out = torch.zeros(num_codes + 1, num_features + 1, dtype=torch.float32, device=x.device)
+        return out[:num_codes]
     ordered, order = torch.sort(codes, stable=True)
     chunks = triton.cdiv(rows.num_rows, _CHUNK)
-    edge = torch.empty(chunks, 2, num_features + 1, dtype=torch.float32, device=x.device)
-    block = min(64, max(16, triton.next_power_of_2(num_features + 1)))
-    grid = (chunks, triton.cdiv(num_features + 1, block))
+    edge = torch.empty(chunks, 2, width, dtype=torch.float32, device=x.device)
+    block = min(64, max(16, triton.next_power_of_2(width)))
+    grid = (chunks, triton.cdiv(width, block))
     with on_device(x):
         _chunk_sum_kernel[grid](
-            rows.tensor,
+            x,
             order,
             ordered,
             out,
             edge,
             rows.num_rows,
-            num_features,
+            rows.num_features,
             *rows.strides,
             CHUNK=_CHUNK,
             BLOCK_D=block,
         )
-        _join_edges_kernel[grid](ordered, out, edge, rows.num_rows, num_features, chunks, CHUNK=_CHUNK, BLOCK_D=block)
+        _join_edges_kernel[grid](
+            ordered, out, edge, rows.num_rows, rows.num_features, chunks, CHUNK=_CHUNK, BLOCK_D=block
+        )
     return out[:num_codes]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 import triton
@@ -20,19 +21,19 @@ _MOST_SPLITS = 64
 
 @dataclass(frozen=True)
 class SearchConfig:
-    """Of the search: tiles of BLOCK_N rows by BLOCK_K codes, BLOCK_D features at a time.
-
-    group: so many codes share a running maximum, and are told apart at the end.
-    packed: all parts of a product, and the bias, lie side by side in one block of features.
-    """
+    """Of the search: tiles of BLOCK_N rows by BLOCK_K codes, BLOCK_D features at a time."""
 
     block_n: int
     block_k: int
     block_d: int
+    # So many codes share a running maximum, and are told apart at the end, LOOK_D features at a time.
     group: int
+    look_d: int
+    # All parts of a product, and the bias, lie side by side in one block of features.
     packed: bool
     num_warps: int
     num_stages: int
+    max_registers: int
 
     def padded(self, num_features: int) -> int:
         """D rounded up to whole blocks."""
@@ -41,42 +42,65 @@ class SearchConfig:
 
 def architecture() -> int:
     """Compute capability of the current device, as 90; of Triton's interpreter that of Hopper."""
-    return 90 if INTERPRETED else int(triton.runtime.driver.active.get_current_target().arch)
+    return 90 if INTERPRETED else _architecture(triton.runtime.driver.active.get_current_device())
+
+
+@lru_cache
+def _architecture(device: int) -> int:
+    return int(triton.runtime.driver.active.get_current_target().arch)
 
 
 def search_config(num_features: int, num_codes: int, dtype: torch.dtype, splits: bool, certifies: bool) -> SearchConfig:
     """For D features, K codes, parts of a dtype, two of them or one, and with the second best score kept or not."""
-    group = _group(num_features, num_codes)
+    arch = architecture()
+    # A certificate has one more register for each group.
+    group = max(_group(num_features, num_codes), 4 if certifies else 2)
     # Three parts of the features and three of the bias in 32 columns.
-    if splits and 3 * num_features + 3 <= 32:
-        return SearchConfig(128, 128, 32, group, True, 8, 3)
+    packed = splits and 3 * num_features + 3 <= 32
     bytes_per_feature = dtype.itemsize * (2 if splits else 1)
-    if architecture() >= 90:
-        block_d = _block_d(num_features, 128)
-        block_k = int(os.environ.get("BK", "128"))
+    if arch >= 90:
+        block_k, num_warps, look = 128, 8, 32 if packed or arch >= 100 else 64
+        # Rows stay in shared memory, as far as that and the registers reach; longer ones are read anew for each tile.
+        if splits:
+            most = 32 if arch >= 100 else 64 if certifies else 128
+        else:
+            most = 128 if bytes_per_feature == 2 or (arch < 100 and not certifies) else 64
+        chunk = 32 if splits else 64
     else:
-        # Operands pass through registers.
-        block_k = 64
-        block_d = _block_d(num_features, 64 if bytes_per_feature <= 2 else 32)
-    group = int(os.environ.get("GR", group))
+        # Operands pass through registers, and four warps keep all codes of a row in one.
+        block_k, num_warps, look, most, chunk = 32, 4, 16, 16, 16
+    block_d = 32 if packed else _block_d(num_features, most, chunk)
     stages = 3 if block_k * block_d * bytes_per_feature <= 2**15 else 2
-    return SearchConfig(128, block_k, block_d, group, False, 8, stages)
+    # Two programs fit a multiprocessor then: one computes products while the other compares.
+    is_small = packed or (bytes_per_feature == 2 and num_features <= 64)
+    two_fit = arch >= 90 and is_small and group > 2 and not certifies
+    return SearchConfig(
+        block_n=128,
+        block_k=block_k,
+        block_d=block_d,
+        group=group,
+        look_d=look // group,
+        packed=packed,
+        num_warps=num_warps,
+        num_stages=stages,
+        max_registers=128 if two_fit else 255,
+    )
 
 
 def _group(num_features: int, num_codes: int) -> int:
     """A larger group spares instructions for each code, and costs a second look at `group` codes of D features."""
-    group = 8
-    while group > 2 and (4 * group * num_features > num_codes or group * num_features > 512):
-        group //= 2
-    return group
+    for group, codes_per_feature in ((8, 32), (4, 8)):
+        if num_codes >= codes_per_feature * num_features and group * num_features <= 512:
+            return group
+    return 2
 
 
-def _block_d(num_features: int, most: int) -> int:
-    """A whole row where a power of two is not much longer, else chunks."""
+def _block_d(num_features: int, most: int, chunk: int) -> int:
+    """A whole row where a power of two is not much longer and rows are aligned, else chunks."""
     whole = max(16, 1 << (num_features - 1).bit_length())
-    if whole <= most and (whole <= 64 or 4 * num_features >= 3 * whole):
+    if whole <= min(most, 64) or (whole <= most and 4 * num_features >= 3 * whole and num_features % 4 == 0):
         return whole
-    return min(most, 64 if num_features > 128 else 32)
+    return chunk
 
 
 def num_splits(num_rows: int, num_tiles: int, config: SearchConfig) -> int:

@@ -76,7 +76,7 @@ def vector_quantize_bwd(
     empty = torch.empty(0, dtype=torch.float32, device=error.device)
     grad_x = grad_codebook = empty
     if need_codebook:
-        total = segment_sum(error, indices, num_codes, skip_infinite=False)[:, :-1]
+        total = segment_sum(as_rows(error), indices.flatten(), num_codes)[:, :-1]
         grad_codebook = total * (slope * grad_codebook_loss)
     if need_x:
         grad, rows = as_rows(grad_quantized), as_rows(error)

@@ -1,0 +1,104 @@
+"""What the kernels are to reach on a GPU, held against the rows that a run measured."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from .entry import Size
+from .results import Row
+from .sizes import CIFAR, GROWTH, KMEANS, LARGEST, VQGAN, VQVAE2, WIDE, half
+
+OURS = "dlvae_kernels"
+_MIDDLE = GROWTH["cuda"][0]
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Ours is `least` times as fast as a contender, all passes together."""
+
+    op: str
+    size: Size
+    contender: str
+    least: float
+
+    def __str__(self) -> str:
+        at = f"{self.size} {self.size.precision}"
+        return f"{self.op} at {at}: {self.least:g}x as fast as {self.contender}"
+
+    def reached(self, rows: Iterable[Row]) -> tuple[bool, str] | None:
+        """Whether it is held, and the figures; None where one of the two was not measured right."""
+        mine, theirs = (_milliseconds(rows, self.op, self.size, name) for name in (OURS, self.contender))
+        if mine is None or theirs is None:
+            return None
+        return theirs >= self.least * mine, f"{theirs / mine:.2f}x: {mine:.4g} ms against {theirs:.4g} ms"
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Ours takes less than `most` MB beyond the inputs."""
+
+    op: str
+    size: Size
+    most: float
+
+    def __str__(self) -> str:
+        return f"{self.op} at {self.size}: less than {self.most:g} MB"
+
+    def reached(self, rows: Iterable[Row]) -> tuple[bool, str] | None:
+        """Whether it is held, and the figure; None where it was not measured."""
+        found = [float(row["peak_mb"]) for row in _of(rows, self.op, self.size, OURS) if row.get("peak_mb")]
+        return (max(found) < self.most, f"{max(found):.4g} MB") if found else None
+
+
+TARGETS: tuple[Speed | Memory, ...] = (
+    *(
+        Speed("nearest_code", size, name, least)
+        for size in (_MIDDLE, WIDE)
+        for name, least in (("plain PyTorch", 6), ("torch.compile", 3), ("flash-kmeans", 1))
+    ),
+    *(Speed("nearest_code", half(size), "flash-kmeans", 1.5) for size in (WIDE, KMEANS)),
+    *(
+        Speed("ema_update", size, name, least)
+        for size in (CIFAR, VQVAE2, VQGAN, KMEANS)
+        for name, least in (("one-hot matmul", 3), ("index_add_", 2))
+    ),
+    Speed("VectorQuantizerEMA", CIFAR, "vector-quantize-pytorch", 10),
+    Speed("VectorQuantizerEMA", VQGAN, "vector-quantize-pytorch", 10),
+    Memory("nearest_code", LARGEST, 200),
+)
+
+
+def check(rows: list[Row]) -> list[str]:
+    """A line for each target: held, missed or not measured, with the figures."""
+    lines = []
+    for target in TARGETS:
+        outcome = target.reached(rows)
+        if outcome is None:
+            lines.append(f"not measured: {target}")
+        else:
+            held, figures = outcome
+            lines.append(f"{'held' if held else 'MISSED'}: {target} ({figures})")
+    return lines
+
+
+def _of(rows: Iterable[Row], op: str, size: Size, contender: str) -> list[Row]:
+    wanted = {"op": op, "size": str(size), "contender": contender}
+    # A contender that computes float32 in a precision of its own says so in its row.
+    precisions = {"float32", "tf32"} if size.precision == "float32" else {size.precision}
+    return [
+        row
+        for row in rows
+        if all(row.get(key) == value for key, value in wanted.items()) and row.get("precision") in precisions
+    ]
+
+
+def _milliseconds(rows: Iterable[Row], op: str, size: Size, contender: str) -> float | None:
+    """Of all passes; the median where a size stands in the registry twice."""
+    times: dict[str, list[float]] = {}
+    for row in _of(rows, op, size, contender):
+        if row.get("status") != "ok":
+            return None
+        times.setdefault(row["pass"], []).append(float(row["ms"]))
+    return sum(statistics.median(each) for each in times.values()) if times else None
