@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 
-from dlvae_kernels import DictionaryLearning, VectorQuantizer, VectorQuantizerEMA
+from dlvae_kernels import DictionaryLearning, VectorQuantizer, VectorQuantizerEMA, ema_update, vector_quantize
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
@@ -43,3 +43,39 @@ def test_autocast(name, dtype):
         assert loss.dtype == torch.float32
     (loss + out.float().mean()).backward()
     assert torch.isfinite(x.grad).all()
+
+
+def test_a_step_in_a_cuda_graph():
+    x, codebook = torch.randn(300, 16, device="cuda"), torch.randn(200, 16, device="cuda")
+    state = codebook.clone(), torch.ones(200, device="cuda"), codebook.clone()
+
+    def step(x, codebook, cluster_size, embed_sum):
+        out = vector_quantize(x, codebook)
+        ema_update(codebook, cluster_size, embed_sum, x, out.indices, decay=0.9, epsilon=1e-5)
+        return out.quantized, out.indices, out.commitment_loss
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            step(x, *(each.clone() for each in state))
+    torch.cuda.current_stream().wait_stream(side)
+    static = [each.clone() for each in state]
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step(x, *static)
+    for _ in range(3):
+        x.normal_()
+        graph.replay()
+        expected = step(x, *state)
+        for actual, other in zip((*captured, *static), (*expected, *state), strict=True):
+            assert torch.equal(actual, other)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one CUDA device")
+def test_a_device_that_is_not_current():
+    x, codebook = torch.randn(300, 16, device="cuda:1"), torch.randn(200, 16, device="cuda:1")
+    with torch.cuda.device(0):
+        out = vector_quantize(x, codebook)
+    assert out.quantized.device == x.device
+    assert torch.equal(out.indices.cpu(), vector_quantize(x.cpu(), codebook.cpu()).indices)

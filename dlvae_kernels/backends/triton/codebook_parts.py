@@ -176,7 +176,9 @@ def codebook_parts(codebook: Tensor, config: SearchConfig, dtype: torch.dtype, s
     # While a weak reference to a storage lives, no other storage has its address.
     storage = StorageWeakRef(codebook.untyped_storage())
     layout = (codebook.storage_offset(), codebook.shape, codebook.stride(), codebook.dtype, codebook.device)
-    key = (storage.cdata, codebook._version, layout, config, dtype, splits)
+    # What one stream made, another could read too early.
+    stream = torch.cuda.current_stream(codebook.device).stream_id if codebook.is_cuda else 0
+    key = (storage.cdata, codebook._version, layout, config, dtype, splits, stream)
     if key in _cache:
         _cache.move_to_end(key)
         return _cache[key][1]

@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from . import autotune
 from .codebook_parts import (
     NEVER,
     TARGET_EXPONENT,
@@ -27,7 +28,7 @@ from .codebook_parts import (
 from .quantize_rows import Quantized, launch_quantize_rows, quantize_rows
 from .rescan import error_bound, rescan
 from .rows import Rows, as_rows, load_rows, unit
-from .tuning import INTERPRETED, num_splits, on_device, search_config
+from .tuning import INTERPRETED, SearchConfig, num_splits, on_device, search_config
 
 INFINITE = tl.constexpr(3.4028236e38)
 NO_CODE = tl.constexpr(2147483647)
@@ -363,10 +364,40 @@ def search(
     num_codes = len(codebook)
     # Products of half-precision inputs of one type are exact in float32 as they are.
     splits_parts = precision != "tf32" and (x.dtype == torch.float32 or codebook.dtype != x.dtype)
-    dtype = torch.float16 if splits_parts else x.dtype
+    with on_device(x):
+        config = search_config(
+            rows.num_features,
+            num_codes,
+            torch.float16 if splits_parts else x.dtype,
+            splits_parts,
+            precision == "exact",
+        )
+        if autotune.is_wanted():
+            kind = f"{x.dtype} {codebook.dtype} {precision} D={rows.num_features}"
+            config = autotune.tuned(
+                config,
+                rows.num_rows,
+                num_codes,
+                kind,
+                lambda config: _search(rows, codebook, precision, splits_parts, indices, distances, None, config),
+            )
+        _search(rows, codebook, precision, splits_parts, indices, distances, out, config)
+
+
+def _search(
+    rows: Rows,
+    codebook: Tensor,
+    precision: str,
+    splits_parts: bool,
+    indices: Tensor,
+    distances: Tensor,
+    out: Quantized | None,
+    config: SearchConfig,
+) -> None:
+    x = rows.tensor
+    num_codes = len(codebook)
     certify = precision == "exact"
-    config = search_config(rows.num_features, num_codes, dtype, splits_parts, certify)
-    parts = codebook_parts(codebook, config, dtype, splits_parts)
+    parts = codebook_parts(codebook, config, torch.float16 if splits_parts else x.dtype, splits_parts)
     tiles = triton.cdiv(num_codes, config.block_k)
     splits = num_splits(rows.num_rows, tiles, config)
     per_split = triton.cdiv(tiles, splits)
@@ -386,70 +417,69 @@ def search(
     out_strides = as_rows(quantized).strides
     block = [config.block_k, config.block_d]
     is_whole_row = config.block_d == config.padded(rows.num_features)
-    with on_device(x):
-        _search_kernel[(triton.cdiv(n, config.block_n), splits)](
-            x,
-            codebook,
-            TensorDescriptor.from_tensor(parts.high, block),
-            TensorDescriptor.from_tensor(parts.low, block),
-            parts.bias,
-            parts.meta,
+    _search_kernel[(triton.cdiv(n, config.block_n), splits)](
+        x,
+        codebook,
+        TensorDescriptor.from_tensor(parts.high, block),
+        TensorDescriptor.from_tensor(parts.low, block),
+        parts.bias,
+        parts.meta,
+        found,
+        apart,
+        score,
+        second,
+        bound,
+        quantized,
+        error,
+        counts,
+        n,
+        rows.num_features,
+        *rows.strides,
+        *out_strides,
+        num_codes,
+        *codebook.stride(),
+        tiles,
+        per_split,
+        PADDED=config.padded(rows.num_features),
+        SPLIT=splits_parts,
+        PACKED=config.packed,
+        CERTIFY=certify,
+        QUANTIZE=written is not None,
+        SAVE_ERROR=written is not None and error.numel() > 0,
+        PRECISION="tf32" if precision == "tf32" else "ieee",
+        UPCAST=INTERPRETED,
+        BLOCK_N=config.block_n,
+        BLOCK_K=config.block_k,
+        BLOCK_D=config.block_d,
+        GROUP=config.group,
+        UNIT=unit(*rows.strides[1:3]),
+        OUT_UNIT=unit(*out_strides[1:3]),
+        CODE_UNIT=unit(codebook.stride(0)),
+        LOOK_D=config.look_d,
+        TILE_STAGES=config.num_stages if is_whole_row else 1,
+        STAGES=config.num_stages,
+        num_warps=config.num_warps,
+        maxnreg=config.max_registers,
+    )
+    if not is_whole:
+        worklist = buffer(certify, torch.int32, n)
+        count = torch.zeros(int(certify), dtype=torch.int32, device=x.device)
+        _join_splits_kernel[(triton.cdiv(n, 256),)](
             found,
             apart,
             score,
             second,
             bound,
-            quantized,
-            error,
-            counts,
+            indices,
+            distances,
+            worklist,
+            count,
             n,
-            rows.num_features,
-            *rows.strides,
-            *out_strides,
-            num_codes,
-            *codebook.stride(),
-            tiles,
-            per_split,
-            PADDED=config.padded(rows.num_features),
-            SPLIT=splits_parts,
-            PACKED=config.packed,
+            splits,
             CERTIFY=certify,
-            QUANTIZE=written is not None,
-            SAVE_ERROR=written is not None and error.numel() > 0,
-            PRECISION="tf32" if precision == "tf32" else "ieee",
-            UPCAST=INTERPRETED,
-            BLOCK_N=config.block_n,
-            BLOCK_K=config.block_k,
-            BLOCK_D=config.block_d,
-            GROUP=config.group,
-            UNIT=unit(*rows.strides[1:3]),
-            OUT_UNIT=unit(*out_strides[1:3]),
-            CODE_UNIT=unit(codebook.stride(0)),
-            LOOK_D=config.look_d,
-            TILE_STAGES=config.num_stages if is_whole_row else 1,
-            STAGES=config.num_stages,
-            num_warps=config.num_warps,
-            maxnreg=config.max_registers,
+            BLOCK_N=256,
         )
-        if not is_whole:
-            worklist = buffer(certify, torch.int32, n)
-            count = torch.zeros(int(certify), dtype=torch.int32, device=x.device)
-            _join_splits_kernel[(triton.cdiv(n, 256),)](
-                found,
-                apart,
-                score,
-                second,
-                bound,
-                indices,
-                distances,
-                worklist,
-                count,
-                n,
-                splits,
-                CERTIFY=certify,
-                BLOCK_N=256,
-            )
-            if certify:
-                rescan(rows, codebook, indices, distances, worklist, count)
-            if out is not None:
-                launch_quantize_rows(rows, codebook, indices, out)
+        if certify:
+            rescan(rows, codebook, indices, distances, worklist, count)
+        if out is not None:
+            launch_quantize_rows(rows, codebook, indices, out)

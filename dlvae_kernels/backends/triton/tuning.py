@@ -73,7 +73,7 @@ def search_config(num_features: int, num_codes: int, dtype: torch.dtype, splits:
     stages = 3 if block_k * block_d * bytes_per_feature <= 2**15 else 2
     # Two programs fit a multiprocessor then: one computes products while the other compares.
     is_small = packed or (bytes_per_feature == 2 and num_features <= 64)
-    two_fit = arch >= 90 and is_small and group > 2 and not certifies
+    two_fit = 90 <= arch < 100 and is_small and group > 2 and not certifies
     return SearchConfig(
         block_n=128,
         block_k=block_k,
