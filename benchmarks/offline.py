@@ -37,8 +37,8 @@ _INSTRUCTION = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A
 _PRECISIONS = (
     (torch.float32, "float32"),
     (torch.float32, "exact"),
-    (torch.float32, "tf32"),
     (torch.float16, "float32"),
+    (torch.float32, "tf32"),
     (torch.float16, "exact"),
 )
 
@@ -61,8 +61,8 @@ class Kernel:
         found = [f"spills {self.spilled} bytes"] if self.spilled else []
         if self.shared > _SHARED[self.arch]:
             found.append(f"takes {self.shared} bytes of shared memory, of which there are {_SHARED[self.arch]}")
-        if self.label.startswith("_search_kernel") and self.per_distance is None:
-            found.append("its search loop has no matrix instructions")
+        if self.label.startswith("_search_kernel") and not self.matrix:
+            found.append("its search has no matrix instructions")
         return found
 
     def line(self) -> str:
@@ -80,7 +80,7 @@ def cases() -> dict[str, Callable[[], Any]]:
     for d in (8, 16, 64, 100, 128, 256):
         for dtype, precision in _PRECISIONS:
             # Few codes and many make groups of different sizes.
-            for num_codes in (512, 16_384):
+            for num_codes in (512, 16_384) if (dtype, precision) in _PRECISIONS[:3] else (16_384,):
                 x, codebook = torch.zeros(65_536, d, dtype=dtype), torch.zeros(num_codes, d, dtype=dtype)
                 name = f"D={d} K={num_codes} {str(dtype)[6:]} {precision}"
                 found[name] = partial(_search, x, codebook, precision)
@@ -91,10 +91,10 @@ def cases() -> dict[str, Callable[[], Any]]:
     map = torch.zeros(64, 64, 256).transpose(1, 2)
     found["map"] = lambda: kernels.nearest_code(map, codebook[:512], False, "float32")
     indices, one = torch.zeros(1_024, dtype=torch.int64), torch.ones(())
-    many, codes = torch.zeros(65_536, 64), codebook[:512]
-    found["quantize, fused"] = lambda: kernels.vector_quantize_fwd(many, codes, True, "float32")
+    many, few = torch.zeros(65_536, 64), codebook[:512]
+    found["quantize, fused"] = lambda: kernels.vector_quantize_fwd(many, few, True, "float32")
     found["quantize, fused, bfloat16"] = lambda: kernels.vector_quantize_fwd(
-        many.bfloat16(), codes.bfloat16(), True, "float32"
+        many.bfloat16(), few.bfloat16(), True, "float32"
     )
     found["quantize, fused, D=8"] = lambda: kernels.vector_quantize_fwd(many[:, :8], codebook[:, :8], False, "float32")
     found["quantize"] = lambda: kernels.vector_quantize_fwd(x, codebook, True, "float32")
@@ -108,7 +108,31 @@ def cases() -> dict[str, Callable[[], Any]]:
     )
     found["ema, few codes"] = lambda: kernels.ema_statistics(x, indices, 512)
     found["ema, few codes, bfloat16"] = lambda: kernels.ema_statistics(x.bfloat16(), indices, 512)
+    # A one becomes a constant of the compiled kernel.
+    single, first = torch.zeros(1, 1), torch.zeros(1, 1, dtype=torch.int64)
+    for name, call in _ALL.items():
+        found[f"{name}, all sizes 1"] = partial(call, single, first)
+    values, atoms = torch.ones(1_024, 32), torch.zeros(1_024, 32, dtype=torch.int64)
+    for d in (64, 256):
+        decoded = values.shape[0], d
+        found[f"sparse decode D={d}"] = partial(kernels.sparse_decode_fwd, values, atoms, torch.zeros(16_384, d))
+        found[f"sparse decode D={d}, backward"] = partial(
+            kernels.sparse_decode_bwd, torch.zeros(decoded), values, atoms, torch.zeros(16_384, d), True, True
+        )
     return found
+
+
+# Of x [1, 1] and indices [1, 1].
+_ALL: dict[str, Callable[[torch.Tensor, torch.Tensor], Any]] = {
+    "nearest_code": lambda x, i: kernels.nearest_code(x, x, True, "exact"),
+    "vector_quantize": lambda x, i: kernels.vector_quantize_fwd(x, x, True, "float32"),
+    "vector_quantize, backward": lambda x, i: kernels.vector_quantize_bwd(x, x, x, x, i[0], 1, True, True),
+    "gather_codes": lambda x, i: kernels.gather_codes_fwd(x, i),
+    "one_hot": lambda x, i: kernels.one_hot(i, 1, torch.float32),
+    "ema_update": lambda x, i: kernels.ema_step(x, x[0], x, kernels.ema_statistics(x, i[0], 1), 0.9, 1e-5),
+    "sparse_decode": lambda x, i: kernels.sparse_decode_fwd(x, i, x),
+    "sparse_decode, backward": lambda x, i: kernels.sparse_decode_bwd(x, x, i, x, True, True),
+}
 
 
 def _search(x: torch.Tensor, codebook: torch.Tensor, precision: str) -> None:

@@ -17,7 +17,14 @@ from dlvae_kernels.backends import triton, why_not
 
 ROOT = Path(__file__).parents[2]
 # What takes the interpreter minutes: thousands of rows summed one by one, and rescans of all of them.
-LONG = ("repeats", "cancel", "several_chunks", "size3", "ignores_the_callers")
+LONG = (
+    "repeats",
+    "cancel",
+    "several_chunks",
+    "size3",
+    "ignores_the_callers",
+    "(test_sparse_decode and (size2 or size4))",
+)
 
 
 @pytest.mark.slow
@@ -79,7 +86,7 @@ def test_unknown_names():
         _ = triton.cublas
 
 
-def test_parts_are_kept_until_the_codebook_changes():
+def test_parts_of_a_codebook():
     code = """
 from dataclasses import replace
 import torch
@@ -87,27 +94,18 @@ from dlvae_kernels.backends.triton.codebook_parts import codebook_parts
 from dlvae_kernels.backends.triton.tuning import search_config
 config = replace(search_config(3, 5, torch.float16, True, False), block_d=16, packed=False)
 codebook = torch.randn(5, 3)
-first = codebook_parts(codebook, config, torch.float16, True)
-assert codebook_parts(codebook.detach(), config, torch.float16, True) is first
-assert codebook_parts(codebook[:4], config, torch.float16, True) is not first
-codebook.mul_(2)
-second = codebook_parts(codebook, config, torch.float16, True)
-assert second is not first
-rows, shift = second.high[:5, :3].float() + second.low[:5, :3].float(), second.high.float().abs().max()
+parts = codebook_parts(codebook, config, torch.float16, True)
+rows, shift = parts.high[:5, :3].float() + parts.low[:5, :3].float(), parts.high.float().abs().max()
 assert 2**13 <= shift <= 2**15
 torch.testing.assert_close(rows / rows.norm(), codebook / codebook.norm(), rtol=2e-6, atol=1e-7)
 packed = codebook_parts(codebook, replace(config, block_d=32, packed=True), torch.float16, True).high[:5].float()
 high, same, low, bias = packed.split([3, 3, 3, 23], dim=1)
-assert torch.equal(high, second.high[:5, :3].float()) and torch.equal(high, same)
-assert torch.equal(low, second.low[:5, :3].float())
-expected = codebook.double().square().sum(1)
+assert torch.equal(high, parts.high[:5, :3].float()) and torch.equal(high, same)
+assert torch.equal(low, parts.low[:5, :3].float())
 assert not bias[:, 3:].any()
-torch.testing.assert_close(bias.double().sum(1) / bias.double().sum(), expected / expected.sum(), rtol=1e-6, atol=0)
-with torch.inference_mode():
-    inferred = torch.randn(5, 3)
-    assert codebook_parts(inferred, config, torch.float16, True) is not codebook_parts(
-        inferred, config, torch.float16, True
-    )
+bias = bias[:, :3].double() @ torch.tensor([1.0, 2.0**-9, 2.0**-18]).double()
+expected = codebook.double().square().sum(1)
+torch.testing.assert_close(bias / bias.sum(), expected / expected.sum(), rtol=1e-6, atol=0)
 """
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)

@@ -30,5 +30,9 @@ def layouts(n: int, d: int, device: torch.device, dtype: torch.dtype = torch.flo
         "vector": torch.randn(d, device=device).to(dtype),
         # Three dimensions of rows, of which no two are one.
         "permuted": torch.randn(3, d, 2, 4, device=device).to(dtype).permute(2, 0, 3, 1),
+        "permuted_expanded": torch.randn(2, 3, 4, d, device=device)
+        .to(dtype)
+        .permute(2, 0, 1, 3)[:, :, :1]
+        .expand(4, 2, 5, d),
         "deep": torch.randn(2, 3, 1, d, device=device).to(dtype),
     }

@@ -114,6 +114,26 @@ def test_an_outlier_code_does_not_blur_the_others(device):
     assert torch.equal(nearest_code(x, codebook, precision="exact"), expected)
 
 
+def test_a_long_code_does_not_blur_the_norms_of_others(device):
+    codebook = torch.tensor([[1.0], [9.0], [1.02], [9.0], [1e5]], device=device)
+    assert nearest_code(torch.tensor([[1.005]], device=device), codebook).tolist() == [0]
+    x, codebook = rows(500, 2, device), torch.cat([rows(300, 2, device), torch.full((1, 2), 1e4, device=device)])
+    assert_same_codes(nearest_code(x, codebook), x, codebook)
+
+
+def test_differences_beyond_float32_are_compared(device):
+    for scale in (1e19, 1e-24):
+        x, codebook = torch.tensor([[4.0]], device=device) * scale, torch.tensor([[-1.0], [1.0]], device=device) * scale
+        assert nearest_code(x, codebook).tolist() == [1]
+
+
+def test_a_codebook_changed_behind_the_back_of_autograd(device):
+    x, codebook = rows(50, 4, device), rows(20, 4, device)
+    nearest_code(x, codebook)
+    codebook.data.copy_(rows(20, 4, device))
+    assert_same_codes(nearest_code(x, codebook), x, codebook)
+
+
 def test_extreme_scales(device):
     for scale in (1e-18, 1e18):
         x, codebook = scale * rows(100, 8, device), scale * rows(32, 8, device)
@@ -132,6 +152,9 @@ def test_nan_and_infinity(device):
     assert (indices[1:] != 0).all()
     assert nearest_code(x, codebook[:1]).tolist() == [0] * 5
     assert nearest_code(x[1:], codebook[[0, 3]]).tolist() == [1] * 4
+    for precision in ("float32", "exact"):
+        _, distances = nearest_code(x, codebook, return_distance=True, precision=precision)
+        assert distances[0].isnan()
 
 
 @pytest.mark.parametrize("precision", ["high", "medium"])

@@ -69,6 +69,7 @@ def test_mixed_dtypes_take_the_wider(device):
     assert sparse_decode(values, indices, dictionary.bfloat16()).dtype == torch.float32
 
 
+@pytest.mark.float64
 def test_gradcheck(device):
     values, indices, dictionary = case(5, 6, 3, 4, device, torch.float64)
     inputs = values.requires_grad_(), dictionary.requires_grad_()

@@ -22,6 +22,8 @@ _MODULES = {
     "vector_quantize_bwd": "vector_quantize",
     "ema_statistics": "ema_update",
     "ema_step": "ema_update",
+    "sparse_decode_fwd": "sparse_decode",
+    "sparse_decode_bwd": "sparse_decode",
 }
 _LEAST_CAPABILITY = (8, 0)
 _TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.int64)

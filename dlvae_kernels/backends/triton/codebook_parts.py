@@ -1,4 +1,4 @@
-"""A codebook as the search reads it: padded, in parts, with a bias for each code; kept while the codebook is unchanged.
+"""A codebook as the search reads it: padded, in parts, with a bias for each code.
 
 The bias is -|c|^2 / 2. float32 codes become two float16 parts, c * 2^shift = high + low, with one power of two for the
 whole codebook that brings its largest feature to about 2^14. What is lost is 2^-22 of a feature, or 2^-39 of the
@@ -7,14 +7,12 @@ largest one.
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.multiprocessing.reductions import StorageWeakRef
 
 from .tuning import SearchConfig, on_device
 
@@ -23,10 +21,13 @@ NEVER = tl.constexpr(float("-inf"))
 # Of the largest feature of codes and rows, once scaled.
 TARGET_EXPONENT = tl.constexpr(14)
 _LARGEST_SHIFT = tl.constexpr(120)
+# By so many the unit of a part of a packed bias is finer than that of the part before.
+FINER_BITS = tl.constexpr(9)
 _META = 3
+# Below all exponents, above the negative of no number of codes.
+_UNSET = -(2**30)
 # Divides every padded number of features.
 _BLOCK_D = 16
-_KEPT = 8
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,8 @@ class CodebookParts:
 
     Packed: high is [K padded, 32], of each code high, high and low parts and three parts of the bias.
 
-    meta: int32, the largest exponent of a feature, the first code that is not NaN, the largest exponent of a bias.
+    meta: int32, the largest exponent of a feature, minus the first code that is not NaN, the largest exponent of a
+    bias; far below all of them where there is none.
     """
 
     high: Tensor
@@ -105,7 +107,7 @@ def _bias_kernel(
     is_finite = half < float("inf")
     exponents = tl.where(is_finite, exponent_of(largest), -127)
     tl.atomic_max(meta_ptr, tl.max(exponents, axis=0))
-    tl.atomic_min(meta_ptr + 1, tl.min(tl.where(is_nan | (k >= num_codes), num_codes, k), axis=0))
+    tl.atomic_max(meta_ptr + 1, -tl.min(tl.where(is_nan | (k >= num_codes), num_codes, k), axis=0))
     tl.atomic_max(meta_ptr + 2, tl.max(tl.where(is_finite, exponent_of(half), -127), axis=0))
     tl.store(bias_ptr + k, tl.where(is_finite & (k < num_codes), -half, NEVER))
 
@@ -145,10 +147,14 @@ def _codebook_parts_kernel(
             high, low = split(c.to(tl.float32), power_of_two(shift))
             rest = bias * power_of_two(bias_shift(meta_ptr))
             value = tl.where((column < 2 * num_features)[None, :], high, low)
+            # 2^FINER_BITS a part.
+            finer = 1.0
             for part in tl.static_range(3):
-                piece = rest.to(tl.float16)
-                rest = tl.where(rest > NEVER, rest - piece.to(tl.float32), 0.0)
+                # Each in a finer unit, as the smallest float16 would be too large beside a long code.
+                piece = (rest * finer).to(tl.float16)
+                rest = tl.where(rest > NEVER, rest - piece.to(tl.float32) / finer, 0.0)
                 value = tl.where((column == 3 * num_features + part)[None, :], piece[:, None], value)
+                finer *= 512.0
             tl.store(high_ptr + out, tl.where((column < 3 * num_features + 3)[None, :], value, 0.0))
         elif SPLIT:
             high, low = split(c.to(tl.float32), power_of_two(shift))
@@ -156,51 +162,26 @@ def _codebook_parts_kernel(
             tl.store(low_ptr + out, low)
         else:
             tl.store(high_ptr + out, c.to(high_ptr.dtype.element_ty))
-    if SPLIT:
+    if SPLIT and not PACKED:
         tl.store(bias_ptr + k, bias * power_of_two(shift))
 
 
-_cache: OrderedDict[tuple, tuple[StorageWeakRef, CodebookParts]] = OrderedDict()
-
-
 def codebook_parts(codebook: Tensor, config: SearchConfig, dtype: torch.dtype, splits: bool) -> CodebookParts:
-    """The parts of a codebook [K, D], new or kept from the last call that saw it as it is.
+    """The parts of a codebook [K, D].
+
+    They are made at each call: a write through `.data`, the replay of a captured graph and a buffer that a compiled
+    program uses again leave no trace by which old parts could be told to be stale.
 
     Args:
         dtype: of the parts: float16 where float32 codes are split, else that of the product.
     """
-    # Inference tensors do not count their changes, and a graph under capture must make its own at each replay.
-    capturing = codebook.is_cuda and torch.cuda.is_current_stream_capturing()
-    if codebook.is_inference() or capturing:
-        return _make(codebook, config, dtype, splits)
-    # While a weak reference to a storage lives, no other storage has its address.
-    storage = StorageWeakRef(codebook.untyped_storage())
-    layout = (codebook.storage_offset(), codebook.shape, codebook.stride(), codebook.dtype, codebook.device)
-    # What one stream made, another could read too early.
-    stream = torch.cuda.current_stream(codebook.device).stream_id if codebook.is_cuda else 0
-    key = (storage.cdata, codebook._version, layout, config, dtype, splits, stream)
-    if key in _cache:
-        _cache.move_to_end(key)
-        return _cache[key][1]
-    for old, (reference, _) in list(_cache.items()):
-        if reference.expired() or (reference.cdata == storage.cdata and old[1] != codebook._version):
-            del _cache[old]
-    parts = _make(codebook, config, dtype, splits)
-    _cache[key] = (storage, parts)
-    if len(_cache) > _KEPT:
-        _cache.popitem(last=False)
-    return parts
-
-
-def _make(codebook: Tensor, config: SearchConfig, dtype: torch.dtype, splits: bool) -> CodebookParts:
     num_codes, num_features = codebook.shape
     padded, block = config.padded(num_features), config.block_k
     programs = triton.cdiv(num_codes, block)
     high = torch.empty(programs * block, padded, dtype=dtype, device=codebook.device)
     low = torch.empty_like(high) if splits and not config.packed else high
     bias = torch.empty(programs * block, dtype=torch.float32, device=codebook.device)
-    meta = torch.full((_META,), -127, dtype=torch.int32, device=codebook.device)
-    meta[1:2].fill_(num_codes)
+    meta = torch.full((_META,), _UNSET, dtype=torch.int32, device=codebook.device)
     sizes = (num_codes, num_features, *codebook.stride())
     with on_device(codebook):
         _bias_kernel[(programs,)](codebook, bias, meta, *sizes, BLOCK_K=block, BLOCK_D=_BLOCK_D)

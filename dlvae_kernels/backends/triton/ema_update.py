@@ -67,7 +67,9 @@ def _ema_step_kernel(
     inside = k < num_codes
     mask = inside[:, None] & (d < num_features)[None, :]
     k, d = k.to(tl.int64), d.to(tl.int64)
-    count = tl.load(statistics_ptr + k * stride_tk + num_features.to(tl.int64) * stride_td, mask=inside, other=0.0)
+    count = tl.load(
+        statistics_ptr + k * stride_tk + tl.cast(num_features, tl.int64) * stride_td, mask=inside, other=0.0
+    )
     size = tl.load(size_ptr + k, mask=inside, other=1.0)
     total = tl.load(total_ptr)
     smoothed = (size + epsilon) / (total + num_codes * epsilon) * total

@@ -46,7 +46,7 @@ def _one_hot_sum_kernel(
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     total = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
     count = tl.zeros([BLOCK_K], tl.float32)
-    begin = tl.program_id(2) * tiles_per_split * BLOCK_N
+    begin = tl.program_id(2).to(tl.int64) * tiles_per_split * BLOCK_N
     for start in range(begin, tl.minimum(begin + tiles_per_split * BLOCK_N, num_rows), BLOCK_N):
         n = start + tl.arange(0, BLOCK_N)
         code = tl.load(code_ptr + n, mask=n < num_rows, other=num_codes)
@@ -62,7 +62,8 @@ def _one_hot_sum_kernel(
         else:
             one_hot = is_code.to(tl.bfloat16)
             for _ in tl.static_range(TERMS):
-                part = x.to(tl.bfloat16)
+                # The largest bfloat16: beyond it a product with 0 would be NaN.
+                part = tl.minimum(tl.maximum(x, -3.3895e38), 3.3895e38).to(tl.bfloat16)
                 x -= part.to(tl.float32)
                 total = tl.dot(one_hot, part, acc=total)
     at = out_ptr + (tl.program_id(2).to(tl.int64) * num_codes + k) * (num_features + 1)

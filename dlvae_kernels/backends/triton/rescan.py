@@ -9,7 +9,8 @@ from torch import Tensor
 from .codebook_parts import codebook_shift, power_of_two
 from .rows import Rows, row_offsets
 
-# Of a score, over |x| |c| + |c|^2 / 2: what float16 parts and float32 accumulation may be off by.
+# Of a score, over |x| |c| + |c|^2 / 2: what float16 parts and float32 accumulation may be off by; as matrix units cut
+# off at each of their steps, it grows with D.
 ERROR = tl.constexpr(2.0**-19)
 _PROGRAMS = 1024
 
@@ -17,17 +18,19 @@ _PROGRAMS = 1024
 @triton.jit
 def error_bound(largest, squares, scale, meta_ptr, num_features, SPLIT: tl.constexpr):
     """How much the difference of two scores of a row may be off, in the units of the scores: [BLOCK_N]."""
+    features = tl.cast(num_features, tl.float32)
     # The largest bias b of a code bounds all |c|.
-    bias = power_of_two(tl.minimum(tl.load(meta_ptr + 2) + 1, 127))
+    bias = power_of_two(tl.maximum(tl.minimum(tl.load(meta_ptr + 2) + 1, 127), -126))
     code = tl.sqrt(2.0 * bias)
     shift = 1.0
     if SPLIT:
         shift = power_of_two(codebook_shift(meta_ptr))
-    bound = ((tl.sqrt(squares) * scale) * (code * shift) + (bias * shift) * scale) * (2.0 * ERROR)
+    error = 2.0 * ERROR * (1.0 + features / 85.0)
+    bound = ((tl.sqrt(squares) * scale) * (code * shift) + (bias * shift) * scale) * error
     if SPLIT:
         # The parts of a row, beside the largest of its block, are off by 2^-25 of a unit each; of one that was cut
         # off, nothing is known.
-        bound += 2.0**-23 * tl.sqrt(num_features.to(tl.float32)) * (code * shift)
+        bound += 2.0**-23 * tl.sqrt(features) * (code * shift)
         bound = tl.where(largest * scale < 2.0**15, bound, float("inf"))
     return bound
 
@@ -40,6 +43,7 @@ def _rescan_kernel(
     distance_ptr,
     worklist_ptr,
     count_ptr,
+    meta_ptr,
     num_rows,
     num_features,
     inner,
@@ -54,6 +58,7 @@ def _rescan_kernel(
 ):
     """Rows of the worklist anew, by differences in float32; each program takes every P-th of them."""
     count = tl.load(count_ptr)
+    shift = codebook_shift(meta_ptr)
     columns = tl.arange(0, BLOCK_K)
     for place in range(tl.program_id(0), count, tl.num_programs(0)):
         row = tl.load(worklist_ptr + place)
@@ -69,18 +74,22 @@ def _rescan_kernel(
                 offsets = codes.to(tl.int64)[:, None] * stride_ck + features[None, :] * stride_cd
                 inside = (codes < num_codes)[:, None] & (features < num_features)[None, :]
                 c = tl.load(codes_ptr + offsets, mask=inside, other=0.0)
-                difference = x.to(tl.float32)[None, :] - c.to(tl.float32)
+                difference = (x.to(tl.float32)[None, :] - c.to(tl.float32)) * power_of_two(shift)
                 distance += tl.sum(difference * difference, axis=1)
             distance = tl.where((codes < num_codes) & (distance == distance), distance, float("inf"))
             smallest = tl.min(distance, axis=0)
             if smallest < best:
                 best = smallest
                 index = tl.min(tl.where(distance == smallest, codes, 2147483647), axis=0)
-        tl.store(index_ptr + row, index.to(tl.int64))
-        tl.store(distance_ptr + row, best)
+        # A row without any finite distance stays as it was found.
+        unit = power_of_two(-shift)
+        tl.store(index_ptr + row, index.to(tl.int64), mask=best < float("inf"))
+        tl.store(distance_ptr + row, best * unit * unit, mask=best < float("inf"))
 
 
-def rescan(rows: Rows, codebook: Tensor, indices: Tensor, distances: Tensor, worklist: Tensor, count: Tensor) -> None:
+def rescan(
+    rows: Rows, codebook: Tensor, meta: Tensor, indices: Tensor, distances: Tensor, worklist: Tensor, count: Tensor
+) -> None:
     """Search the rows of a worklist, of which there are `count` [1], by differences in float32."""
     _rescan_kernel[(min(rows.num_rows, _PROGRAMS),)](
         rows.tensor,
@@ -89,6 +98,7 @@ def rescan(rows: Rows, codebook: Tensor, indices: Tensor, distances: Tensor, wor
         distances,
         worklist,
         count,
+        meta,
         rows.num_rows,
         rows.num_features,
         *rows.strides,

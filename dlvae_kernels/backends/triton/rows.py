@@ -36,6 +36,12 @@ def as_rows(x: Tensor) -> Rows:
     return Rows(x, x.numel() // x.shape[-1], x.shape[-1], (inner, outer, step, x.stride(-1)))
 
 
+def empty_like_rows(x: Tensor) -> Tensor:
+    """A new tensor like x whose rows need no copy."""
+    out = torch.empty_like(x)
+    return out if as_rows(out).tensor is out else torch.empty(x.shape, dtype=x.dtype, device=x.device)
+
+
 def laid_out_like(x: Tensor, result: Tensor) -> Tensor:
     """`result` with the strides that `torch.empty_like(x)` has."""
     wanted = torch.empty_like(x)

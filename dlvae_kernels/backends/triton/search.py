@@ -16,6 +16,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import autotune
 from .codebook_parts import (
+    FINER_BITS,
     NEVER,
     TARGET_EXPONENT,
     bias_shift,
@@ -72,11 +73,12 @@ def _squared_distances(
     stride_d,
     stride_ck,
     stride_cd,
+    scale,
     UNIT: tl.constexpr,
     CODE_UNIT: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Of rows [BLOCK_N] to codes [BLOCK_N, G], by differences; 0 where there is no such code."""
+    """Of rows [BLOCK_N] to codes [BLOCK_N, G], by differences times `scale`; 0 where there is no such code."""
     total = tl.zeros(codes.shape, tl.float32)
     for begin in range(0, num_features, BLOCK_D):
         d = begin + tl.arange(0, BLOCK_D)
@@ -85,7 +87,7 @@ def _squared_distances(
         offsets = starts[:, :, None] + d.to(tl.int64)[None, None, :] * stride_cd
         inside = (codes < num_codes)[:, :, None] & (d < num_features)[None, None, :]
         c = tl.load(codes_ptr + offsets, mask=inside, other=0.0)
-        difference = x.to(tl.float32)[:, None, :] - c.to(tl.float32)
+        difference = (x.to(tl.float32)[:, None, :] - c.to(tl.float32)) * scale
         total += tl.sum(difference * difference, axis=2)
     return total
 
@@ -172,8 +174,10 @@ def _search_kernel(
         )
         x_high, x_low = split(x.to(tl.float32), scale)
         part = (features // num_features)[None, :]
-        one = power_of_two(shift + codebook_shift(meta_ptr) - bias_shift(meta_ptr)).to(tl.float16)
-        x = tl.where(part == 1, x_low, tl.where(part < 3, x_high, one))
+        bias_part = tl.minimum(tl.maximum(features - 3 * num_features, 0), 2)
+        exponent = shift + codebook_shift(meta_ptr) - bias_shift(meta_ptr) - FINER_BITS * bias_part
+        ones = power_of_two(exponent).to(tl.float16)
+        x = tl.where(part == 1, x_low, tl.where(part < 3, x_high, ones[None, :]))
     elif BLOCK_D == PADDED:
         x = load_rows(x_ptr, rows, features, num_rows, num_features, inner, stride_outer, stride_inner, stride_d, UNIT)
         if SPLIT:
@@ -250,6 +254,7 @@ def _search_kernel(
             stride_d,
             stride_ck,
             stride_cd,
+            power_of_two(codebook_shift(meta_ptr)),
             UNIT,
             CODE_UNIT,
             LOOK_D,
@@ -262,6 +267,8 @@ def _search_kernel(
         index = tl.where(is_nearer, code, index)
         first = tl.min(tl.where(firsts > first[:, None], firsts, NO_CODE), axis=1)
         pending = (first < NO_CODE) & (first // BLOCK_K == first_tile)
+    length = power_of_two(-codebook_shift(meta_ptr))
+    distance = distance * length * length
     is_lost = index == NO_CODE
     if tl.max(is_lost.to(tl.int32), axis=0) > 0:
         # Nothing can be compared: a row that holds NaN takes 0, another one the first code that is not NaN.
@@ -271,7 +278,7 @@ def _search_kernel(
                 x_ptr, rows, d + features, num_rows, num_features, inner, stride_outer, stride_inner, stride_d, UNIT
             )
             has_nan = tl.maximum(has_nan, tl.max((y != y).to(tl.int32), axis=1))
-        kept = tl.load(meta_ptr + 1)
+        kept = -tl.load(meta_ptr + 1)
         fallback = tl.where((has_nan > 0) | (kept >= num_codes), 0, kept)
         distance = tl.where(is_lost & (has_nan > 0), float("nan"), distance)
         index = tl.where(is_lost, fallback, index)
@@ -363,7 +370,7 @@ def search(
     x = rows.tensor
     num_codes = len(codebook)
     # Products of half-precision inputs of one type are exact in float32 as they are.
-    splits_parts = precision != "tf32" and (x.dtype == torch.float32 or codebook.dtype != x.dtype)
+    splits_parts = codebook.dtype != x.dtype or (x.dtype == torch.float32 and precision != "tf32")
     with on_device(x):
         config = search_config(
             rows.num_features,
@@ -480,6 +487,6 @@ def _search(
             BLOCK_N=256,
         )
         if certify:
-            rescan(rows, codebook, indices, distances, worklist, count)
+            rescan(rows, codebook, parts.meta, indices, distances, worklist, count)
         if out is not None:
             launch_quantize_rows(rows, codebook, indices, out)

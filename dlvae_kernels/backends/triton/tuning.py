@@ -51,7 +51,12 @@ def _architecture(device: int) -> int:
 
 
 def search_config(num_features: int, num_codes: int, dtype: torch.dtype, splits: bool, certifies: bool) -> SearchConfig:
-    """For D features, K codes, parts of a dtype, two of them or one, and with the second best score kept or not."""
+    """For D features, K codes and parts of a dtype.
+
+    Args:
+        splits: whether there are two parts.
+        certifies: whether the second best score is kept.
+    """
     arch = architecture()
     # A certificate has one more register for each group.
     group = max(_group(num_features, num_codes), 4 if certifies else 2)

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .quantize_rows import Quantized
-from .rows import as_rows, laid_out_like, load_rows, store_rows
+from .rows import as_rows, empty_like_rows, laid_out_like, load_rows, store_rows
 from .search import search
 from .segment_sum import segment_sum
 from .tuning import on_device
@@ -52,7 +52,7 @@ def vector_quantize_fwd(
     counts = torch.zeros(len(codebook), dtype=torch.int64, device=x.device)
     distances = torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device)
     rows = as_rows(x)
-    quantized = torch.empty_like(rows.tensor)
+    quantized = empty_like_rows(rows.tensor)
     error = torch.empty_like(quantized) if need_error else x.new_empty(0)
     if x.numel() > 0:
         search(rows, codebook, precision, indices, distances, Quantized(quantized, error, counts))
@@ -80,7 +80,7 @@ def vector_quantize_bwd(
         grad_codebook = total * (slope * grad_codebook_loss)
     if need_x:
         grad, rows = as_rows(grad_quantized), as_rows(error)
-        grad_x = torch.empty_like(rows.tensor)
+        grad_x = empty_like_rows(rows.tensor)
         if error.numel() > 0:
             grid = (triton.cdiv(rows.num_rows, _BLOCK_N), triton.cdiv(rows.num_features, 64))
             with on_device(error):
