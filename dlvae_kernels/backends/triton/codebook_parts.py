@@ -80,6 +80,22 @@ def bias_shift(meta_ptr):
 
 
 @triton.jit
+def row_shift(largest, meta_ptr, PACKED: tl.constexpr):
+    """The power of two that scales a block of rows, of which `largest` is the largest finite feature.
+
+    One for the whole block: what rows smaller than its largest lose is nothing beside |c|, as long as no row is 2^19
+    times as long as the codes. Of one that is, all distances tie in float32; it is cut off instead.
+    """
+    of_codes = tl.load(meta_ptr)
+    shift = -tl.minimum(exponent_of(largest), of_codes + 19) + TARGET_EXPONENT
+    # Not so much that the scaled bias overflows, or the factor of a packed one: beside such codes x is nothing.
+    shift = tl.minimum(tl.minimum(shift, 120), 120 - tl.load(meta_ptr + 2) - codebook_shift(meta_ptr))
+    if PACKED:
+        shift = tl.minimum(shift, bias_shift(meta_ptr) - codebook_shift(meta_ptr) + 15)
+    return shift
+
+
+@triton.jit
 def _bias_kernel(
     codes_ptr,
     bias_ptr,

@@ -18,14 +18,15 @@ from . import autotune
 from .codebook_parts import (
     FINER_BITS,
     NEVER,
-    TARGET_EXPONENT,
     bias_shift,
     codebook_parts,
     codebook_shift,
-    exponent_of,
     power_of_two,
+    row_shift,
     split,
 )
+from .distances import squared_distances
+from .join_splits import join_splits
 from .quantize_rows import Quantized, launch_quantize_rows, quantize_rows
 from .rescan import error_bound, rescan
 from .rows import Rows, as_rows, load_rows, unit
@@ -40,56 +41,6 @@ def _product(x, c, acc, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
     if UPCAST:
         return acc + tl.dot(x.to(tl.float32), c.to(tl.float32), input_precision="ieee")
     return tl.dot(x, c, acc=acc, input_precision=PRECISION)
-
-
-@triton.jit
-def _row_shift(largest, meta_ptr, PACKED: tl.constexpr):
-    """The power of two that scales a block of rows, of which `largest` is the largest finite feature.
-
-    One for the whole block: what rows smaller than its largest lose is nothing beside |c|, as long as no row is 2^19
-    times as long as the codes. Of one that is, all distances tie in float32; it is cut off instead.
-    """
-    of_codes = tl.load(meta_ptr)
-    shift = -tl.minimum(exponent_of(largest), of_codes + 19) + TARGET_EXPONENT
-    # Not so much that the scaled bias overflows, or the factor of a packed one: beside such codes x is nothing.
-    shift = tl.minimum(tl.minimum(shift, 120), 120 - tl.load(meta_ptr + 2) - codebook_shift(meta_ptr))
-    if PACKED:
-        shift = tl.minimum(shift, bias_shift(meta_ptr) - codebook_shift(meta_ptr) + 15)
-    return shift
-
-
-@triton.jit
-def _squared_distances(
-    x_ptr,
-    codes_ptr,
-    rows,
-    codes,
-    num_rows,
-    num_codes,
-    num_features,
-    inner,
-    stride_outer,
-    stride_inner,
-    stride_d,
-    stride_ck,
-    stride_cd,
-    scale,
-    UNIT: tl.constexpr,
-    CODE_UNIT: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    """Of rows [BLOCK_N] to codes [BLOCK_N, G], by differences times `scale`; 0 where there is no such code."""
-    total = tl.zeros(codes.shape, tl.float32)
-    for begin in range(0, num_features, BLOCK_D):
-        d = begin + tl.arange(0, BLOCK_D)
-        x = load_rows(x_ptr, rows, d, num_rows, num_features, inner, stride_outer, stride_inner, stride_d, UNIT)
-        starts = codes.to(tl.int64) * (stride_ck // CODE_UNIT) * CODE_UNIT
-        offsets = starts[:, :, None] + d.to(tl.int64)[None, None, :] * stride_cd
-        inside = (codes < num_codes)[:, :, None] & (d < num_features)[None, None, :]
-        c = tl.load(codes_ptr + offsets, mask=inside, other=0.0)
-        difference = (x.to(tl.float32)[:, None, :] - c.to(tl.float32)) * scale
-        total += tl.sum(difference * difference, axis=2)
-    return total
 
 
 @triton.jit
@@ -157,7 +108,7 @@ def _search_kernel(
             largest = tl.maximum(largest, tl.max(tl.abs(x), axis=1))
             squares += tl.sum(x * x, axis=1)
     if SPLIT:
-        shift = _row_shift(tl.max(tl.where(largest < INFINITE, largest, 0.0), axis=0), meta_ptr, PACKED)
+        shift = row_shift(tl.max(tl.where(largest < INFINITE, largest, 0.0), axis=0), meta_ptr, PACKED)
         scale = power_of_two(shift)
     if PACKED:
         x = load_rows(
@@ -240,7 +191,7 @@ def _search_kernel(
     while tl.max(pending.to(tl.int32), axis=0) > 0:
         codes = tl.where(pending[:, None], first[:, None] + in_group, num_codes)
         is_code = tl.load(bias_ptr + codes, mask=codes < num_codes, other=NEVER) > NEVER
-        found = _squared_distances(
+        found = squared_distances(
             x_ptr,
             codes_ptr,
             rows,
@@ -318,49 +269,6 @@ def _search_kernel(
             CODE_UNIT,
             16,
         )
-
-
-@triton.jit
-def _join_splits_kernel(
-    part_index_ptr,
-    part_distance_ptr,
-    score_ptr,
-    second_ptr,
-    bound_ptr,
-    index_ptr,
-    distance_ptr,
-    worklist_ptr,
-    count_ptr,
-    num_rows,
-    splits,
-    CERTIFY: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
-    """The best of all splits, the earliest of equal ones; rows with two scores too close go on the worklist."""
-    rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    mask = rows < num_rows
-    index = tl.load(part_index_ptr + rows, mask=mask, other=0)
-    distance = tl.load(part_distance_ptr + rows, mask=mask, other=0.0)
-    if CERTIFY:
-        best = tl.load(score_ptr + rows, mask=mask, other=0.0)
-        second = tl.load(second_ptr + rows, mask=mask, other=0.0)
-    for part in range(1, splits):
-        at = tl.cast(part, tl.int64) * num_rows + rows
-        apart = tl.load(part_distance_ptr + at, mask=mask, other=0.0)
-        index = tl.where(apart < distance, tl.load(part_index_ptr + at, mask=mask, other=0), index)
-        distance = tl.where(apart < distance, apart, distance)
-        if CERTIFY:
-            score = tl.load(score_ptr + at, mask=mask, other=0.0)
-            other = tl.load(second_ptr + at, mask=mask, other=0.0)
-            second = tl.maximum(tl.minimum(best, score), tl.where(score > best, other, second))
-            best = tl.maximum(best, score)
-    tl.store(index_ptr + rows, index.to(tl.int64), mask=mask)
-    tl.store(distance_ptr + rows, distance, mask=mask)
-    if CERTIFY:
-        # Also where the difference is not a number.
-        is_close = ((best - second > tl.load(bound_ptr + rows, mask=mask, other=0.0)) == 0) & mask
-        places = tl.atomic_add(count_ptr + tl.zeros_like(rows), 1, mask=is_close)
-        tl.store(worklist_ptr + places, rows, mask=is_close)
 
 
 def search(
@@ -469,23 +377,7 @@ def _search(
         maxnreg=config.max_registers,
     )
     if not is_whole:
-        worklist = buffer(certify, torch.int32, n)
-        count = torch.zeros(int(certify), dtype=torch.int32, device=x.device)
-        _join_splits_kernel[(triton.cdiv(n, 256),)](
-            found,
-            apart,
-            score,
-            second,
-            bound,
-            indices,
-            distances,
-            worklist,
-            count,
-            n,
-            splits,
-            CERTIFY=certify,
-            BLOCK_N=256,
-        )
+        worklist, count = join_splits(found, apart, score, second, bound, indices, distances, certify)
         if certify:
             rescan(rows, codebook, parts.meta, indices, distances, worklist, count)
         if out is not None:
