@@ -17,7 +17,14 @@ from dlvae_kernels.backends import triton, why_not
 
 ROOT = Path(__file__).parents[2]
 # What takes the interpreter minutes: thousands of rows summed one by one, and rescans of all of them.
-LONG = ("repeats", "cancel", "several_chunks", "ignores_the_callers", "(test_sparse_decode and (size3 or size4))")
+LONG = (
+    "repeats",
+    "cancel",
+    "several_chunks",
+    "ignores_the_callers",
+    "(size3 and not test_nearest_code)",
+    "(test_sparse_decode and (size2 or size4))",
+)
 
 
 @pytest.mark.slow
