@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .tuning import SearchConfig, on_device
+from .tuning import SearchConfig
 
 # The bias of codes that must not win: padding, and those whose norm is NaN or infinite.
 NEVER = tl.constexpr(float("-inf"))
@@ -37,7 +37,7 @@ class CodebookParts:
     Packed: high is [K padded, 32], of each code high, high and low parts and three parts of the bias.
 
     meta: int32, the largest exponent of a feature, minus the first code that is not NaN, the largest exponent of a
-    bias; far below all of them where there is none.
+    bias; of codes of which none is finite the exponents are -127.
     """
 
     high: Tensor
@@ -183,7 +183,7 @@ def _codebook_parts_kernel(
 
 
 def codebook_parts(codebook: Tensor, config: SearchConfig, dtype: torch.dtype, splits: bool) -> CodebookParts:
-    """The parts of a codebook [K, D].
+    """The parts of a codebook [K, D] on the current device.
 
     They are made at each call: a write through `.data`, the replay of a captured graph and a buffer that a compiled
     program uses again leave no trace by which old parts could be told to be stale.
@@ -199,19 +199,18 @@ def codebook_parts(codebook: Tensor, config: SearchConfig, dtype: torch.dtype, s
     bias = torch.empty(programs * block, dtype=torch.float32, device=codebook.device)
     meta = torch.full((_META,), _UNSET, dtype=torch.int32, device=codebook.device)
     sizes = (num_codes, num_features, *codebook.stride())
-    with on_device(codebook):
-        _bias_kernel[(programs,)](codebook, bias, meta, *sizes, BLOCK_K=block, BLOCK_D=_BLOCK_D)
-        _codebook_parts_kernel[(programs,)](
-            codebook,
-            high,
-            low,
-            bias,
-            meta,
-            *sizes,
-            padded,
-            SPLIT=splits,
-            PACKED=config.packed,
-            BLOCK_K=block,
-            BLOCK_D=_BLOCK_D,
-        )
+    _bias_kernel[(programs,)](codebook, bias, meta, *sizes, BLOCK_K=block, BLOCK_D=_BLOCK_D)
+    _codebook_parts_kernel[(programs,)](
+        codebook,
+        high,
+        low,
+        bias,
+        meta,
+        *sizes,
+        padded,
+        SPLIT=splits,
+        PACKED=config.packed,
+        BLOCK_K=block,
+        BLOCK_D=_BLOCK_D,
+    )
     return CodebookParts(high, low, bias, meta)

@@ -12,11 +12,9 @@ import triton.language as tl
 from torch import Tensor
 
 from .rows import Rows, load_rows
-from .tuning import INTERPRETED, on_device
+from .tuning import INTERPRETED, WANTED_PROGRAMS, on_device
 
 _BLOCK_N, _BLOCK_K = 64, 128
-# Two programs for each multiprocessor of a large GPU.
-_WANTED_PROGRAMS = 264
 # Of products; about here a sort takes as long (an estimate). Beyond it, and for many codes, `segment_sum` sorts.
 _MOST_FLOP = 3e10
 _MOST_CODES = 1024
@@ -82,7 +80,7 @@ def one_hot_sum(rows: Rows, codes: Tensor, num_codes: int) -> Tensor:
     block_d = min(64, max(16, triton.next_power_of_2(rows.num_features)))
     blocks = triton.cdiv(num_codes, _BLOCK_K), triton.cdiv(rows.num_features, block_d)
     tiles = triton.cdiv(rows.num_rows, _BLOCK_N)
-    per_split = triton.cdiv(tiles, max(1, _WANTED_PROGRAMS // (blocks[0] * blocks[1])))
+    per_split = triton.cdiv(tiles, max(1, WANTED_PROGRAMS // (blocks[0] * blocks[1])))
     splits = triton.cdiv(tiles, per_split)
     x = rows.tensor
     out = torch.empty(splits, num_codes, rows.num_features + 1, dtype=torch.float32, device=x.device)

@@ -20,7 +20,7 @@ def error_bound(largest, squares, scale, meta_ptr, num_features, SPLIT: tl.const
     """How much the difference of two scores of a row may be off, in the units of the scores: [BLOCK_N]."""
     features = tl.cast(num_features, tl.float32)
     # The largest bias b of a code bounds all |c|.
-    bias = power_of_two(tl.maximum(tl.minimum(tl.load(meta_ptr + 2) + 1, 127), -126))
+    bias = power_of_two(tl.minimum(tl.load(meta_ptr + 2) + 1, 127))
     code = tl.sqrt(2.0 * bias)
     shift = 1.0
     if SPLIT:

@@ -14,8 +14,8 @@ from torch import Tensor
 # Triton's interpreter computes with NumPy, which has no bfloat16: kernels then multiply in float32.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
-# Where fewer programs than this search, the codes are split among them: two for each multiprocessor of a large GPU.
-_WANTED_PROGRAMS = 264
+# Where fewer programs than this would run, work is split among more: two for each multiprocessor of a large GPU.
+WANTED_PROGRAMS = 264
 _MOST_SPLITS = 64
 
 
@@ -111,7 +111,7 @@ def _block_d(num_features: int, most: int, chunk: int) -> int:
 def num_splits(num_rows: int, num_tiles: int, config: SearchConfig) -> int:
     """Among how many programs the codes of one block of rows are split."""
     blocks = max(1, -(-num_rows // config.block_n))
-    return max(1, min(_WANTED_PROGRAMS // blocks, num_tiles, _MOST_SPLITS))
+    return max(1, min(WANTED_PROGRAMS // blocks, num_tiles, _MOST_SPLITS))
 
 
 def on_device(tensor: Tensor) -> AbstractContextManager[object]:
