@@ -1,6 +1,6 @@
 """A codebook as the search reads it: padded, in parts, with a bias for each code.
 
-The bias is -|c|^2 / 2. float32 codes become two float16 parts, c * 2^shift = high + low, with one power of two for the
+The bias is -|c|^2 / 2, or what is given beside an inner product. float32 codes become two float16 parts, c * 2^shift = high + low, with one power of two for the
 whole codebook that brings its largest feature to about 2^14. What is lost is 2^-22 of a feature, or 2^-39 of the
 largest one.
 """
@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .tuning import SearchConfig
+from .tuning import SearchConfig, TopkConfig
 
 # The bias of codes that must not win: padding, and those whose norm is NaN or infinite.
 NEVER = tl.constexpr(float("-inf"))
@@ -36,6 +36,8 @@ class CodebookParts:
 
     Packed: high is [K padded, 32], of each code high, high and low parts and three parts of the bias.
 
+    norms: [K padded], |c|: infinite or NaN where a code or its bias is, NaN beyond K.
+
     meta: int32, the largest exponent of a feature, minus the first code that is not NaN, the largest exponent of a
     bias; of codes of which none is finite the exponents are -127.
     """
@@ -43,6 +45,7 @@ class CodebookParts:
     high: Tensor
     low: Tensor
     bias: Tensor
+    norms: Tensor
     meta: Tensor
 
 
@@ -68,6 +71,14 @@ def split(x, scale):
 
 
 @triton.jit
+def product(x, c, acc, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
+    """acc + x c on the matrix units; in float32 where there are none."""
+    if UPCAST:
+        return acc + tl.dot(x.to(tl.float32), c.to(tl.float32), input_precision="ieee")
+    return tl.dot(x, c, acc=acc, input_precision=PRECISION)
+
+
+@triton.jit
 def codebook_shift(meta_ptr):
     """The power of two by which float32 codes are scaled."""
     return tl.minimum(-tl.load(meta_ptr) + TARGET_EXPONENT, _LARGEST_SHIFT)
@@ -77,6 +88,12 @@ def codebook_shift(meta_ptr):
 def bias_shift(meta_ptr):
     """The power of two by which the bias of packed codes is scaled."""
     return tl.minimum(-tl.load(meta_ptr + 2) + TARGET_EXPONENT, _LARGEST_SHIFT)
+
+
+@triton.jit
+def own_shift(largest):
+    """The power of two that scales a row, of which `largest` is the largest feature, by itself."""
+    return tl.minimum(-exponent_of(largest) + TARGET_EXPONENT, _LARGEST_SHIFT)
 
 
 @triton.jit
@@ -98,16 +115,20 @@ def row_shift(largest, meta_ptr, PACKED: tl.constexpr):
 @triton.jit
 def _bias_kernel(
     codes_ptr,
+    given_ptr,
     bias_ptr,
+    norm_ptr,
     meta_ptr,
     num_codes,
     num_features,
     stride_k,
     stride_d,
+    DOT: tl.constexpr,
+    GIVEN: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """-|c|^2 / 2 of each code, and the extremes that all codes are scaled by."""
+    """Bias and length of each code, and the extremes that all codes are scaled by."""
     k = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
     total = tl.zeros([BLOCK_K], tl.float32)
     largest = tl.zeros([BLOCK_K], tl.float32)
@@ -119,13 +140,23 @@ def _bias_kernel(
         total += tl.sum(c * c, axis=1)
         largest = tl.maximum(largest, tl.max(tl.abs(c), axis=1))
     half = 0.5 * total
+    bias = -half
+    exponents = exponent_of(largest)
+    if DOT:
+        bias = tl.zeros([BLOCK_K], tl.float32)
+        if GIVEN:
+            bias = tl.load(given_ptr + k, mask=k < num_codes, other=0.0).to(tl.float32)
+        # As little finite as either of the two.
+        half = tl.maximum(half, tl.abs(bias), tl.PropagateNan.ALL)
+        # Beside a bias that is so much larger the code is nothing, and scaled with it the bias must not overflow.
+        exponents = tl.maximum(exponents, exponent_of(tl.abs(bias)) - 80)
     is_nan = half != half
     is_finite = half < float("inf")
-    exponents = tl.where(is_finite, exponent_of(largest), -127)
-    tl.atomic_max(meta_ptr, tl.max(exponents, axis=0))
+    tl.atomic_max(meta_ptr, tl.max(tl.where(is_finite, exponents, -127), axis=0))
     tl.atomic_max(meta_ptr + 1, -tl.min(tl.where(is_nan | (k >= num_codes), num_codes, k), axis=0))
     tl.atomic_max(meta_ptr + 2, tl.max(tl.where(is_finite, exponent_of(half), -127), axis=0))
-    tl.store(bias_ptr + k, tl.where(is_finite & (k < num_codes), -half, NEVER))
+    tl.store(bias_ptr + k, tl.where(is_finite & (k < num_codes), bias, NEVER))
+    tl.store(norm_ptr + k, tl.where(k < num_codes, tl.where(is_finite, tl.sqrt(total), half), float("nan")))
 
 
 @triton.jit
@@ -182,7 +213,14 @@ def _codebook_parts_kernel(
         tl.store(bias_ptr + k, bias * power_of_two(shift))
 
 
-def codebook_parts(codebook: Tensor, config: SearchConfig, dtype: torch.dtype, splits: bool) -> CodebookParts:
+def codebook_parts(
+    codebook: Tensor,
+    config: SearchConfig | TopkConfig,
+    dtype: torch.dtype,
+    splits: bool,
+    metric: str = "l2",
+    given: Tensor | None = None,
+) -> CodebookParts:
     """The parts of a codebook [K, D] on the current device.
 
     They are made at each call: a write through `.data`, the replay of a captured graph and a buffer that a compiled
@@ -190,16 +228,28 @@ def codebook_parts(codebook: Tensor, config: SearchConfig, dtype: torch.dtype, s
 
     Args:
         dtype: of the parts: float16 where float32 codes are split, else that of the product.
+        metric: "l2" with a bias of -|c|^2 / 2, or "dot" with the bias that is given [K], or none.
     """
     num_codes, num_features = codebook.shape
     padded, block = config.padded(num_features), config.block_k
     programs = triton.cdiv(num_codes, block)
     high = torch.empty(programs * block, padded, dtype=dtype, device=codebook.device)
     low = torch.empty_like(high) if splits and not config.packed else high
-    bias = torch.empty(programs * block, dtype=torch.float32, device=codebook.device)
+    bias, norms = torch.empty(2, programs * block, dtype=torch.float32, device=codebook.device)
     meta = torch.full((_META,), _UNSET, dtype=torch.int32, device=codebook.device)
     sizes = (num_codes, num_features, *codebook.stride())
-    _bias_kernel[(programs,)](codebook, bias, meta, *sizes, BLOCK_K=block, BLOCK_D=_BLOCK_D)
+    _bias_kernel[(programs,)](
+        codebook,
+        bias if given is None else given,
+        bias,
+        norms,
+        meta,
+        *sizes,
+        DOT=metric == "dot",
+        GIVEN=given is not None,
+        BLOCK_K=block,
+        BLOCK_D=_BLOCK_D,
+    )
     _codebook_parts_kernel[(programs,)](
         codebook,
         high,
@@ -213,4 +263,4 @@ def codebook_parts(codebook: Tensor, config: SearchConfig, dtype: torch.dtype, s
         BLOCK_K=block,
         BLOCK_D=_BLOCK_D,
     )
-    return CodebookParts(high, low, bias, meta)
+    return CodebookParts(high, low, bias, norms, meta)

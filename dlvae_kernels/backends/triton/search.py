@@ -22,6 +22,7 @@ from .codebook_parts import (
     codebook_parts,
     codebook_shift,
     power_of_two,
+    product,
     row_shift,
     split,
 )
@@ -34,13 +35,6 @@ from .tuning import INTERPRETED, SearchConfig, num_splits, on_device, search_con
 
 INFINITE = tl.constexpr(3.4028236e38)
 NO_CODE = tl.constexpr(2147483647)
-
-
-@triton.jit
-def _product(x, c, acc, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
-    if UPCAST:
-        return acc + tl.dot(x.to(tl.float32), c.to(tl.float32), input_precision="ieee")
-    return tl.dot(x, c, acc=acc, input_precision=PRECISION)
 
 
 @triton.jit
@@ -144,11 +138,11 @@ def _search_kernel(
         score = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
         if BLOCK_D == PADDED:
             high = high_parts.load([tile * BLOCK_K, 0])
-            score = _product(x, high.T, score, PRECISION, UPCAST)
+            score = product(x, high.T, score, PRECISION, UPCAST)
             if SPLIT and not PACKED:
                 low = low_parts.load([tile * BLOCK_K, 0])
-                score = _product(x_low, high.T, score, PRECISION, UPCAST)
-                score = _product(x, low.T, score, PRECISION, UPCAST)
+                score = product(x_low, high.T, score, PRECISION, UPCAST)
+                score = product(x, low.T, score, PRECISION, UPCAST)
         else:
             for block in tl.range(0, num_features, BLOCK_D, num_stages=STAGES):
                 at = block + features
@@ -159,9 +153,9 @@ def _search_kernel(
                 if SPLIT:
                     y, y_low = split(y.to(tl.float32), scale)
                     low = low_parts.load([tile * BLOCK_K, block])
-                    score = _product(y_low, high.T, score, PRECISION, UPCAST)
-                    score = _product(y, low.T, score, PRECISION, UPCAST)
-                score = _product(y, high.T, score, PRECISION, UPCAST)
+                    score = product(y_low, high.T, score, PRECISION, UPCAST)
+                    score = product(y, low.T, score, PRECISION, UPCAST)
+                score = product(y, high.T, score, PRECISION, UPCAST)
         if not PACKED:
             score += (tl.load(bias_ptr + tile * BLOCK_K + columns) * scale)[None, :]
         groups = tl.reshape(score, [BLOCK_N, BLOCK_K // (4 * GROUP), GROUP // 2, 4, 2])

@@ -40,6 +40,22 @@ class SearchConfig:
         return self.block_d if self.packed else -(-num_features // self.block_d) * self.block_d
 
 
+@dataclass(frozen=True)
+class TopkConfig:
+    """Of `topk_codes`: tiles of BLOCK_N rows by BLOCK_K codes, BLOCK_D features at a time."""
+
+    block_n: int
+    block_k: int
+    block_d: int
+    num_warps: int
+    num_stages: int
+    packed: bool = False
+
+    def padded(self, num_features: int) -> int:
+        """D rounded up to whole blocks."""
+        return -(-num_features // self.block_d) * self.block_d
+
+
 def architecture() -> int:
     """Compute capability of the current device, as 90; of Triton's interpreter that of Hopper."""
     return 90 if INTERPRETED else _architecture(triton.runtime.driver.active.get_current_device())
@@ -92,6 +108,30 @@ def search_config(num_features: int, num_codes: int, dtype: torch.dtype, splits:
     )
 
 
+def on_chip_config(num_features: int, num_codes: int) -> TopkConfig:
+    """Where all scores of a row are in registers at once."""
+    block_k = max(16, triton.next_power_of_2(num_codes))
+    # 64 to 128 scores a thread.
+    return TopkConfig(
+        block_n=min(128, 2**15 // block_k),
+        block_k=block_k,
+        block_d=min(32, max(16, triton.next_power_of_2(num_features))),
+        num_warps=8,
+        num_stages=2,
+    )
+
+
+def filter_config(num_features: int) -> TopkConfig:
+    """Where tiles of codes stream past."""
+    return TopkConfig(
+        block_n=128,
+        block_k=128,
+        block_d=min(64, max(16, triton.next_power_of_2(num_features))),
+        num_warps=8,
+        num_stages=3,
+    )
+
+
 def _group(num_features: int, num_codes: int) -> int:
     """A larger group spares instructions for each code, and costs a second look at `group` codes of D features."""
     for group, codes_per_feature in ((8, 32), (4, 8)):
@@ -108,7 +148,7 @@ def _block_d(num_features: int, most: int, chunk: int) -> int:
     return chunk
 
 
-def num_splits(num_rows: int, num_tiles: int, config: SearchConfig) -> int:
+def num_splits(num_rows: int, num_tiles: int, config: SearchConfig | TopkConfig) -> int:
     """Among how many programs the codes of one block of rows are split."""
     blocks = max(1, -(-num_rows // config.block_n))
     return max(1, min(WANTED_PROGRAMS // blocks, num_tiles, _MOST_SPLITS))

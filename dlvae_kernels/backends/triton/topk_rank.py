@@ -1,0 +1,330 @@
+"""The last step of `topk_codes`: the codes of each row by (distance, index), or by (-value, index)."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .codebook_parts import codebook_shift, power_of_two
+from .distances import squared_distances
+from .ordered import NO_KEY, index_of, sort_keys, to_key, value_of
+from .rows import Rows, row_offsets, unit
+from .tuning import INTERPRETED
+
+# The order of what is not finite: after all that is, and then NaN codes.
+_LAST = tl.constexpr(3.4028234663852886e38)
+_PROGRAMS = 1024
+# Pairs of a row and a code, and features of them, that a program looks at together.
+_PAIRS, _ELEMENTS = (2**13, 2**17) if INTERPRETED else (256, 2**13)
+
+
+@triton.jit
+def _sort_kernel(
+    x_ptr,
+    codes_ptr,
+    square_ptr,
+    index_ptr,
+    value_ptr,
+    num_rows,
+    num_features,
+    inner,
+    stride_outer,
+    stride_inner,
+    stride_d,
+    num_codes,
+    stride_ck,
+    stride_cd,
+    kept,
+    DOT: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+    UNIT: tl.constexpr,
+    CODE_UNIT: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Sort what was found, in place; a distance that cancelled in its score is computed anew."""
+    rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    columns = tl.arange(0, BLOCK_K)
+    mask = (rows < num_rows)[:, None] & (columns < kept)[None, :]
+    at = rows.to(tl.int64)[:, None] * kept + columns[None, :]
+    codes = tl.load(index_ptr + at, mask=mask, other=0).to(tl.int32)
+    value = tl.load(value_ptr + at, mask=mask, other=0.0)
+    if DOT:
+        value = -value
+    else:
+        squares = tl.load(square_ptr + rows, mask=rows < num_rows, other=0.0)
+        cancels = (value < squares[:, None] * 0.015625) & mask
+        if tl.max(cancels.to(tl.int32)) > 0:
+            exact = squared_distances(
+                x_ptr,
+                codes_ptr,
+                rows,
+                tl.where(cancels, codes, num_codes),
+                num_rows,
+                num_codes,
+                num_features,
+                inner,
+                stride_outer,
+                stride_inner,
+                stride_d,
+                stride_ck,
+                stride_cd,
+                1.0,
+                UNIT,
+                CODE_UNIT,
+                BLOCK_D,
+            )
+            value = tl.where(cancels, exact, value)
+    keys = sort_keys(tl.where(mask, to_key(value, codes), NO_KEY), False, INTERPRETED)
+    value = value_of(keys)
+    tl.store(index_ptr + at, index_of(keys), mask=mask)
+    tl.store(value_ptr + at, -value if DOT else value, mask=mask)
+
+
+@triton.jit
+def _keys(
+    x_ptr,
+    codes_ptr,
+    bias_ptr,
+    starts,
+    codes,
+    is_there,
+    num_features,
+    stride_d,
+    stride_ck,
+    stride_cd,
+    scale,
+    DOT: tl.constexpr,
+    BIASED: tl.constexpr,
+    CODE_UNIT: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Keys of codes [R, C] for the rows that start at `starts` [R]; and whether those hold NaN."""
+    total = tl.zeros(codes.shape, tl.float32)
+    is_nan_code = tl.zeros(codes.shape, tl.int32)
+    has_nan = tl.zeros(starts.shape, tl.int32)
+    of_codes = codes.to(tl.int64) * (stride_ck // CODE_UNIT) * CODE_UNIT
+    for begin in range(0, num_features, BLOCK_D):
+        d = begin + tl.arange(0, BLOCK_D)
+        inside = d < num_features
+        d = d.to(tl.int64)
+        x = tl.load(x_ptr + starts[:, None] + d[None, :] * stride_d, mask=inside[None, :], other=0.0).to(tl.float32)
+        c = tl.load(
+            codes_ptr + of_codes[:, :, None] + d[None, None, :] * stride_cd,
+            mask=is_there[:, :, None] & inside[None, None, :],
+            other=0.0,
+        ).to(tl.float32)
+        has_nan = tl.maximum(has_nan, tl.max((x != x).to(tl.int32), axis=1))
+        is_nan_code = tl.maximum(is_nan_code, tl.max((c != c).to(tl.int32), axis=2))
+        if DOT:
+            total -= tl.sum(x[:, None, :] * c, axis=2)
+        else:
+            difference = (x[:, None, :] - c) * scale
+            total += tl.sum(difference * difference, axis=2)
+    if BIASED:
+        bias = tl.load(bias_ptr + codes, mask=is_there, other=0.0).to(tl.float32)
+        is_nan_code = tl.maximum(is_nan_code, (bias != bias).to(tl.int32))
+        total -= bias
+    value = tl.where(tl.abs(total) < float("inf"), total, _LAST)
+    value = tl.where(is_nan_code > 0, float("inf"), value)
+    value = tl.where(has_nan[:, None] > 0, 0.0, value)
+    return tl.where(is_there, to_key(value, codes), NO_KEY), has_nan[:, None] > 0
+
+
+@triton.jit
+def _rank_kernel(
+    x_ptr,
+    codes_ptr,
+    bias_ptr,
+    meta_ptr,
+    candidate_ptr,
+    worklist_ptr,
+    count_ptr,
+    index_ptr,
+    value_ptr,
+    first,
+    num_rows,
+    num_features,
+    inner,
+    stride_outer,
+    stride_inner,
+    stride_d,
+    num_codes,
+    stride_ck,
+    stride_cd,
+    kept,
+    LISTED: tl.constexpr,
+    DOT: tl.constexpr,
+    BIASED: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+    CODE_UNIT: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    CAPACITY: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Rank the candidates of each row or, for rows of a worklist and those with too many candidates, all codes."""
+    columns = tl.arange(0, CAPACITY)[None, :]
+    scale = power_of_two(codebook_shift(meta_ptr))
+    unit = power_of_two(-codebook_shift(meta_ptr))
+    if LISTED:
+        num_rows = tl.load(count_ptr)
+    for start in range(tl.program_id(0) * BLOCK_N, num_rows, tl.num_programs(0) * BLOCK_N):
+        places = start + tl.arange(0, BLOCK_N)
+        mask = places < num_rows
+        if LISTED:
+            rows = tl.load(worklist_ptr + places, mask=mask, other=0).to(tl.int64)
+            codes = tl.zeros([BLOCK_N, 1], tl.int32) + columns
+            total = tl.where(mask, num_codes, 0)[:, None]
+        else:
+            rows = first + places.to(tl.int64)
+            found = tl.load(count_ptr + places, mask=mask, other=0)[:, None]
+            is_listed = (found >= kept) & (found <= CAPACITY)
+            at = candidate_ptr + places.to(tl.int64)[:, None] * CAPACITY + columns
+            codes = tl.load(at, mask=is_listed & (columns < found), other=0)
+            codes = tl.where(is_listed, codes, columns)
+            total = tl.where(is_listed, found, tl.where(mask[:, None], num_codes, 0))
+        rows = tl.where(mask, rows, 0)
+        starts = row_offsets(rows, inner, stride_outer, stride_inner)
+        best, has_nan = _keys(
+            x_ptr,
+            codes_ptr,
+            bias_ptr,
+            starts,
+            codes,
+            columns < total,
+            num_features,
+            stride_d,
+            stride_ck,
+            stride_cd,
+            scale,
+            DOT,
+            BIASED,
+            CODE_UNIT,
+            BLOCK_D,
+        )
+        best = sort_keys(best, False, INTERPRETED)
+        # Only where all codes are looked at.
+        for begin in range(CAPACITY, tl.max(total), CAPACITY):
+            codes = tl.zeros([BLOCK_N, 1], tl.int32) + begin + columns
+            more, _ = _keys(
+                x_ptr,
+                codes_ptr,
+                bias_ptr,
+                starts,
+                codes,
+                codes < total,
+                num_features,
+                stride_d,
+                stride_ck,
+                stride_cd,
+                scale,
+                DOT,
+                BIASED,
+                CODE_UNIT,
+                BLOCK_D,
+            )
+            # Of an ascending and a descending sequence the lesser ones are the least of both.
+            best = sort_keys(tl.minimum(best, sort_keys(more, True, INTERPRETED)), False, INTERPRETED)
+        value = value_of(best)
+        is_nan = (value == float("inf")) | has_nan
+        if DOT:
+            value = tl.where(is_nan | (value == _LAST), float("nan"), -value)
+        else:
+            value = tl.where(is_nan, float("nan"), tl.where(value == _LAST, float("inf"), value * unit * unit))
+        at = rows[:, None] * kept + columns
+        mask = mask[:, None] & (columns < kept)
+        tl.store(index_ptr + at, index_of(best), mask=mask)
+        tl.store(value_ptr + at, value, mask=mask)
+
+
+def sort_found(rows: Rows, dictionary: Tensor, metric: str, squares: Tensor, indices: Tensor, values: Tensor) -> None:
+    """Sort indices and values [N, k] in place, the best first.
+
+    Args:
+        squares: [N], |x|^2 beside squared distances.
+    """
+    kept = indices.shape[-1]
+    block_k = triton.next_power_of_2(kept)
+    block_n = max(1, 1024 // block_k)
+    _sort_kernel[(triton.cdiv(rows.num_rows, block_n),)](
+        rows.tensor,
+        dictionary,
+        squares,
+        indices,
+        values,
+        rows.num_rows,
+        rows.num_features,
+        *rows.strides,
+        len(dictionary),
+        *dictionary.stride(),
+        kept,
+        DOT=metric == "dot",
+        INTERPRETED=INTERPRETED,
+        UNIT=unit(*rows.strides[1:3]),
+        CODE_UNIT=unit(dictionary.stride(0)),
+        BLOCK_N=block_n,
+        BLOCK_K=block_k,
+        BLOCK_D=4,
+    )
+
+
+def rank(
+    rows: Rows,
+    dictionary: Tensor,
+    metric: str,
+    bias: Tensor | None,
+    meta: Tensor,
+    indices: Tensor,
+    values: Tensor,
+    count: Tensor,
+    *,
+    first: int = 0,
+    candidates: Tensor | None = None,
+    worklist: Tensor | None = None,
+) -> None:
+    """Write the k best codes of some rows by exact differences or products.
+
+    Args:
+        meta: of the codebook's parts.
+        count: with candidates [n, capacity] of the rows from `first` on, how many each has, [n]; with a worklist [n]
+            of rows, [1], how many there are.
+    """
+    kept = indices.shape[-1]
+    if candidates is not None:
+        num_rows, capacity = candidates.shape
+    else:
+        num_rows, capacity = rows.num_rows, max(64, triton.next_power_of_2(kept))
+    block_n = max(1, _PAIRS // capacity)
+    programs = triton.cdiv(num_rows, block_n)
+    if worklist is not None:
+        programs = min(programs, _PROGRAMS)
+    _rank_kernel[(programs,)](
+        rows.tensor,
+        dictionary,
+        dictionary if bias is None else bias,
+        meta,
+        candidates,
+        worklist,
+        count,
+        indices,
+        values,
+        first,
+        num_rows,
+        rows.num_features,
+        *rows.strides,
+        len(dictionary),
+        *dictionary.stride(),
+        kept,
+        LISTED=worklist is not None,
+        DOT=metric == "dot",
+        BIASED=bias is not None,
+        INTERPRETED=INTERPRETED,
+        CODE_UNIT=unit(dictionary.stride(0)),
+        BLOCK_N=block_n,
+        CAPACITY=capacity,
+        BLOCK_D=max(8, _ELEMENTS // (block_n * capacity)),
+        num_warps=4 if capacity <= 256 else 8,
+    )
