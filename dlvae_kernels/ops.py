@@ -62,8 +62,8 @@ def _(x: Tensor, codebook: Tensor, return_distance: bool, precision: str) -> tup
     return x.new_empty(rows, dtype=torch.int64), distances
 
 
-@_op("topk_codes(Tensor x, Tensor dictionary, int k) -> (Tensor, Tensor)")
-def _(x: Tensor, dictionary: Tensor, k: int) -> tuple[Tensor, Tensor]:
+@_op("topk_codes(Tensor x, Tensor dictionary, int k, str metric, Tensor? bias) -> (Tensor, Tensor)")
+def _(x: Tensor, dictionary: Tensor, k: int, metric: str, bias: Tensor | None) -> tuple[Tensor, Tensor]:
     shape = (*x.shape[:-1], k)
     return x.new_empty(shape, dtype=torch.int64), x.new_empty(shape, dtype=_wide(x.dtype))
 

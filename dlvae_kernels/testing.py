@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
+
+from .functional.topk_codes import Metric
 
 # Two squared distances nearly tie when they differ by at most this times (|x| + |c|)^2: the rounding of a search that
 # accumulates in float32.
@@ -13,9 +17,19 @@ _CHUNK_ELEMENTS = 2**22
 
 def exact_distances(x: Tensor, codes: Tensor) -> Tensor:
     """Squared distances of rows x [N, D] to codes [K, D] by differences in float64: [N, K]."""
+    return _by_pairs(lambda row, code: (row - code).square().sum(2), x, codes)
+
+
+def exact_products(x: Tensor, codes: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Inner products of rows x [N, D] with codes [K, D] plus bias [K] in float64, equal for equal codes: [N, K]."""
+    products = _by_pairs(lambda row, code: (row * code).sum(2), x, codes)
+    return products if bias is None else products + bias.double()
+
+
+def _by_pairs(function: Callable[[Tensor, Tensor], Tensor], x: Tensor, codes: Tensor) -> Tensor:
     x, codes = x.double(), codes.double()
     chunk = max(1, _CHUNK_ELEMENTS // max(1, codes.numel()))
-    parts = [(part[:, None] - codes).square().sum(2) for part in x.split(chunk)]
+    parts = [function(part[:, None], codes) for part in x.split(chunk)]
     return torch.cat(parts) if parts else x.new_empty(0, len(codes))
 
 
@@ -52,22 +66,40 @@ def assert_same_codes(indices: Tensor, x: Tensor, codebook: Tensor, *, max_near_
     return near
 
 
-def assert_same_topk(indices: Tensor, distances: Tensor, x: Tensor, dictionary: Tensor) -> None:
-    """Assert that indices and squared distances [..., k] are those of the k nearest of dictionary [K, D] to finite x.
+def assert_same_topk(
+    indices: Tensor,
+    values: Tensor,
+    x: Tensor,
+    dictionary: Tensor,
+    *,
+    metric: Metric = "l2",
+    bias: Tensor | None = None,
+) -> None:
+    """Assert that indices and values [..., k] are those of the k best of dictionary [K, D] for finite x.
 
+    Args:
+        values: squared distances, or with the metric "dot" inner products plus bias [K].
     Raises:
-        AssertionError: says what differs: a repeated or farther code, the order, or a distance.
+        AssertionError: says what differs: a repeated or worse code, the order, or a value.
     """
     k = indices.shape[-1]
-    rows, chosen, given = x.reshape(-1, x.shape[-1]), indices.reshape(-1, k), distances.reshape(-1, k).double()
-    exact = exact_distances(rows, dictionary)
+    rows, chosen, given = x.reshape(-1, x.shape[-1]), indices.reshape(-1, k), values.reshape(-1, k).double()
+    if metric == "l2":
+        exact = exact_distances(rows, dictionary)
+        bound = torch.stack([near_tie_bound(rows, dictionary, chosen[:, j]) for j in range(k)], dim=1)
+        best, word = bound, "distance"
+    else:
+        exact, given = -exact_products(rows, dictionary, bias), -given
+        bounds = NEAR_TIE * rows.double().norm(dim=1, keepdim=True) * dictionary.double().norm(dim=1)
+        bounds = bounds if bias is None else bounds + NEAR_TIE * bias.double().abs()
+        # The product with the code that belongs at a rank may round as any does.
+        bound, best, word = bounds.gather(1, chosen), bounds.amax(1, keepdim=True), "product"
     ordered = exact.sort(dim=1).values[:, :k]
     found = exact.gather(1, chosen)
-    bound = torch.stack([near_tie_bound(rows, dictionary, chosen[:, j]) for j in range(k)], dim=1)
     assert (chosen.sort(dim=1).values.diff(dim=1) > 0).all(), "an index is repeated in a row"
-    assert ((found - ordered).abs() <= bound).all(), "a code is not among the nearest, or out of order"
-    assert ((given - found).abs() <= bound).all(), "a distance is wrong"
-    assert (given.diff(dim=1) >= 0).all(), "distances do not ascend"
+    assert ((found - ordered).abs() <= best).all(), "a code is not among the best, or out of order"
+    assert ((given - found).abs() <= bound).all(), f"a {word} is wrong"
+    assert (given.diff(dim=1) >= 0).all(), f"{word}s are out of order"
     ties = found.diff(dim=1) == 0
     assert (chosen.diff(dim=1)[ties] > 0).all(), "a tie does not go by index"
 

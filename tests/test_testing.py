@@ -41,8 +41,20 @@ def test_topk():
         assert_same_topk(indices, distances + 1, X, CODES)
     with pytest.raises(AssertionError, match="repeated"):
         assert_same_topk(torch.zeros_like(indices), distances, X, CODES)
-    with pytest.raises(AssertionError, match="not among the nearest"):
+    with pytest.raises(AssertionError, match="not among the best"):
         assert_same_topk(torch.tensor([[0, 2]] * 3), distances, X, CODES)
+
+
+def test_topk_of_products():
+    bias = torch.tensor([0.0, 0.0, -70.0])
+    indices, products = topk_codes(X, CODES, 2, metric="dot", bias=bias)
+    assert_same_topk(indices, products, X, CODES, metric="dot", bias=bias)
+    with pytest.raises(AssertionError, match="tie"):
+        assert_same_topk(indices[:2].flip(1), products[:2], X[:2], CODES, metric="dot", bias=bias)
+    with pytest.raises(AssertionError, match="product is wrong"):
+        assert_same_topk(indices, products + 1, X, CODES, metric="dot", bias=bias)
+    with pytest.raises(AssertionError, match="not among the best"):
+        assert_same_topk(indices, products, X, CODES, metric="dot")
 
 
 def test_accuracy():

@@ -44,6 +44,21 @@ def check_rows(name: str, x: Tensor, codebook_name: str, codebook: Tensor) -> No
         )
 
 
+def check_bias(name: str, bias: Tensor, codebook_name: str, codebook: Tensor) -> None:
+    """One number for each row of codebook [K, D]: its dtype, or float32 beside half precision."""
+    check_floating(name, bias)
+    if bias.shape != codebook.shape[:1]:
+        raise ValueError(
+            f"{name} has shape {tuple(bias.shape)}; it needs [K] with the K = {codebook.shape[0]} of {codebook_name}"
+        )
+    check_same_device(name, bias, codebook_name, codebook)
+    if bias.dtype != codebook.dtype and (bias.dtype != torch.float32 or codebook.dtype == torch.float64):
+        raise ValueError(
+            f"{name} has dtype {bias.dtype}; it needs that of {codebook_name}, {codebook.dtype},"
+            " or float32 beside a half-precision one"
+        )
+
+
 def check_indices(name: str, indices: Tensor) -> None:
     """Their range is checked by the operation itself, at run time."""
     if indices.dtype != torch.int64:

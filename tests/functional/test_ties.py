@@ -38,3 +38,9 @@ def test_topk_codes(data):
     indices, distances = topk_codes(x, dictionary, k)
     assert torch.equal(indices, expected)
     assert torch.equal(distances.double(), exact.gather(1, expected))
+    bias = torch.randint(-2, 3, (num_atoms,), generator=generator).float()
+    exact = x @ dictionary.T + bias
+    expected = exact.argsort(dim=1, stable=True, descending=True)[:, :k]
+    indices, products = topk_codes(x, dictionary, k, metric="dot", bias=bias)
+    assert torch.equal(indices, expected)
+    assert torch.equal(products, exact.gather(1, expected))

@@ -6,7 +6,7 @@ import torch
 from dlvae_kernels import nearest_code, topk_codes
 from dlvae_kernels.backends.reference import topk_codes as reference_topk_codes
 from dlvae_kernels.backends.reference.scores import Scores
-from dlvae_kernels.testing import assert_same_topk
+from dlvae_kernels.testing import assert_accurate, assert_same_topk
 
 from .cases import DTYPES, SIZES, layouts, rows
 
@@ -18,6 +18,18 @@ def test_by_hand(device):
     indices, distances = topk_codes(torch.tensor([[0.0], [4.0]], device=device), dictionary, 3)
     assert indices.tolist() == [[1, 3, 2], [0, 2, 1]]
     assert distances.tolist() == [[1.0, 1.0, 9.0], [1.0, 1.0, 9.0]]
+
+
+def test_products_by_hand(device):
+    dictionary = torch.tensor([[5.0], [1.0], [3.0], [1.0]], device=device)
+    bias = torch.tensor([0.0, 4.0, 0.0, 4.0], device=device)
+    x = torch.tensor([[1.0], [-2.0]], device=device)
+    indices, products = topk_codes(x, dictionary, 3, metric="dot")
+    assert indices.tolist() == [[0, 2, 1], [1, 3, 2]]
+    assert products.tolist() == [[5.0, 3.0, 1.0], [-2.0, -2.0, -6.0]]
+    indices, products = topk_codes(x, dictionary, 3, metric="dot", bias=bias)
+    assert indices.tolist() == [[0, 1, 3], [1, 3, 2]]
+    assert products.tolist() == [[5.0, 5.0, 5.0], [2.0, 2.0, -6.0]]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -32,11 +44,26 @@ def test_equals_float64(device, size, dtype):
         assert_same_topk(indices, distances, x, dictionary)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", SIZES)
+def test_products_equal_float64(device, size, dtype):
+    n, num_atoms, d = size
+    x, dictionary = rows(n, d, device, dtype), rows(num_atoms, d, device, dtype)
+    for k, bias in ((1, None), (min(7, num_atoms), rows(1, num_atoms, device, dtype)[0]), (num_atoms, None)):
+        indices, products = topk_codes(x, dictionary, k, metric="dot", bias=bias)
+        assert indices.shape == products.shape == (n, k)
+        assert products.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+        assert_same_topk(indices, products, x, dictionary, metric="dot", bias=bias)
+
+
 @pytest.mark.parametrize("layout", layouts(2, 2, torch.device("cpu")))
 def test_any_strides(device, layout):
     x, dictionary = layouts(50, 12, device)[layout], rows(24, 12, device)
     indices, distances = topk_codes(x, dictionary, 5)
     assert_same_topk(indices, distances, x, dictionary)
+    bias = torch.randn(24, 2, device=device)[:, 0]
+    indices, products = topk_codes(x, dictionary, 5, metric="dot", bias=bias)
+    assert_same_topk(indices, products, x, dictionary, metric="dot", bias=bias)
 
 
 def test_first_is_the_nearest(device):
@@ -57,6 +84,19 @@ def test_ties_go_by_index(device):
     assert (distances[100:, :3] == 0).all()
 
 
+def test_equal_products_go_by_index(device):
+    dictionary = torch.cat([rows(40, 33, device)] * 3)
+    x, bias = rows(100, 33, device), torch.cat([rows(1, 40, device)[0]] * 3)
+    indices, products = topk_codes(x, dictionary, 4, metric="dot", bias=bias)
+    assert_same_topk(indices, products, x, dictionary, metric="dot", bias=bias)
+    assert (indices[:, 1] == indices[:, 0] + 40).all()
+    assert (indices[:, 2] == indices[:, 0] + 80).all()
+    assert (products[:, 0] == products[:, 2]).all()
+    indices, products = topk_codes(torch.zeros_like(x), dictionary, 50, metric="dot")
+    assert torch.equal(indices, torch.arange(50, device=device).expand(100, 50))
+    assert not products.any()
+
+
 def test_only_rows_with_ties_are_looked_at_again(monkeypatch):
     sorted_rows = []
     original = Scores.exact
@@ -67,8 +107,9 @@ def test_only_rows_with_ties_are_looked_at_again(monkeypatch):
 
     monkeypatch.setattr(Scores, "exact", spy)
     dictionary = torch.tensor([[0.0], [1.0], [1.0], [5.0]])
-    reference_topk_codes(torch.tensor([[0.9], [5.0], [0.1]]), dictionary, 1)
-    assert sorted_rows == [1]
+    reference_topk_codes(torch.tensor([[0.9], [5.0], [0.1]]), dictionary, 1, "l2", None)
+    reference_topk_codes(torch.tensor([[0.9], [0.0], [-0.1]]), dictionary, 1, "dot", None)
+    assert sorted_rows == [1, 1]
 
 
 def test_nan(device):
@@ -80,23 +121,111 @@ def test_nan(device):
     assert indices[1, 0] == 0
 
 
-def test_repeats_to_the_bit(device):
+def test_products_that_are_not_finite(device):
+    nan, inf = float("nan"), float("inf")
+    dictionary = torch.tensor([[nan], [3.0], [inf], [1.0], [-inf], [2.0]], device=device)
+    bias = torch.tensor([9.0, 0.0, 0.0, 0.0, 0.0, nan], device=device)
+    x = torch.tensor([[1.0], [-1.0], [0.0], [nan], [inf]], device=device)
+    indices, products = topk_codes(x, dictionary, 6, metric="dot", bias=bias)
+    assert indices.tolist() == [
+        [1, 3, 2, 4, 0, 5],
+        [3, 1, 2, 4, 0, 5],
+        [1, 3, 2, 4, 0, 5],
+        [0, 1, 2, 3, 4, 5],
+        [1, 2, 3, 4, 0, 5],
+    ]
+    expected = torch.tensor(
+        [[3, 1, inf, -inf, nan, nan], [-1, -3, -inf, inf, nan, nan], [0, 0, *[nan] * 4], [nan] * 6], device=device
+    )
+    torch.testing.assert_close(products[:4], expected, rtol=0, atol=0, equal_nan=True)
+    # A row of NaN has NaN products with one atom too, where nothing ties.
+    indices, products = topk_codes(x[3:4], dictionary[1:2], 1, metric="dot")
+    assert indices.tolist() == [[0]]
+    assert products.isnan().all()
+
+
+def dense(x, dictionary, indices, bias):
+    products = x @ dictionary.T
+    return (products if bias is None else products + bias).gather(-1, indices)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:-1])
+@pytest.mark.parametrize("biased", [False, True])
+def test_gradients_equal_those_of_the_dense_formula(device, biased, dtype):
+    inputs = [rows(60, 12, device, dtype), rows(30, 12, device, dtype), *[rows(1, 30, device, dtype)[0]] * biased]
+    grad = rows(60, 5, device)
+    indices = topk_codes(*inputs[:2], 5, metric="dot", bias=inputs[2] if biased else None)[0]
+
+    def run(function, to):
+        x, dictionary, *rest = leaves = [each.to(to).requires_grad_() for each in inputs]
+        out = function(x, dictionary, rest[0] if biased else None)
+        return out.detach(), *torch.autograd.grad(out, leaves, grad.to(out.dtype))
+
+    actual = run(lambda x, atoms, bias: topk_codes(x, atoms, 5, metric="dot", bias=bias)[1], dtype)
+    exact, expression = (
+        run(lambda x, atoms, bias: dense(x, atoms, indices, bias), to) for to in (torch.float64, dtype)
+    )
+    for each in zip(actual, exact, expression, strict=True):
+        assert_accurate(*each, floor=1e-6 if dtype == torch.float32 else 4e-3)
+    assert {each.dtype for each in actual[1:]} == {dtype}
+
+
+def test_gradients_only_where_they_are_needed(device):
+    x, dictionary, bias = rows(8, 3, device), rows(5, 3, device), rows(1, 5, device)[0]
+    leaves = [each.requires_grad_() for each in (x, dictionary, bias)]
+    whole = torch.autograd.grad(topk_codes(x, dictionary, 2, metric="dot", bias=bias)[1].sum(), leaves)
+    for i, grad in enumerate(whole):
+        arguments = [each if i == j else each.detach() for j, each in enumerate(leaves)]
+        indices, products = topk_codes(*arguments[:2], 2, metric="dot", bias=arguments[2])
+        assert not indices.requires_grad
+        assert torch.equal(torch.autograd.grad(products.sum(), leaves[i])[0], grad)
+    assert not topk_codes(x, dictionary, 2)[1].requires_grad
+    with torch.no_grad():
+        assert not topk_codes(x, dictionary, 2, metric="dot", bias=bias)[1].requires_grad
+
+
+def test_half_precision_beside_float32(device):
+    x, dictionary, bias = rows(9, 4, device), rows(6, 4, device), rows(1, 6, device)[0].requires_grad_()
+    leaves = x.half().requires_grad_(), dictionary.requires_grad_()
+    _, products = topk_codes(*leaves, 2, metric="dot", bias=bias)
+    grads = torch.autograd.grad(products.sum(), (*leaves, bias))
+    assert [each.dtype for each in grads] == [torch.float16, torch.float32, torch.float32]
+    assert topk_codes(x.half(), dictionary.half(), 2, metric="dot", bias=bias)[1].dtype == torch.float32
+
+
+@pytest.mark.float64
+def test_gradcheck(device):
+    inputs = [rows(*shape, device, torch.float64).requires_grad_() for shape in ((4, 3), (7, 3), (1, 7))]
+    assert torch.autograd.gradcheck(lambda x, atoms, b: topk_codes(x, atoms, 3, metric="dot", bias=b[0])[1], inputs)
+
+
+@pytest.mark.parametrize("metric", ["l2", "dot"])
+def test_repeats_to_the_bit(device, metric):
     torch.use_deterministic_algorithms(False)
-    x, dictionary = rows(1000, 32, device), rows(300, 32, device)
-    first, second = (topk_codes(x, dictionary, 20) for _ in range(2))
-    assert torch.equal(first[0], second[0])
-    assert torch.equal(first[1], second[1])
+    leaves = [rows(n, 32, device).requires_grad_() for n in (1000, 300)]
+    found = []
+    for _ in range(2):
+        indices, values = topk_codes(*leaves, 20, metric=metric)
+        gradients = torch.autograd.grad(values.sin().sum(), leaves) if metric == "dot" else ()
+        found.append((indices, values, *gradients))
+    assert all(torch.equal(first, second) for first, second in zip(*found, strict=True))
 
 
-def test_opcheck(device):
-    x = layouts(20, 6, device)["channel_first"]
-    torch.library.opcheck(torch.ops.dlvae.topk_codes, (x, rows(5, 6, device), 3))
+@pytest.mark.parametrize("metric", ["l2", "dot"])
+def test_opcheck(device, metric):
+    x, bias = layouts(20, 6, device)["channel_first"], torch.ones(5, device=device) if metric == "dot" else None
+    torch.library.opcheck(torch.ops.dlvae.topk_codes, (x, rows(5, 6, device), 3, metric, bias))
 
 
 def test_compiles_whole(device):
     x, dictionary = rows(40, 6, device), rows(9, 6, device)
     compiled = torch.compile(topk_codes, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(x, dictionary, 4)[0], topk_codes(x, dictionary, 4)[0])
+    leaves = [x.requires_grad_(), dictionary.requires_grad_(), torch.ones(9, device=device, requires_grad=True)]
+    outs = [f(*leaves[:2], 4, metric="dot", bias=leaves[2]) for f in (compiled, topk_codes)]
+    grads = [torch.autograd.grad(products.square().sum(), leaves) for _, products in outs]
+    for actual, expected in zip((*outs[0], *grads[0]), (*outs[1], *grads[1]), strict=True):
+        assert torch.equal(actual, expected)
 
 
 @pytest.mark.parametrize("k", [0, -1, 6, 2.0])
@@ -108,3 +237,26 @@ def test_bad_k(k):
 def test_bad_input():
     with pytest.raises(ValueError, match=r"dictionary has shape \(0, 3\)"):
         topk_codes(torch.zeros(2, 3), torch.zeros(0, 3), 1)
+    with pytest.raises(ValueError, match=r"metric is 'cosine'; it needs to be one of 'l2', 'dot'"):
+        topk_codes(torch.zeros(2, 3), torch.zeros(5, 3), 1, metric="cosine")
+
+
+@pytest.mark.parametrize(
+    ("bias", "message"),
+    [
+        (torch.zeros(4), r"bias has shape \(4,\); it needs \[K\] with the K = 5 of dictionary"),
+        (torch.zeros(5, 1), r"bias has shape \(5, 1\)"),
+        (torch.zeros(5, device="meta"), r"bias is on meta; it needs the device of dictionary, cpu"),
+        (torch.zeros(5).double(), r"bias has dtype torch.float64; it needs that of dictionary, torch.float32"),
+        (torch.zeros(5).half(), r"bias has dtype torch.float16"),
+        (torch.zeros(5).long(), r"bias has dtype torch.int64; it needs float16"),
+    ],
+)
+def test_bad_bias(bias, message):
+    with pytest.raises(ValueError, match=message):
+        topk_codes(torch.zeros(2, 3), torch.zeros(5, 3), 1, metric="dot", bias=bias)
+
+
+def test_a_bias_has_no_use_for_distances():
+    with pytest.raises(ValueError, match=r"bias has shape \(5,\); it needs to be None with the metric 'l2'"):
+        topk_codes(torch.zeros(2, 3), torch.zeros(5, 3), 1, bias=torch.zeros(5))

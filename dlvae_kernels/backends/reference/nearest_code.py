@@ -22,6 +22,6 @@ def nearest_code(x: Tensor, codebook: Tensor, return_distance: bool, precision: 
         found[has_tie] = scores.exact(has_tie, threshold).argmin(1, keepdim=True)
         indices[part] = found.squeeze(1)
         if return_distance:
-            distances[part] = scores.distances(found).squeeze(1).to(distances.dtype)
+            distances[part] = scores.results(found, has_tie).squeeze(1).to(distances.dtype)
     shape = x.shape[:-1]
     return indices.view(shape), distances.view(shape if return_distance else (0,))

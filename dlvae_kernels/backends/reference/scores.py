@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,71 +14,129 @@ _EPSILON = torch.finfo(torch.float64).eps
 _LARGEST = torch.finfo(torch.float64).max
 
 
+class Codes(NamedTuple):
+    """What all chunks share, in float64."""
+
+    rows: Tensor  # [K, D]
+    norms: Tensor  # [K]
+    bias: Tensor  # [K]
+
+
 class Scores:
-    """The scores of K codes for n rows: |c|^2 - 2 x.c, a squared distance less |x|^2, which all codes share.
+    """The scores of K codes for n rows [n, D]; the lowest is the best.
 
     They are a matrix product in float64: immune to the caller's tf32 and autocast settings, and exact far beyond
     float32. But a product may round equal codes differently, and cancels for close ones. Where that could matter, the
-    squared distance is computed again by differences.
+    score is computed again, each pair of a row and a code by itself.
 
     A score that is not a number is the largest finite one, that of a NaN code is infinite: such a code is never
     preferred to another. All scores of a row that holds NaN are equal.
     """
 
-    def __init__(self, rows: Tensor, codes: Tensor, code_norms: Tensor) -> None:
+    def __init__(self, rows: Tensor, codes: Codes) -> None:
         self._rows = rows  # [n, D]
-        self._codes = codes  # [K, D]
-        self._code_norms = code_norms  # [K]
+        self._codes = codes
         self._row_norms = rows.norm(dim=1, keepdim=True)  # [n, 1]
-        self._is_nan_code = code_norms.isnan()
-        self.values = torch.addmm(code_norms.square(), rows, codes.T, alpha=-2)  # [n, K]
-        torch.nan_to_num(self.values, nan=_LARGEST, posinf=_LARGEST, neginf=-_LARGEST, out=self.values)
+        self._is_nan_code = codes.norms.isnan() | codes.bias.isnan()
+        self.values = self._products()  # [n, K]
         self.values.masked_fill_(self._is_nan_code, torch.inf)
         self.values.masked_fill_(self._row_norms.isnan(), 0)
 
     def tolerance(self, codes: Tensor) -> Tensor:
-        """How far above the score of `codes` [n, m] another may lie and yet be no farther away: [n, m].
+        """How far above the score of `codes` [n, m] another may lie and yet be no worse: [n, m]."""
+        raise NotImplementedError
 
-        Both scores are sums of D + 1 terms; a code as far away as c has a norm of at most 2 |x| + |c|.
-        """
-        largest = 2 * self._row_norms + self._code_norms[codes]
-        return (4 * (self._codes.shape[1] + 2) * _EPSILON * largest.square()).nan_to_num(nan=0, posinf=0)
+    def results(self, codes: Tensor, has_tie: Tensor) -> Tensor:
+        """What the caller wants to know of `codes` [n, m]; as `exact` has it in rows where has_tie [n]."""
+        raise NotImplementedError
+
+    def _products(self) -> Tensor:
+        """All scores, by a matrix product; none is NaN but that of a NaN row or code."""
+        raise NotImplementedError
+
+    def _of_pairs(self, row: Tensor, code: Tensor) -> Tensor:
+        """Exact scores of pairs of a row and a code, both [P], where those of equal codes are equal: [P]."""
+        raise NotImplementedError
 
     def exact(self, is_row: Tensor, threshold: Tensor) -> Tensor:
-        """Squared distances by differences, for the rows where is_row [n], of codes with a score of at most the
-        threshold [n, 1]; infinite for all others: [rows, K]."""
+        """Exact scores, for the rows where is_row [n], of codes with a score of at most the threshold [n, 1]; infinite
+        for all others: [rows, K]."""
         row, code = ((self.values <= threshold) & is_row[:, None]).nonzero(as_tuple=True)
-        found = self._differences(row, code).nan_to_num(nan=_LARGEST, posinf=_LARGEST)
+        found = self._of_pairs(row, code).nan_to_num(nan=_LARGEST, posinf=_LARGEST, neginf=_LARGEST)
         found.masked_fill_(self._is_nan_code[code], torch.inf)
         found.masked_fill_(self._row_norms[row, 0].isnan(), 0)
         place = is_row.cumsum(0) - 1  # of each row among those asked for
-        distances = self.values.new_full((int(is_row.sum()), len(self._codes)), torch.inf)
-        distances[place[row], code] = found
-        return distances
+        scores = self.values.new_full((int(is_row.sum()), len(self._codes.rows)), torch.inf)
+        scores[place[row], code] = found
+        return scores
 
-    def distances(self, codes: Tensor) -> Tensor:
-        """Squared distances to `codes` [n, m], float64; by differences where the scores cancel."""
+    def _split(self, row: Tensor, code: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Pairs of a row and a code, both [P], in parts whose features fit in memory."""
+        pairs = max(1, _CHUNK_ELEMENTS // self._rows.shape[1])
+        return zip(row.split(pairs), code.split(pairs), strict=True)
+
+
+class Distances(Scores):
+    """|c|^2 - 2 x.c, a squared distance less |x|^2, which all codes share; exactly: |x - c|^2."""
+
+    def tolerance(self, codes: Tensor) -> Tensor:
+        # Both scores are sums of D + 1 terms; a code as far away as c has a norm of at most 2 |x| + |c|.
+        largest = 2 * self._row_norms + self._codes.norms[codes]
+        return (4 * (self._rows.shape[1] + 2) * _EPSILON * largest.square()).nan_to_num(nan=0, posinf=0)
+
+    def results(self, codes: Tensor, has_tie: Tensor) -> Tensor:
+        """Squared distances; by differences also where the scores cancel."""
         distances = self.values.gather(1, codes) + self._row_norms.square()
         cancels = ~(distances > 2**20 * self.tolerance(codes))
-        row, column = cancels.nonzero(as_tuple=True)
-        distances[row, column] = self._differences(row, codes[row, column])
+        row, column = (cancels | has_tie[:, None]).nonzero(as_tuple=True)
+        distances[row, column] = self._of_pairs(row, codes[row, column])
         return distances
 
-    def _differences(self, row: Tensor, code: Tensor) -> Tensor:
-        """|x - c|^2 for pairs of a row and a code, both [P]: [P]."""
-        pairs = max(1, _CHUNK_ELEMENTS // self._rows.shape[1])
-        parts = [
-            (self._rows[i] - self._codes[j]).square().sum(1)
-            for i, j in zip(row.split(pairs), code.split(pairs), strict=True)
-        ]
+    def _products(self) -> Tensor:
+        scores = torch.addmm(self._codes.norms.square(), self._rows, self._codes.rows.T, alpha=-2)
+        return torch.nan_to_num(scores, nan=_LARGEST, posinf=_LARGEST, neginf=-_LARGEST, out=scores)
+
+    def _of_pairs(self, row: Tensor, code: Tensor) -> Tensor:
+        parts = [(self._rows[i] - self._codes.rows[j]).square().sum(1) for i, j in self._split(row, code)]
         return torch.cat(parts)
 
 
-def score_chunks(x: Tensor, codes: Tensor) -> Iterator[tuple[slice, Scores]]:
-    """The scores of codes [K, D] for x [N, D], in chunks of rows."""
+class Products(Scores):
+    """-(x.c + b): the largest inner product is the best. One that is infinite comes after all finite ones."""
+
+    def __init__(self, rows: Tensor, codes: Codes) -> None:
+        super().__init__(rows, codes)
+        norm, bias = (each.abs().nan_to_num(nan=0, posinf=0).amax() for each in (codes.norms, codes.bias))
+        # Two sums of D + 1 terms, of codes of any norm.
+        self._tolerance = 2 * (rows.shape[1] + 2) * _EPSILON * (self._row_norms * norm + bias)  # [n, 1]
+
+    def tolerance(self, codes: Tensor) -> Tensor:
+        return self._tolerance.nan_to_num(nan=0, posinf=0).expand(codes.shape)
+
+    def results(self, codes: Tensor, has_tie: Tensor) -> Tensor:
+        """Inner products; those that are not finite as they are."""
+        products = -self.values.gather(1, codes)
+        hidden = (products.abs() >= _LARGEST) | self._row_norms.isnan()
+        row, column = (hidden | has_tie[:, None]).nonzero(as_tuple=True)
+        products[row, column] = -self._of_pairs(row, codes[row, column])
+        return products
+
+    def _products(self) -> Tensor:
+        scores = torch.addmm(self._codes.bias, self._rows, self._codes.rows.T).neg_()
+        return torch.nan_to_num(scores, nan=_LARGEST, posinf=_LARGEST, neginf=_LARGEST, out=scores)
+
+    def _of_pairs(self, row: Tensor, code: Tensor) -> Tensor:
+        parts = [(self._rows[i] * self._codes.rows[j]).sum(1) + self._codes.bias[j] for i, j in self._split(row, code)]
+        return -torch.cat(parts)
+
+
+def score_chunks(
+    x: Tensor, codes: Tensor, metric: type[Scores] = Distances, bias: Tensor | None = None
+) -> Iterator[tuple[slice, Scores]]:
+    """The scores of codes [K, D] for x [N, D], in chunks of rows; bias [K] is added to products."""
     wide = codes.double()
-    norms = wide.norm(dim=1)
+    shared = Codes(wide, wide.norm(dim=1), wide.new_zeros(len(wide)) if bias is None else bias.double())
     rows = max(1, _CHUNK_ELEMENTS // len(codes))
     for start in range(0, len(x), rows):
         part = slice(start, start + rows)
-        yield part, Scores(x[part].double(), wide, norms)
+        yield part, metric(x[part].double(), shared)
