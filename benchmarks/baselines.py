@@ -74,6 +74,11 @@ def topk_by_cdist(x: Tensor, codes: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return indices, values.square()
 
 
+def topk_products(x: Tensor, codes: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    values, indices = (x @ codes.T).topk(k, dim=1)
+    return indices, values
+
+
 def faiss_cpu(inputs: Inputs) -> Call:
     """`IndexFlatL2.search`; the codebook is added before, untimed."""
     needs("cpu", inputs)
@@ -197,15 +202,27 @@ def decode_by_embedding_bag(values: Tensor, indices: Tensor, dictionary: Tensor)
 
 
 def sparsify_decoder(inputs: Inputs) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """The Triton decoder of eai-sparsify, loaded by its file: the package imports a whole training stack."""
+    """The Triton decoder of eai-sparsify."""
+    module = _sparsify("xformers", inputs)
+    return lambda values, indices, dictionary: module.xformers_embedding_bag(indices, dictionary, values)
+
+
+def sparsify_encoder(inputs: Inputs) -> Callable[[Tensor, Tensor, Tensor | None, int], tuple[Tensor, Tensor]]:
+    """The encoder of eai-sparsify: values and indices of the most active latents, in any order."""
+    module = _sparsify("fused_encoder", inputs)
+    return lambda x, weight, bias, k: module.fused_encoder(x, weight, bias, k, "topk")[:2]
+
+
+def _sparsify(name: str, inputs: Inputs) -> ModuleType:
+    """A module of eai-sparsify, loaded by its file: the package imports a whole training stack."""
     needs("cuda", inputs)
     package = importlib.util.find_spec("sparsify")
     if package is None or not package.submodule_search_locations:
         raise MissingError("eai-sparsify is not installed; the extra 'bench-gpu' brings it")
-    path = Path(package.submodule_search_locations[0]) / "xformers.py"
-    spec = importlib.util.spec_from_file_location("sparsify_xformers", path)
+    path = Path(package.submodule_search_locations[0]) / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(f"sparsify_{name}", path)
     if spec is None or spec.loader is None:
         raise MissingError(f"{path} cannot be loaded")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return lambda values, indices, dictionary: module.xformers_embedding_bag(indices, dictionary, values)
+    return module

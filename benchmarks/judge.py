@@ -41,6 +41,26 @@ def topk(inputs: Inputs, answer: tuple[Tensor, ...], gradients: object, toleranc
     return Verdict(differing / indices.numel(), error, repeats or error > tolerance.distance)
 
 
+def largest_products(
+    x: Tensor, codes: Tensor, bias: Tensor, answer: tuple[Tensor, Tensor], tolerance: Tolerance
+) -> Verdict:
+    """Of indices and products x.c + bias [N, k], in any order: wrong where a rank has not the product that float64
+    gives it, by more than rounding at the lengths |x| |c| + |b| explains. All but the answer is float64."""
+    indices, given = answer
+    kept = indices.shape[1]
+    if not _in_range(indices, len(codes)):
+        return Verdict(1.0, float("inf"), True)
+    products = torch.addmm(bias, x, codes.T)
+    expected = products.topk(kept, dim=1)
+    found = products.gather(1, indices)
+    ordered = found.sort(dim=1, descending=True)
+    off = torch.maximum((ordered.values - expected.values).abs(), (given.double() - found).abs())
+    error = _largest(off / (x.norm(dim=1, keepdim=True) * codes.norm(dim=1).amax() + bias.abs().amax()))
+    differing = float((indices.gather(1, ordered.indices) != expected.indices).double().mean())
+    repeats = not bool((indices.sort(dim=1).values.diff(dim=1) > 0).all())
+    return Verdict(differing, error, repeats or error > tolerance.distance)
+
+
 def quantized(
     inputs: Inputs,
     answer: tuple[Tensor, ...],

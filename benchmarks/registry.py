@@ -34,6 +34,7 @@ from .sizes import (
     WIDE,
     half,
 )
+from .sparse_coding import SPARSE_AUTOENCODER, TOPK_PRODUCTS
 from .training import TRAINING
 
 
@@ -309,12 +310,14 @@ ENTRIES: dict[str, Entry] = {
     for entry in (
         NEAREST_CODE,
         TOPK_CODES,
+        TOPK_PRODUCTS,
         ONE_HOT,
         GATHER_CODES,
         VECTOR_QUANTIZE,
         EMA_UPDATE,
         SPARSE_DECODE,
         *LAYERS,
+        SPARSE_AUTOENCODER,
         *TRAINING,
     )
 }

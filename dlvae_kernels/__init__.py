@@ -11,13 +11,22 @@ from .functional import (
     topk_codes,
     vector_quantize,
 )
-from .layers import DictionaryLearning, SparseRepresentation, VectorQuantizer, VectorQuantizerEMA
+from .layers import (
+    DictionaryLearning,
+    SparseAutoencoder,
+    SparseAutoencoderOutput,
+    SparseRepresentation,
+    VectorQuantizer,
+    VectorQuantizerEMA,
+)
 
 __version__ = "0.1.0"
 
 __all__ = [
     "BackendUnavailable",
     "DictionaryLearning",
+    "SparseAutoencoder",
+    "SparseAutoencoderOutput",
     "SparseRepresentation",
     "VectorQuantizeOutput",
     "VectorQuantizer",

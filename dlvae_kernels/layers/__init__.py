@@ -1,7 +1,15 @@
 """The `nn.Module`s: parameters, buffers and state_dict; no kernels."""
 
 from .dictionary_learning import DictionaryLearning, SparseRepresentation
+from .sparse_autoencoder import SparseAutoencoder, SparseAutoencoderOutput
 from .vector_quantizer import VectorQuantizer
 from .vector_quantizer_ema import VectorQuantizerEMA
 
-__all__ = ["DictionaryLearning", "SparseRepresentation", "VectorQuantizer", "VectorQuantizerEMA"]
+__all__ = [
+    "DictionaryLearning",
+    "SparseAutoencoder",
+    "SparseAutoencoderOutput",
+    "SparseRepresentation",
+    "VectorQuantizer",
+    "VectorQuantizerEMA",
+]

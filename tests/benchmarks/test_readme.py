@@ -26,7 +26,8 @@ def test_no_loss_is_left_out():
     """The table takes whole groups of rows: every contender that was timed beside ours stands in it."""
     for file in results.FOLDER.glob("[cg]pu.csv"):
         rows = [row for row in results.read(file) if row["ms"] and row["op"] in ENTRIES]
-        for op in ENTRIES:
+        # What came after the file was measured has no rows yet.
+        for op in dict.fromkeys(row["op"] for row in rows):
             first = next(row for row in rows if row["op"] == op)
             group = [row for row in rows if all(row[key] == first[key] for key in ("op", "workload", "size"))]
             (line,) = (

@@ -35,6 +35,25 @@ def test_speed_is_of_all_passes_in_one_precision():
     assert target.reached(rows) is None
 
 
+def test_speed_can_be_of_one_pass():
+    rows = [
+        row("sparse_decode", WIDE, name, ms=ms, precision="float32", **{"pass": which})
+        for name, which, ms in (
+            ("dlvae_kernels", "forward", "3"),
+            ("dlvae_kernels", "backward", "1"),
+            ("sparsify", "forward", "3"),
+            ("sparsify", "backward", "2"),
+        )
+    ]
+    of = {only: targets.Speed("sparse_decode", WIDE, "sparsify", 1.5, only) for only in ("forward", "backward", None)}
+    assert {only: target.reached(rows)[0] for only, target in of.items()} == {
+        "forward": False,
+        "backward": True,
+        None: False,
+    }
+    assert str(of["backward"]).startswith("sparse_decode backward at")
+
+
 def test_memory():
     target = targets.Memory("nearest_code", LARGEST, 200)
     assert target.reached([]) is None

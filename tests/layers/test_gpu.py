@@ -7,7 +7,14 @@ import copy
 import pytest
 import torch
 
-from dlvae_kernels import DictionaryLearning, VectorQuantizer, VectorQuantizerEMA, ema_update, vector_quantize
+from dlvae_kernels import (
+    DictionaryLearning,
+    SparseAutoencoder,
+    VectorQuantizer,
+    VectorQuantizerEMA,
+    ema_update,
+    vector_quantize,
+)
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
@@ -30,6 +37,19 @@ def test_equals_the_cpu(name):
         (loss + out.square().mean()).backward()
         results.append([t.detach().cpu() for t in (loss, out, inputs.grad, *layer.state_dict().values())])
     torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_sparse_autoencoder_equals_the_cpu(dtype):
+    on_cpu = SparseAutoencoder(16, 64, 5)
+    on_gpu = copy.deepcopy(on_cpu).cuda()
+    x = torch.randn(200, 16).to(dtype)
+    results = []
+    for layer, inputs in ((on_cpu, x), (on_gpu, x.cuda())):
+        out = layer(inputs)
+        grads = torch.autograd.grad(out.reconstruction.float().square().mean(), list(layer.parameters()))
+        results.append([each.detach().cpu().float() for each in (*out, *grads)])
+    torch.testing.assert_close(*results, rtol=1e-4 if dtype == torch.float32 else 1e-2, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", LAYERS)

@@ -1,0 +1,97 @@
+"""No layer allocates a tensor of rows by atoms, in forward or backward."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from benchmarks.sizes import DICTIONARY, SAE
+from dlvae_kernels import DictionaryLearning, SparseAutoencoder
+from dlvae_kernels.backends import triton as kernels
+from tests.allocations import Allocations, without_launching
+
+# What the reference takes for one chunk of scores or of gathered atoms.
+CHUNK = 2**21
+
+
+def allowed(n, num_atoms, d, k):
+    """Elements of the inputs, the parameters, the kept atoms or a chunk."""
+    most = max(n * d, num_atoms * d, n * k, CHUNK)
+    assert most < n * num_atoms
+    return most
+
+
+def dictionary_learning(n, num_atoms, d, k, device="cpu"):
+    layer = DictionaryLearning(d, num_atoms, 0.1, k, representation="sparse", channel_last=True).to(device)
+    x = torch.randn(n, d, device=device, requires_grad=True)
+    with Allocations() as found:
+        loss, reconstruction, _ = layer(x)
+        (loss + reconstruction.sum()).backward()
+    return found
+
+
+def sparse_autoencoder(n, num_atoms, d, k, device="cpu"):
+    layer = SparseAutoencoder(d, num_atoms, k).to(device)
+    x = torch.randn(n, d, device=device, requires_grad=True)
+    with Allocations() as found:
+        out = layer(x)
+        (out.reconstruction - x).square().mean().backward()
+    assert {"dlvae.topk_codes.default", "dlvae.sparse_decode_bwd.default"} <= found.seen
+    return found
+
+
+@pytest.mark.xfail(strict=True, reason="its softmax over all atoms is dense")
+def test_dictionary_learning():
+    size = DICTIONARY.n, DICTIONARY.k, DICTIONARY.d, DICTIONARY.kept
+    found = dictionary_learning(*size)
+    assert found.elements <= allowed(*size), found.operation
+
+
+def test_sparse_autoencoder():
+    size = 4096, 4096, 64, 8
+    found = sparse_autoencoder(*size)
+    assert found.elements <= allowed(*size), found.operation
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_sparse_autoencoder_at_full_size():
+    size = SAE.n, SAE.k, SAE.d, SAE.kept
+    found = sparse_autoencoder(*size, device="cuda")
+    assert found.elements <= allowed(*size), found.operation
+
+
+pieces = pytest.mark.xfail(reason="sums over N k pairs keep two pieces for each 64 of them: N k / 32 rows of D + 1")
+
+
+@pytest.mark.parametrize("size", [pytest.param(DICTIONARY, marks=pieces), SAE], ids=str)
+def test_what_triton_takes_to_decode(size):
+    values, indices = torch.zeros(size.n, size.kept), torch.zeros(size.n, size.kept, dtype=torch.int64)
+    dictionary, grad = torch.zeros(size.k, size.d), torch.zeros(size.n, size.d)
+    with without_launching(), Allocations() as found:
+        kernels.sparse_decode_fwd(values, indices, dictionary)
+        kernels.sparse_decode_bwd(grad, values, indices, dictionary, True, True)
+    # The sums for the dictionary's gradient carry the number of their rows, and have a place for indices out of range.
+    assert found.elements <= allowed(size.n, size.k + 1, size.d + 1, size.kept), found.operation
+
+
+def test_the_hook_sees_a_dense_matrix():
+    x, codes = torch.randn(300, 4, requires_grad=True), torch.randn(200, 4)
+    with Allocations() as found:
+        products = x @ codes.T
+    assert (found.elements, found.operation) == (60_000, "aten.mm.default")
+    with Allocations() as found:
+        products.gather(1, torch.zeros(300, 1).long()).sum().backward()
+    assert found.elements == 60_000
+
+
+def test_the_hook_looks_into_our_operations():
+    x, codes = torch.randn(300, 4), torch.randn(200, 4)
+    with Allocations() as found:
+        torch.ops.dlvae.topk_codes(x, codes, 3, "dot", None)
+    assert found.elements == 60_000  # one chunk of the reference
+    assert {"dlvae.topk_codes.default", "aten.topk.default"} <= found.seen
+    with Allocations() as found:
+        torch.zeros(7).expand(1000, 7)
+    assert found.elements == 7
