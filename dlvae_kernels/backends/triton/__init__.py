@@ -15,6 +15,7 @@ import torch
 # Operation -> the module that holds it.
 _MODULES = {
     "nearest_code": "nearest_code",
+    "topk_codes": "topk_codes",
     "one_hot": "one_hot",
     "gather_codes_fwd": "gather_codes",
     "gather_codes_bwd": "gather_codes",

@@ -11,7 +11,7 @@ from .topk_stream import topk_stream
 from .tuning import on_device
 
 # What registers hold of a row's scores, and of a row's candidates.
-MOST_ON_CHIP = 1024
+MOST_ON_CHIP = 512
 MOST_KEPT = 256
 
 

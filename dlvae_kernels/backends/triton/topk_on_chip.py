@@ -56,7 +56,8 @@ def _select_kernel(
     STAGES: tl.constexpr,
 ):
     """The k best codes of each row in the order of their indices, with distance or value; other rows on a worklist."""
-    rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    first = tl.program_id(0) * BLOCK_N
+    rows = first + tl.arange(0, BLOCK_N)
     columns = tl.arange(0, BLOCK_K)
     features = tl.arange(0, BLOCK_D)
     largest = tl.zeros([BLOCK_N], tl.float32)
@@ -86,23 +87,32 @@ def _select_kernel(
     score += tl.load(bias_ptr + columns)[None, :]
     ordered = to_ordered(score)
     threshold, reached = kth_largest(ordered, kept)
-    is_taken = ordered >= threshold[:, None]
+    # Of those that tie at the threshold the first: up to this column.
+    last = tl.full([BLOCK_N], BLOCK_K - 1, tl.int32)
     if tl.max(reached, axis=0) > kept:
-        # Of those that tie at the threshold the first.
-        is_tied = ordered == threshold[:, None]
         wanted = kept - tl.sum((ordered > threshold[:, None]).to(tl.int32), axis=1)
-        is_taken &= (is_tied == 0) | (tl.cumsum(is_tied.to(tl.int32), axis=1) <= wanted[:, None])
+        least = tl.zeros([BLOCK_N], tl.int32)
+        while tl.max(last - least, axis=0) > 0:
+            middle = (least + last) // 2
+            is_before = (ordered == threshold[:, None]) & (columns[None, :] <= middle[:, None])
+            is_enough = tl.sum(is_before.to(tl.int32), axis=1) >= wanted
+            last = tl.where(is_enough, middle, last)
+            least = tl.where(is_enough, least, middle + 1)
+    is_taken = (ordered > threshold[:, None]) | (
+        (ordered == threshold[:, None]) & (columns[None, :] <= last[:, None])
+    )
     places = tl.cumsum(is_taken.to(tl.int32), axis=1) - 1
     mask = is_taken & (rows < num_rows)[:, None]
-    out = rows.to(tl.int64)[:, None] * kept + places
-    value = score
+    out = tl.arange(0, BLOCK_N)[:, None] * kept + places
+    start = first.to(tl.int64) * kept
+    value = from_ordered(ordered)
     if SPLIT:
         value *= power_of_two(-codebook_shift(meta_ptr))
     if not DOT:
         value = squares[:, None] - 2.0 * value
         tl.store(square_ptr + rows, squares, mask=rows < num_rows)
-    tl.store(index_ptr + out, tl.broadcast_to(columns[None, :], [BLOCK_N, BLOCK_K]).to(tl.int64), mask=mask)
-    tl.store(value_ptr + out, value, mask=mask)
+    tl.store(index_ptr + start + out, tl.broadcast_to(columns[None, :], [BLOCK_N, BLOCK_K]).to(tl.int64), mask=mask)
+    tl.store(value_ptr + start + out, value, mask=mask)
     # What is not finite, or too long for a scale, is left to differences.
     is_found = (from_ordered(threshold) > NEVER) & (squares < float("inf"))
     is_lost = (is_found == 0) & (rows < num_rows)
@@ -149,6 +159,7 @@ def topk_on_chip(
         UNIT=unit(*rows.strides[1:3]),
         STAGES=config.num_stages,
         num_warps=config.num_warps,
+        maxnreg=255,
     )
     sort_found(rows, dictionary, metric, squares, indices, values)
     rank(rows, dictionary, metric, bias, parts.meta, indices, values, worklist=worklist, count=count)

@@ -231,7 +231,7 @@ def _rank_kernel(
         value = value_of(best)
         is_nan = (value == float("inf")) | has_nan
         if DOT:
-            value = tl.where(is_nan | (value == _LAST), float("nan"), -value)
+            value = tl.where(is_nan, float("nan"), tl.where(value == _LAST, float("nan"), -value))
         else:
             value = tl.where(is_nan, float("nan"), tl.where(value == _LAST, float("inf"), value * unit * unit))
         at = rows[:, None] * kept + columns
@@ -327,4 +327,5 @@ def rank(
         CAPACITY=capacity,
         BLOCK_D=max(8, _ELEMENTS // (block_n * capacity)),
         num_warps=4 if capacity <= 256 else 8,
+        maxnreg=255,
     )

@@ -166,10 +166,19 @@ def _filter_kernel(
             is_open = norm == float("inf")
             is_listed = ((upper >= threshold) & is_finite[None, :]) | is_open[None, :]
             is_listed &= mask[:, None]
-            places = tl.atomic_add(count_ptr + rows[:, None] + tl.zeros_like(score).to(tl.int32), 1, mask=is_listed)
-            out = rows.to(tl.int64)[:, None] * CAPACITY + places
-            codes = tile * BLOCK_K + columns[None, :] + tl.zeros_like(places)
-            tl.store(candidate_ptr + out, codes, mask=is_listed & (places < CAPACITY))
+            total = tl.sum(is_listed.to(tl.int32), axis=1)
+            if tl.max(total, axis=0) > 0:
+                place = tl.atomic_add(count_ptr + rows, total, mask=total > 0)
+                # A row has few in a tile: one after the other.
+                pending = tl.where(is_listed, columns[None, :], BLOCK_K)
+                column = tl.min(pending, axis=1)
+                while tl.min(column, axis=0) < BLOCK_K:
+                    out = candidate_ptr + rows.to(tl.int64) * CAPACITY + place
+                    tl.store(out, tile * BLOCK_K + column, mask=(column < BLOCK_K) & (place < CAPACITY))
+                    place += 1
+                    # What has no room left is not looked at.
+                    pending = tl.where((pending > column[:, None]) & (place < CAPACITY)[:, None], pending, BLOCK_K)
+                    column = tl.min(pending, axis=1)
         else:
             lower = score * unit + ((bias - of_bias)[None, :] - reach * of_code)
             lower = tl.where(is_finite[None, :] & (lower == lower), lower, float("-inf"))
@@ -274,6 +283,7 @@ def _list(
             BLOCK_D=config.block_d,
             STAGES=config.num_stages,
             num_warps=config.num_warps,
+            maxnreg=255,
         )
         if not collect:
             block_g = triton.next_power_of_2(max(tiles * groups, kept))

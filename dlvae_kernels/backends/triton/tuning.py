@@ -111,13 +111,14 @@ def search_config(num_features: int, num_codes: int, dtype: torch.dtype, splits:
 def on_chip_config(num_features: int, num_codes: int) -> TopkConfig:
     """Where all scores of a row are in registers at once."""
     block_k = max(16, triton.next_power_of_2(num_codes))
-    # 64 to 128 scores a thread.
+    is_new = architecture() >= 90
     return TopkConfig(
-        block_n=min(128, 2**15 // block_k),
+        # 32 scores a thread: beside them their places are in registers.
+        block_n=min(64, 2**13 // block_k),
         block_k=block_k,
-        block_d=min(32, max(16, triton.next_power_of_2(num_features))),
+        block_d=min(32 if is_new else 16, max(16, triton.next_power_of_2(num_features))),
         num_warps=8,
-        num_stages=2,
+        num_stages=2 if is_new else 1,
     )
 
 
@@ -125,7 +126,7 @@ def filter_config(num_features: int) -> TopkConfig:
     """Where tiles of codes stream past."""
     return TopkConfig(
         block_n=128,
-        block_k=128,
+        block_k=128 if architecture() >= 90 else 64,
         block_d=min(64, max(16, triton.next_power_of_2(num_features))),
         num_warps=8,
         num_stages=3,
