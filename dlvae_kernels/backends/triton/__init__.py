@@ -24,6 +24,8 @@ _MODULES = {
     "ema_step": "ema_update",
     "sparse_decode_fwd": "sparse_decode",
     "sparse_decode_bwd": "sparse_decode",
+    "kept_softmax_fwd": "kept_softmax",
+    "kept_softmax_bwd": "kept_softmax",
 }
 _LEAST_CAPABILITY = (8, 0)
 _TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.int64)

@@ -114,6 +114,27 @@ def num_splits(num_rows: int, num_tiles: int, config: SearchConfig) -> int:
     return max(1, min(WANTED_PROGRAMS // blocks, num_tiles, _MOST_SPLITS))
 
 
+@dataclass(frozen=True)
+class SoftmaxConfig:
+    """Of `kept_softmax`: BLOCK_A rows by BLOCK_B codes, or the reverse, BLOCK_D features at a time; BLOCK_OUT are summed."""
+
+    block_a: int
+    block_b: int
+    block_d: int
+    block_out: int
+    num_warps: int
+
+
+def lse_config(wide: bool) -> SoftmaxConfig:
+    """`wide` is of float32 products."""
+    return SoftmaxConfig(block_a=128, block_b=128, block_d=32 if wide else 64, block_out=0, num_warps=8)
+
+
+def softmax_sum_config(num_features: int, wide: bool) -> SoftmaxConfig:
+    block_out = min(256, max(16, triton.next_power_of_2(num_features)))
+    return SoftmaxConfig(block_a=64, block_b=64, block_d=32, block_out=block_out, num_warps=8)
+
+
 def on_device(tensor: Tensor) -> AbstractContextManager[object]:
     """Launch on the device of a tensor, whichever is current."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
