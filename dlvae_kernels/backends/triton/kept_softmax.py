@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .rows import Rows, as_rows, load_rows, unit
 from .sparse_decode import sparse_decode_bwd, sparse_decode_fwd
-from .tuning import INTERPRETED, WANTED_PROGRAMS, lse_config, on_device, softmax_sum_config
+from .tuning import INTERPRETED, WANTED_PROGRAMS, log_sum_exp_config, on_device, softmax_sum_config
 
 # Elements of kept values in one program.
 _BLOCK_PAIRS = 1024
@@ -123,9 +123,7 @@ def _lse_kernel(
 
 
 @triton.jit
-def _kept_values_kernel(
-    logit_ptr, index_ptr, bias_ptr, lse_ptr, num_pairs, kept, num_codes, BLOCK: tl.constexpr
-):
+def _kept_values_kernel(logit_ptr, index_ptr, bias_ptr, lse_ptr, num_pairs, kept, num_codes, BLOCK: tl.constexpr):
     """In place, from inner products to values."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < num_pairs
@@ -166,7 +164,7 @@ def _softmax_sum_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_OUT: tl.constexpr,
 ):
-    """Sums over the b of one split of w b, w = scale_b exp(a . b + shifts): [splits, A, D]; if SCALED of w: [splits, A]."""
+    """Sums over the b of one split of w b, w = scale_b exp(a . b + shifts): [splits, A, D]; SCALED: also of w."""
     a = tl.program_id(0).to(tl.int64) * BLOCK_A + tl.arange(0, BLOCK_A)
     d = tl.program_id(1) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
     a_shift = tl.load(a_shift_ptr + a, mask=a < num_a, other=float("-inf"))
@@ -215,7 +213,7 @@ def _softmax_sum_kernel(
 
 def _splits(blocks: int, tiles: int) -> tuple[int, int]:
     """How many splits, of how many tiles each, give about the wanted programs."""
-    per_split = triton.cdiv(tiles, max(1, WANTED_PROGRAMS // blocks))
+    per_split = max(1, triton.cdiv(tiles, max(1, WANTED_PROGRAMS // max(1, blocks))))
     return triton.cdiv(tiles, per_split), per_split
 
 
@@ -285,9 +283,9 @@ def kept_softmax_bwd(
 
 def _log_sum_exp(rows: Rows, codes: Rows, offsets: Tensor) -> Tensor:
     """[N] float32."""
-    config = lse_config(_is_wide(rows.tensor, codes.tensor))
+    config = log_sum_exp_config(_is_wide(rows.tensor, codes.tensor))
     blocks = triton.cdiv(rows.num_rows, config.block_a)
-    splits, per_split = _splits(max(1, blocks), triton.cdiv(codes.num_rows, config.block_b))
+    splits, per_split = _splits(blocks, triton.cdiv(codes.num_rows, config.block_b))
     out = torch.empty(splits, rows.num_rows, dtype=torch.float32, device=offsets.device)
     if blocks > 0:
         with on_device(out):
@@ -313,13 +311,11 @@ def _log_sum_exp(rows: Rows, codes: Rows, offsets: Tensor) -> Tensor:
     return out[0] if splits == 1 else out.logsumexp(0)
 
 
-def _softmax_sum(
-    a: Rows, b: Rows, a_shift: Tensor, b_shift: Tensor, scale: Tensor | None
-) -> tuple[Tensor, Tensor]:
+def _softmax_sum(a: Rows, b: Rows, a_shift: Tensor, b_shift: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor]:
     """For each a, sum over all b of w b, [A, D], and of w, [A], w = scale_b exp(a . b + shifts); float32."""
     config = softmax_sum_config(a.num_features, _is_wide(a.tensor, b.tensor))
     blocks = triton.cdiv(a.num_rows, config.block_a), triton.cdiv(a.num_features, config.block_out)
-    splits, per_split = _splits(max(1, blocks[0] * blocks[1]), triton.cdiv(b.num_rows, config.block_b))
+    splits, per_split = _splits(blocks[0] * blocks[1], triton.cdiv(b.num_rows, config.block_b))
     out = torch.empty(splits, a.num_rows, a.num_features, dtype=torch.float32, device=a_shift.device)
     scales = torch.empty(splits, a.num_rows, dtype=torch.float32, device=a_shift.device)
     if out.numel() > 0:

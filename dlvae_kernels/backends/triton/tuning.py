@@ -116,7 +116,7 @@ def num_splits(num_rows: int, num_tiles: int, config: SearchConfig) -> int:
 
 @dataclass(frozen=True)
 class SoftmaxConfig:
-    """Of `kept_softmax`: BLOCK_A rows by BLOCK_B codes, or the reverse, BLOCK_D features at a time; BLOCK_OUT are summed."""
+    """Of `kept_softmax`: tiles of BLOCK_A by BLOCK_B, BLOCK_D features at a time; BLOCK_OUT features are summed."""
 
     block_a: int
     block_b: int
@@ -125,14 +125,21 @@ class SoftmaxConfig:
     num_warps: int
 
 
-def lse_config(wide: bool) -> SoftmaxConfig:
-    """`wide` is of float32 products."""
-    return SoftmaxConfig(block_a=128, block_b=128, block_d=32 if wide else 64, block_out=0, num_warps=8)
+def log_sum_exp_config(wide: bool) -> SoftmaxConfig:
+    """`wide`: products of float32."""
+    block_b, block_d = (128, 32) if architecture() >= 90 else (64, 16)
+    return SoftmaxConfig(block_a=128, block_b=block_b, block_d=block_d if wide else 64, block_out=0, num_warps=8)
 
 
 def softmax_sum_config(num_features: int, wide: bool) -> SoftmaxConfig:
-    block_out = min(256, max(16, triton.next_power_of_2(num_features)))
-    return SoftmaxConfig(block_a=64, block_b=64, block_d=32, block_out=block_out, num_warps=8)
+    """The widest BLOCK_OUT that the registers hold: the logits are made again for each."""
+    arch = architecture()
+    if wide:
+        block_d, most = (32, 256) if arch >= 100 else (16, 128)
+    else:
+        block_d, most = (64, 256) if arch >= 90 else (32, 128)
+    block_out = min(most, max(16, 1 << (num_features - 1).bit_length()))
+    return SoftmaxConfig(block_a=64, block_b=32, block_d=block_d, block_out=block_out, num_warps=8)
 
 
 def on_device(tensor: Tensor) -> AbstractContextManager[object]:
