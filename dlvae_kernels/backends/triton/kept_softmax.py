@@ -13,113 +13,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .log_sum_exp import inner_products, is_wide, log_sum_exp, splits_of
 from .rows import Rows, as_rows, load_rows, unit
 from .sparse_decode import sparse_decode_bwd, sparse_decode_fwd
-from .tuning import INTERPRETED, WANTED_PROGRAMS, log_sum_exp_config, on_device, softmax_sum_config
+from .tuning import on_device, softmax_sum_config
 
 # Elements of kept values in one program.
 _BLOCK_PAIRS = 1024
-LOWEST = tl.constexpr(-3.4028234e38)
-
-
-@triton.jit
-def _inner_products(
-    a_ptr,
-    b_ptr,
-    a,
-    b,
-    num_a,
-    num_b,
-    num_features,
-    a_inner,
-    a_outer,
-    a_step,
-    a_d,
-    b_inner,
-    b_outer,
-    b_step,
-    b_d,
-    WIDE: tl.constexpr,
-    A_UNIT: tl.constexpr,
-    B_UNIT: tl.constexpr,
-    BLOCK_A: tl.constexpr,
-    BLOCK_B: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):  # [BLOCK_A, BLOCK_B] float32
-    total = tl.zeros([BLOCK_A, BLOCK_B], tl.float32)
-    for begin in range(0, num_features, BLOCK_D):
-        d = begin + tl.arange(0, BLOCK_D)
-        left = load_rows(a_ptr, a, d, num_a, num_features, a_inner, a_outer, a_step, a_d, A_UNIT)
-        right = load_rows(b_ptr, b, d, num_b, num_features, b_inner, b_outer, b_step, b_d, B_UNIT)
-        if WIDE:
-            # Three products of parts on the matrix units round as float32 does.
-            left, right = left.to(tl.float32), right.to(tl.float32)
-            total = tl.dot(left, right.T, acc=total, input_precision="tf32x3")
-        else:
-            total = tl.dot(left, right.T, acc=total)
-    return total
-
-
-@triton.jit
-def _lse_kernel(
-    a_ptr,
-    b_ptr,
-    shift_ptr,
-    out_ptr,
-    num_a,
-    num_b,
-    num_features,
-    a_inner,
-    a_outer,
-    a_step,
-    a_d,
-    b_inner,
-    b_outer,
-    b_step,
-    b_d,
-    tiles_per_split,
-    WIDE: tl.constexpr,
-    A_UNIT: tl.constexpr,
-    B_UNIT: tl.constexpr,
-    BLOCK_A: tl.constexpr,
-    BLOCK_B: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    """log sum exp of the logits of rows a over the codes b of one split: [splits, N]."""
-    a = tl.program_id(0).to(tl.int64) * BLOCK_A + tl.arange(0, BLOCK_A)
-    largest = tl.full([BLOCK_A], LOWEST, tl.float32)
-    total = tl.zeros([BLOCK_A], tl.float32)
-    first = tl.program_id(1) * tiles_per_split * BLOCK_B
-    for start in range(first, tl.minimum(first + tiles_per_split * BLOCK_B, num_b), BLOCK_B):
-        b = start + tl.arange(0, BLOCK_B)
-        logits = _inner_products(
-            a_ptr,
-            b_ptr,
-            a,
-            b,
-            num_a,
-            num_b,
-            num_features,
-            a_inner,
-            a_outer,
-            a_step,
-            a_d,
-            b_inner,
-            b_outer,
-            b_step,
-            b_d,
-            WIDE,
-            A_UNIT,
-            B_UNIT,
-            BLOCK_A,
-            BLOCK_B,
-            BLOCK_D,
-        )
-        logits += tl.load(shift_ptr + b, mask=b < num_b, other=float("-inf"))[None, :]
-        most = tl.maximum(largest, tl.max(logits, axis=1))
-        total = total * tl.exp(largest - most) + tl.sum(tl.exp(logits - most[:, None]), axis=1)
-        largest = most
-    tl.store(out_ptr + tl.program_id(1).to(tl.int64) * num_a + a, largest + tl.log(total), mask=a < num_a)
 
 
 @triton.jit
@@ -173,7 +73,7 @@ def _softmax_sum_kernel(
     first = tl.program_id(2).to(tl.int64) * tiles_per_split * BLOCK_B
     for start in range(first, tl.minimum(first + tiles_per_split * BLOCK_B, num_b), BLOCK_B):
         b = start + tl.arange(0, BLOCK_B)
-        weights = _inner_products(
+        weights = inner_products(
             a_ptr,
             b_ptr,
             a,
@@ -211,17 +111,6 @@ def _softmax_sum_kernel(
         tl.store(scale_sum_ptr + at, scale_sum, mask=(a < num_a) & (tl.program_id(1) == 0))
 
 
-def _splits(blocks: int, tiles: int) -> tuple[int, int]:
-    """How many splits, of how many tiles each, give about the wanted programs."""
-    per_split = max(1, triton.cdiv(tiles, max(1, WANTED_PROGRAMS // max(1, blocks))))
-    return triton.cdiv(tiles, per_split), per_split
-
-
-def _is_wide(x: Tensor, weight: Tensor) -> bool:
-    """Products of half-precision inputs of one type are exact in float32 as they are."""
-    return INTERPRETED or x.dtype != weight.dtype or x.dtype == torch.float32
-
-
 def _offsets(weight: Tensor, bias: Tensor | None) -> Tensor:
     """The bias, [K] float32."""
     if bias is None:
@@ -231,7 +120,7 @@ def _offsets(weight: Tensor, bias: Tensor | None) -> Tensor:
 
 def kept_softmax_fwd(x: Tensor, weight: Tensor, bias: Tensor | None, indices: Tensor) -> tuple[Tensor, Tensor]:
     offsets = _offsets(weight, bias)
-    lse = _log_sum_exp(as_rows(x), as_rows(weight), offsets)
+    lse = log_sum_exp(as_rows(x), as_rows(weight), offsets)
     # The inner products of rows with kept codes do not depend on the values.
     unused = lse.new_empty(()).expand(indices.shape)
     values, _ = sparse_decode_bwd(x, unused, indices, weight, True, False)
@@ -281,41 +170,11 @@ def kept_softmax_bwd(
     return grad_x, grad_weight, grad_bias
 
 
-def _log_sum_exp(rows: Rows, codes: Rows, offsets: Tensor) -> Tensor:
-    """[N] float32."""
-    config = log_sum_exp_config(_is_wide(rows.tensor, codes.tensor))
-    blocks = triton.cdiv(rows.num_rows, config.block_a)
-    splits, per_split = _splits(blocks, triton.cdiv(codes.num_rows, config.block_b))
-    out = torch.empty(splits, rows.num_rows, dtype=torch.float32, device=offsets.device)
-    if blocks > 0:
-        with on_device(out):
-            _lse_kernel[(blocks, splits)](
-                rows.tensor,
-                codes.tensor,
-                offsets,
-                out,
-                rows.num_rows,
-                codes.num_rows,
-                rows.num_features,
-                *rows.strides,
-                *codes.strides,
-                per_split,
-                WIDE=_is_wide(rows.tensor, codes.tensor),
-                A_UNIT=unit(*rows.strides[1:3]),
-                B_UNIT=unit(*codes.strides[1:3]),
-                BLOCK_A=config.block_a,
-                BLOCK_B=config.block_b,
-                BLOCK_D=config.block_d,
-                num_warps=config.num_warps,
-            )
-    return out[0] if splits == 1 else out.logsumexp(0)
-
-
 def _softmax_sum(a: Rows, b: Rows, a_shift: Tensor, b_shift: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor]:
     """For each a, sum over all b of w b, [A, D], and of w, [A], w = scale_b exp(a . b + shifts); float32."""
-    config = softmax_sum_config(a.num_features, _is_wide(a.tensor, b.tensor))
+    config = softmax_sum_config(a.num_features, is_wide(a.tensor, b.tensor))
     blocks = triton.cdiv(a.num_rows, config.block_a), triton.cdiv(a.num_features, config.block_out)
-    splits, per_split = _splits(blocks[0] * blocks[1], triton.cdiv(b.num_rows, config.block_b))
+    splits, per_split = splits_of(blocks[0] * blocks[1], triton.cdiv(b.num_rows, config.block_b))
     out = torch.empty(splits, a.num_rows, a.num_features, dtype=torch.float32, device=a_shift.device)
     scales = torch.empty(splits, a.num_rows, dtype=torch.float32, device=a_shift.device)
     if out.numel() > 0:
@@ -335,7 +194,7 @@ def _softmax_sum(a: Rows, b: Rows, a_shift: Tensor, b_shift: Tensor, scale: Tens
                 *b.strides,
                 per_split,
                 SCALED=scale is not None,
-                WIDE=_is_wide(a.tensor, b.tensor),
+                WIDE=is_wide(a.tensor, b.tensor),
                 A_UNIT=unit(*a.strides[1:3]),
                 B_UNIT=unit(*b.strides[1:3]),
                 BLOCK_A=config.block_a,
