@@ -189,6 +189,13 @@ def _straight_through(x: Tensor, q: Tensor, indices: Tensor) -> tuple[Tensor, Te
     return x + (q - x).detach(), indices, mse_loss(q, x.detach()) + mse_loss(q.detach(), x)
 
 
+# --- kept softmax ---
+
+
+def softmax_at(x: Tensor, weight: Tensor, bias: Tensor, indices: Tensor) -> Tensor:
+    return torch.softmax(torch.nn.functional.linear(x, weight, bias), dim=1).gather(1, indices)
+
+
 # --- sparse decoding ---
 
 

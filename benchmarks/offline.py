@@ -119,6 +119,11 @@ def cases() -> dict[str, Callable[[], Any]]:
         found[f"sparse decode D={d}, backward"] = partial(
             kernels.sparse_decode_bwd, torch.zeros(decoded), values, atoms, torch.zeros(16_384, d), True, True
         )
+    for d, num_codes, dtype in ((256, 512, torch.float32), (256, 512, torch.bfloat16), (64, 8_192, torch.float32)):
+        name = f"kept softmax D={d} K={num_codes} {str(dtype)[6:]}"
+        found[name] = partial(_softmax, torch.zeros(16_384, d, dtype=dtype), torch.zeros(num_codes, d, dtype=dtype))
+    # Rows whose features lie apart, as those of a map do.
+    found["kept softmax, map"] = lambda: _softmax(torch.zeros(64, 256, 256).transpose(1, 2), torch.zeros(512, 256))
     return found
 
 
@@ -132,11 +137,19 @@ _ALL: dict[str, Callable[[torch.Tensor, torch.Tensor], Any]] = {
     "ema_update": lambda x, i: kernels.ema_step(x, x[0], x, kernels.ema_statistics(x, i[0], 1), 0.9, 1e-5),
     "sparse_decode": lambda x, i: kernels.sparse_decode_fwd(x, i, x),
     "sparse_decode, backward": lambda x, i: kernels.sparse_decode_bwd(x, x, i, x, True, True),
+    "kept_softmax": lambda x, i: _softmax(x, x),
 }
 
 
 def _search(x: torch.Tensor, codebook: torch.Tensor, precision: str) -> None:
     kernels.nearest_code(x, codebook, True, precision)
+
+
+def _softmax(x: torch.Tensor, weight: torch.Tensor) -> None:
+    """Forward and backward, with one kept code for each row."""
+    indices = torch.zeros(*x.shape[:-1], 1, dtype=torch.int64)
+    values, lse = kernels.kept_softmax_fwd(x, weight, None, indices)
+    kernels.kept_softmax_bwd(values, values, lse, x, weight, None, indices, True, True, True)
 
 
 def compile_case(arch: int, case: str) -> list[Kernel]:

@@ -305,6 +305,54 @@ SPARSE_DECODE = Entry(
     },
 )
 
+
+def _softmax(function: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]) -> Callable[[Inputs], Call]:
+    """The codes are the weight, scaled to logits of about 1, and their first feature is the bias."""
+
+    def prepare(inputs: Inputs) -> Call:
+        x, weight, bias = (each.clone().requires_grad_() for each in _softmax_inputs(inputs))
+        return Call(
+            lambda: function(x, weight, bias, inputs.indices),
+            lambda out: torch.autograd.grad(out, (x, weight, bias), inputs.values.to(out.dtype)),
+            lambda out: (out.detach(),),
+        )
+
+    return prepare
+
+
+def _softmax_inputs(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
+    return inputs.x, inputs.codes / inputs.size.d**0.5, inputs.codes[:, 0]
+
+
+def _judge_softmax(inputs: Inputs, answer: tuple[Tensor, ...], gradients: Any, tolerance: Tolerance) -> Verdict:
+    leaves = [each.double().requires_grad_() for each in _softmax_inputs(inputs)]
+    values = baselines.softmax_at(leaves[0], leaves[1], leaves[2], inputs.indices)
+    exact = torch.autograd.grad(values, leaves, inputs.values.double())
+    return judge.close((values.detach(), *exact), (*answer, *(gradients or ())), tolerance)
+
+
+KEPT_SOFTMAX = Entry(
+    "kept_softmax",
+    "tests/functional/test_kept_softmax.py",
+    ("kept_softmax_fwd", "kept_softmax_bwd"),
+    {"cpu": (DICTIONARY, LASER), "cuda": (DICTIONARY, LASER)},
+    (
+        _ours(_softmax(dlvae.kept_softmax)),
+        Contender("plain PyTorch", _softmax(baselines.softmax_at)),
+        Contender("torch.compile", lambda inputs: _softmax(compiled(baselines.softmax_at))(inputs)),
+    ),
+    _judge_softmax,
+    {
+        "forward": lambda s: Work(
+            _pairs(s), _bytes(s, floats=(s.n + s.k) * s.d, indices=s.n * s.kept, words=s.n * s.kept)
+        ),
+        # Without the logits that are made again.
+        "backward": lambda s: Work(
+            2 * _pairs(s), _bytes(s, floats=2 * (s.n + s.k) * s.d, indices=s.n * s.kept, words=2 * s.n * s.kept)
+        ),
+    },
+)
+
 ENTRIES: dict[str, Entry] = {
     entry.name: entry
     for entry in (
@@ -316,6 +364,7 @@ ENTRIES: dict[str, Entry] = {
         VECTOR_QUANTIZE,
         EMA_UPDATE,
         SPARSE_DECODE,
+        KEPT_SOFTMAX,
         *LAYERS,
         SPARSE_AUTOENCODER,
         *TRAINING,

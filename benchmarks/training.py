@@ -22,6 +22,7 @@ from models.train import Run
 
 from . import baselines, judge, notebook
 from .entry import Call, Contender, Entry, Inputs, Tolerance, Verdict
+from .layers import DICTIONARY_LEARNING
 from .sizes import CIFAR, DICTIONARY
 
 _POSITIONS = 64  # of an image of 32 x 32
@@ -181,5 +182,5 @@ def _entry(model: str, ops: tuple[str, ...], size: Any) -> Entry:
 
 TRAINING = (
     _entry("vqvae-ema", ("vector_quantize_fwd", "vector_quantize_bwd", "ema_statistics", "ema_step"), CIFAR),
-    _entry("dlvae", ("topk_codes", "sparse_decode_fwd", "sparse_decode_bwd"), DICTIONARY),
+    _entry("dlvae", DICTIONARY_LEARNING.ops, DICTIONARY),
 )

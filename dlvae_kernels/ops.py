@@ -148,3 +148,33 @@ def _(
     empty = grad.new_empty(0, dtype=_wide(dictionary.dtype))
     grad_values = empty.new_empty(values.shape) if need_values else empty
     return grad_values, empty.new_empty(dictionary.shape) if need_dictionary else torch.empty_like(empty)
+
+
+@_op(
+    "kept_softmax_fwd(Tensor x, Tensor weight, Tensor? bias, Tensor indices) -> (Tensor, Tensor)",
+    lambda x, weight, bias, i: (3, weight.shape[0]),
+)
+def _(x: Tensor, weight: Tensor, bias: Tensor | None, indices: Tensor) -> tuple[Tensor, Tensor]:
+    dtype = _wide(x.dtype)
+    return x.new_empty(indices.shape, dtype=dtype), x.new_empty(x.shape[:-1], dtype=dtype)
+
+
+@_op(
+    "kept_softmax_bwd(Tensor grad, Tensor values, Tensor lse, Tensor x, Tensor weight, Tensor? bias, Tensor indices,"
+    " bool need_x, bool need_weight, bool need_bias) -> (Tensor, Tensor, Tensor)"
+)
+def _(
+    grad: Tensor,
+    values: Tensor,
+    lse: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    indices: Tensor,
+    need_x: bool,
+    need_weight: bool,
+    need_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    shapes = (x.shape, need_x), (weight.shape, need_weight), (weight.shape[:1], need_bias)
+    x_like, weight_like, bias_like = (values.new_empty(shape if need else (0,)) for shape, need in shapes)
+    return x_like, weight_like, bias_like

@@ -2,6 +2,7 @@
 
 from .ema_update import ema_statistics, ema_step, ema_update
 from .gather_codes import gather_codes
+from .kept_softmax import kept_softmax
 from .nearest_code import nearest_code
 from .one_hot import one_hot
 from .sparse_decode import sparse_decode
@@ -14,6 +15,7 @@ __all__ = [
     "ema_step",
     "ema_update",
     "gather_codes",
+    "kept_softmax",
     "nearest_code",
     "one_hot",
     "sparse_decode",

@@ -1,11 +1,12 @@
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ..functional.checks import check_at_least, check_choice, check_size
+from ..functional.kept_softmax import kept_softmax
 from ..functional.sparse_decode import sparse_decode
 from ..functional.topk_codes import topk_codes
 from .maps import codes_to_map, map_to_rows, rows_to_map
@@ -130,7 +131,8 @@ class DictionaryLearning(nn.Module):
     def _code_rows(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Coefficients of the nearest atoms and their indices, both [B, S, k]."""
         indices, _ = topk_codes(rows, self.dictionary, self.sparsity_level)
-        return self.representation(rows.to(self.dictionary.dtype)).gather(-1, indices), indices
+        linear: Any = self.representation[0]
+        return kept_softmax(rows, linear.weight, linear.bias, indices), indices
 
     def _dense(self, values: Tensor, indices: Tensor) -> Tensor:
         values, indices = values.flatten(0, -2), indices.flatten(0, -2)  # [N, k]

@@ -40,7 +40,6 @@ def sparse_autoencoder(n, num_atoms, d, k, device="cpu"):
     return found
 
 
-@pytest.mark.xfail(strict=True, reason="its softmax over all atoms is dense")
 def test_dictionary_learning():
     size = DICTIONARY.n, DICTIONARY.k, DICTIONARY.d, DICTIONARY.kept
     found = dictionary_learning(*size)

@@ -6,6 +6,7 @@ from typing import Any
 
 from .ema_update import ema_statistics, ema_step
 from .gather_codes import gather_codes_bwd, gather_codes_fwd
+from .kept_softmax import kept_softmax_bwd, kept_softmax_fwd
 from .nearest_code import nearest_code
 from .one_hot import one_hot
 from .sparse_decode import sparse_decode_bwd, sparse_decode_fwd
@@ -17,6 +18,8 @@ __all__ = [
     "ema_step",
     "gather_codes_bwd",
     "gather_codes_fwd",
+    "kept_softmax_bwd",
+    "kept_softmax_fwd",
     "nearest_code",
     "one_hot",
     "sparse_decode_bwd",

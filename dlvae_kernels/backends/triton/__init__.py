@@ -25,6 +25,8 @@ _MODULES = {
     "ema_step": "ema_update",
     "sparse_decode_fwd": "sparse_decode",
     "sparse_decode_bwd": "sparse_decode",
+    "kept_softmax_fwd": "kept_softmax",
+    "kept_softmax_bwd": "kept_softmax",
 }
 _LEAST_CAPABILITY = (8, 0)
 _TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.int64)
@@ -35,7 +37,7 @@ def why_not(op: str, *args: Any) -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "the package triton is not installed"
     if op not in _MODULES:
-        return f"this version has no Triton kernel for {op} (it is not written yet)"
+        return f"this version has no Triton kernel for {op}"
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     if not interpreted and not torch.cuda.is_available():
         return "there is no CUDA device (TRITON_INTERPRET=1 runs it on the CPU, slowly)"
@@ -48,7 +50,8 @@ def why_not(op: str, *args: Any) -> str | None:
             return f"it has no kernel for {arg.dtype}"
         if not interpreted and (capability := torch.cuda.get_device_capability(arg.device)) < _LEAST_CAPABILITY:
             return f"it needs compute capability {_LEAST_CAPABILITY} or newer, and {arg.device} has {capability}"
-    return None
+    limit = getattr(importlib.import_module(f".{_MODULES[op]}", __name__), "why_not", None)
+    return limit(*args) if limit else None
 
 
 def __getattr__(name: str) -> Any:

@@ -25,7 +25,7 @@ def from_ordered(ordered):
 
 @triton.jit
 def to_key(value, index):
-    """int64 that sorts by value, and then by index, which is in [0, 2^31)."""
+    """int64 that sorts by value, and then by index, which is in [0, 2^32)."""
     return (to_ordered(value).to(tl.int64) << 32) | index.to(tl.int64)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -15,9 +17,10 @@ MOST_ON_CHIP = 512
 MOST_KEPT = 256
 
 
-def why_not_topk_codes(x: Tensor, dictionary: Tensor, k: int, metric: str, bias: Tensor | None) -> str | None:
-    if k > MOST_KEPT and len(dictionary) > MOST_ON_CHIP:
-        return f"it keeps at most {MOST_KEPT} of more than {MOST_ON_CHIP} codes, and k is {k}"
+def why_not(x: Tensor | None = None, dictionary: Tensor | None = None, k: int = 1, *args: Any) -> str | None:
+    """Why it cannot keep so many."""
+    if dictionary is not None and k > MOST_KEPT and len(dictionary) > MOST_ON_CHIP:
+        return f"of more than {MOST_ON_CHIP} codes it keeps at most {MOST_KEPT}, and k is {k}"
     return None
 
 

@@ -98,9 +98,7 @@ def _select_kernel(
             is_enough = tl.sum(is_before.to(tl.int32), axis=1) >= wanted
             last = tl.where(is_enough, middle, last)
             least = tl.where(is_enough, least, middle + 1)
-    is_taken = (ordered > threshold[:, None]) | (
-        (ordered == threshold[:, None]) & (columns[None, :] <= last[:, None])
-    )
+    is_taken = (ordered > threshold[:, None]) | ((ordered == threshold[:, None]) & (columns[None, :] <= last[:, None]))
     places = tl.cumsum(is_taken.to(tl.int32), axis=1) - 1
     mask = is_taken & (rows < num_rows)[:, None]
     out = tl.arange(0, BLOCK_N)[:, None] * kept + places

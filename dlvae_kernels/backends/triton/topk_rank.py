@@ -15,6 +15,7 @@ from .tuning import INTERPRETED
 
 # The order of what is not finite: after all that is, and then NaN codes.
 _LAST = tl.constexpr(3.4028234663852886e38)
+_FINITE, _INF, _MINUS_INF, _NAN = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
 _PROGRAMS = 1024
 # Pairs of a row and a code, and features of them, that a program looks at together.
 _PAIRS, _ELEMENTS = (2**13, 2**17) if INTERPRETED else (256, 2**13)
@@ -102,7 +103,7 @@ def _keys(
     CODE_UNIT: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Keys of codes [R, C] for the rows that start at `starts` [R]; and whether those hold NaN."""
+    """Keys of codes [R, C] for the rows that start at `starts` [R]; those of what is not finite say what it is."""
     total = tl.zeros(codes.shape, tl.float32)
     is_nan_code = tl.zeros(codes.shape, tl.int32)
     has_nan = tl.zeros(starts.shape, tl.int32)
@@ -128,10 +129,13 @@ def _keys(
         bias = tl.load(bias_ptr + codes, mask=is_there, other=0.0).to(tl.float32)
         is_nan_code = tl.maximum(is_nan_code, (bias != bias).to(tl.int32))
         total -= bias
-    value = tl.where(tl.abs(total) < float("inf"), total, _LAST)
+    kind = tl.where(
+        tl.abs(total) < float("inf"), _FINITE, tl.where(total == total, tl.where(total > 0, _INF, _MINUS_INF), _NAN)
+    )
+    value = tl.where(kind == _FINITE, total, _LAST)
     value = tl.where(is_nan_code > 0, float("inf"), value)
     value = tl.where(has_nan[:, None] > 0, 0.0, value)
-    return tl.where(is_there, to_key(value, codes), NO_KEY), has_nan[:, None] > 0
+    return tl.where(is_there, to_key(value, codes.to(tl.int64) * 4 + kind), NO_KEY)
 
 
 @triton.jit
@@ -188,7 +192,7 @@ def _rank_kernel(
             total = tl.where(is_listed, found, tl.where(mask[:, None], num_codes, 0))
         rows = tl.where(mask, rows, 0)
         starts = row_offsets(rows, inner, stride_outer, stride_inner)
-        best, has_nan = _keys(
+        best = _keys(
             x_ptr,
             codes_ptr,
             bias_ptr,
@@ -209,7 +213,7 @@ def _rank_kernel(
         # Only where all codes are looked at.
         for begin in range(CAPACITY, tl.max(total), CAPACITY):
             codes = tl.zeros([BLOCK_N, 1], tl.int32) + begin + columns
-            more, _ = _keys(
+            more = _keys(
                 x_ptr,
                 codes_ptr,
                 bias_ptr,
@@ -228,15 +232,17 @@ def _rank_kernel(
             )
             # Of an ascending and a descending sequence the lesser ones are the least of both.
             best = sort_keys(tl.minimum(best, sort_keys(more, True, INTERPRETED)), False, INTERPRETED)
+        kind = (index_of(best) % 4).to(tl.int32)
         value = value_of(best)
-        is_nan = (value == float("inf")) | has_nan
+        value = tl.where(kind == _FINITE, value, tl.where(kind == _INF, float("inf"), -float("inf")))
+        value = tl.where(kind == _NAN, float("nan"), value)
         if DOT:
-            value = tl.where(is_nan, float("nan"), tl.where(value == _LAST, float("nan"), -value))
+            value = -value
         else:
-            value = tl.where(is_nan, float("nan"), tl.where(value == _LAST, float("inf"), value * unit * unit))
+            value *= unit * unit
         at = rows[:, None] * kept + columns
         mask = mask[:, None] & (columns < kept)
-        tl.store(index_ptr + at, index_of(best), mask=mask)
+        tl.store(index_ptr + at, index_of(best) // 4, mask=mask)
         tl.store(value_ptr + at, value, mask=mask)
 
 

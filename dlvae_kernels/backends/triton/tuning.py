@@ -114,7 +114,7 @@ def on_chip_config(num_features: int, num_codes: int) -> TopkConfig:
     is_new = architecture() >= 90
     return TopkConfig(
         # 32 scores a thread: beside them their places are in registers.
-        block_n=min(64, 2**13 // block_k),
+        block_n=min(64, 2 ** (15 if INTERPRETED else 13) // block_k),
         block_k=block_k,
         block_d=min(32 if is_new else 16, max(16, triton.next_power_of_2(num_features))),
         num_warps=8,
@@ -153,6 +153,34 @@ def num_splits(num_rows: int, num_tiles: int, config: SearchConfig | TopkConfig)
     """Among how many programs the codes of one block of rows are split."""
     blocks = max(1, -(-num_rows // config.block_n))
     return max(1, min(WANTED_PROGRAMS // blocks, num_tiles, _MOST_SPLITS))
+
+
+@dataclass(frozen=True)
+class SoftmaxConfig:
+    """Of `kept_softmax`: tiles of BLOCK_A by BLOCK_B, BLOCK_D features at a time; BLOCK_OUT features are summed."""
+
+    block_a: int
+    block_b: int
+    block_d: int
+    block_out: int
+    num_warps: int
+
+
+def log_sum_exp_config(wide: bool) -> SoftmaxConfig:
+    """`wide`: products of float32."""
+    block_b, block_d = (128, 32) if architecture() >= 90 else (64, 16)
+    return SoftmaxConfig(block_a=128, block_b=block_b, block_d=block_d if wide else 64, block_out=0, num_warps=8)
+
+
+def softmax_sum_config(num_features: int, wide: bool) -> SoftmaxConfig:
+    """The widest BLOCK_OUT that the registers hold: the logits are made again for each."""
+    arch = architecture()
+    if wide:
+        block_d, most = (32, 256) if arch >= 100 else (16, 128)
+    else:
+        block_d, most = (64, 256) if arch >= 90 else (32, 128)
+    block_out = min(most, max(16, 1 << (num_features - 1).bit_length()))
+    return SoftmaxConfig(block_a=64, block_b=32, block_d=block_d, block_out=block_out, num_warps=8)
 
 
 def on_device(tensor: Tensor) -> AbstractContextManager[object]:

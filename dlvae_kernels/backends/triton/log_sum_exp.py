@@ -1,0 +1,154 @@
+"""Log-sum-exp of the logits of rows over all codes, tile by tile (Milakov and Gimelshein 2018, arXiv:1805.02867)."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .rows import Rows, load_rows, unit
+from .tuning import INTERPRETED, WANTED_PROGRAMS, log_sum_exp_config, on_device
+
+LOWEST = tl.constexpr(-3.4028234e38)
+
+
+@triton.jit
+def inner_products(
+    a_ptr,
+    b_ptr,
+    a,
+    b,
+    num_a,
+    num_b,
+    num_features,
+    a_inner,
+    a_outer,
+    a_step,
+    a_d,
+    b_inner,
+    b_outer,
+    b_step,
+    b_d,
+    WIDE: tl.constexpr,
+    A_UNIT: tl.constexpr,
+    B_UNIT: tl.constexpr,
+    BLOCK_A: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):  # [BLOCK_A, BLOCK_B] float32
+    total = tl.zeros([BLOCK_A, BLOCK_B], tl.float32)
+    for begin in range(0, num_features, BLOCK_D):
+        d = begin + tl.arange(0, BLOCK_D)
+        left = load_rows(a_ptr, a, d, num_a, num_features, a_inner, a_outer, a_step, a_d, A_UNIT)
+        right = load_rows(b_ptr, b, d, num_b, num_features, b_inner, b_outer, b_step, b_d, B_UNIT)
+        if WIDE:
+            # Three products of parts on the matrix units round as float32 does.
+            left, right = left.to(tl.float32), right.to(tl.float32)
+            total = tl.dot(left, right.T, acc=total, input_precision="tf32x3")
+        else:
+            total = tl.dot(left, right.T, acc=total)
+    return total
+
+
+@triton.jit
+def _log_sum_exp_kernel(
+    a_ptr,
+    b_ptr,
+    shift_ptr,
+    out_ptr,
+    num_a,
+    num_b,
+    num_features,
+    a_inner,
+    a_outer,
+    a_step,
+    a_d,
+    b_inner,
+    b_outer,
+    b_step,
+    b_d,
+    tiles_per_split,
+    WIDE: tl.constexpr,
+    A_UNIT: tl.constexpr,
+    B_UNIT: tl.constexpr,
+    BLOCK_A: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """log sum exp of the logits of rows a over the codes b of one split: [splits, N]."""
+    a = tl.program_id(0).to(tl.int64) * BLOCK_A + tl.arange(0, BLOCK_A)
+    largest = tl.full([BLOCK_A], LOWEST, tl.float32)
+    total = tl.zeros([BLOCK_A], tl.float32)
+    first = tl.program_id(1) * tiles_per_split * BLOCK_B
+    for start in range(first, tl.minimum(first + tiles_per_split * BLOCK_B, num_b), BLOCK_B):
+        b = start + tl.arange(0, BLOCK_B)
+        logits = inner_products(
+            a_ptr,
+            b_ptr,
+            a,
+            b,
+            num_a,
+            num_b,
+            num_features,
+            a_inner,
+            a_outer,
+            a_step,
+            a_d,
+            b_inner,
+            b_outer,
+            b_step,
+            b_d,
+            WIDE,
+            A_UNIT,
+            B_UNIT,
+            BLOCK_A,
+            BLOCK_B,
+            BLOCK_D,
+        )
+        logits += tl.load(shift_ptr + b, mask=b < num_b, other=float("-inf"))[None, :]
+        most = tl.maximum(largest, tl.max(logits, axis=1))
+        total = total * tl.exp(largest - most) + tl.sum(tl.exp(logits - most[:, None]), axis=1)
+        largest = most
+    tl.store(out_ptr + tl.program_id(1).to(tl.int64) * num_a + a, largest + tl.log(total), mask=a < num_a)
+
+
+def splits_of(blocks: int, tiles: int) -> tuple[int, int]:
+    """How many splits, of how many tiles each, give about the wanted programs."""
+    per_split = max(1, triton.cdiv(tiles, max(1, WANTED_PROGRAMS // max(1, blocks))))
+    return triton.cdiv(tiles, per_split), per_split
+
+
+def is_wide(x: Tensor, weight: Tensor) -> bool:
+    """Products of half-precision inputs of one type are exact in float32 as they are."""
+    return INTERPRETED or x.dtype != weight.dtype or x.dtype == torch.float32
+
+
+def log_sum_exp(rows: Rows, codes: Rows, offsets: Tensor) -> Tensor:
+    """[N] float32."""
+    config = log_sum_exp_config(is_wide(rows.tensor, codes.tensor))
+    blocks = triton.cdiv(rows.num_rows, config.block_a)
+    splits, per_split = splits_of(blocks, triton.cdiv(codes.num_rows, config.block_b))
+    out = torch.empty(splits, rows.num_rows, dtype=torch.float32, device=offsets.device)
+    if blocks > 0:
+        with on_device(out):
+            _log_sum_exp_kernel[(blocks, splits)](
+                rows.tensor,
+                codes.tensor,
+                offsets,
+                out,
+                rows.num_rows,
+                codes.num_rows,
+                rows.num_features,
+                *rows.strides,
+                *codes.strides,
+                per_split,
+                WIDE=is_wide(rows.tensor, codes.tensor),
+                A_UNIT=unit(*rows.strides[1:3]),
+                B_UNIT=unit(*codes.strides[1:3]),
+                BLOCK_A=config.block_a,
+                BLOCK_B=config.block_b,
+                BLOCK_D=config.block_d,
+                num_warps=config.num_warps,
+            )
+    return out[0] if splits == 1 else out.logsumexp(0)
