@@ -109,3 +109,43 @@ torch.testing.assert_close(bias / bias.sum(), expected / expected.sum(), rtol=1e
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-2000:]
+
+
+def test_lists_of_candidates():
+    """Of many codes a list holds little more than k; one that overflows, and a row without a threshold, is not used."""
+    code = """
+import torch
+from dlvae_kernels.backends.triton import topk_stream
+from dlvae_kernels.testing import assert_same_topk
+from dlvae_kernels import topk_codes, use_backend
+counts, original = [], topk_stream.rank
+def spy(*args, candidates, **options):
+    counts.append((args[-1].tolist(), candidates.shape[1]))
+    original(*args, candidates=candidates, **options)
+topk_stream.rank = spy
+x, dictionary = torch.randn(40, 8), torch.randn(1024, 8)
+with use_backend("triton"):
+    assert_same_topk(*topk_codes(x, dictionary, 30), x, dictionary)
+    [(found, capacity)] = counts
+    assert 30 <= min(found) and max(found) < 60 < capacity, (found, capacity)
+    dictionary[100:500] = x[0]
+    x[1] = float("nan")
+    indices, distances = topk_codes(x, dictionary, 30)
+found, capacity = counts[1]
+assert found[0] >= 400 > capacity and found[1] == 0, (found, capacity)
+assert indices[0].tolist() == list(range(100, 130)) and not distances[0].any()
+assert indices[1].tolist() == list(range(30)) and distances[1].isnan().all()
+keep = torch.arange(40) != 1
+assert_same_topk(indices[keep], distances[keep], x[keep], dictionary)
+"""
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-2000:]
+
+
+def test_more_than_it_keeps(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    x, codes = torch.zeros(2, 3), torch.zeros(600, 3)
+    assert why_not("triton", "topk_codes", x, codes, 256, "l2", None) is None
+    assert why_not("triton", "topk_codes", x, codes[:512], 512, "l2", None) is None
+    assert "at most 256, and k is 257" in why_not("triton", "topk_codes", x, codes, 257, "l2", None)

@@ -56,6 +56,27 @@ def test_products_equal_float64(device, size, dtype):
         assert_same_topk(indices, products, x, dictionary, metric="dot", bias=bias)
 
 
+@pytest.mark.parametrize("metric", ["l2", "dot"])
+@pytest.mark.parametrize("dtypes", [(torch.float32, torch.float32), (torch.bfloat16, torch.float32)])
+def test_many_codes(device, dtypes, metric):
+    """More than the scores of which a chip holds, some of them equal, and long ones beside short ones."""
+    x, dictionary = rows(70, 20, device, dtypes[0]), rows(1100, 20, device, dtypes[1])
+    dictionary[1000:1050] = dictionary[:50]
+    dictionary[7] *= 1e3
+    x[3] *= 1e-3
+    indices, found = topk_codes(x, dictionary, 9, metric=metric)
+    assert_same_topk(indices, found, x, dictionary, metric=metric)
+
+
+@pytest.mark.parametrize("metric", ["l2", "dot"])
+def test_all_codes_tie(device, metric):
+    x = rows(9, 3, device)
+    x[1] = 0
+    indices, found = topk_codes(x, torch.ones(700, 3, device=device), 5, metric=metric)
+    assert torch.equal(indices, torch.arange(5, device=device).expand(9, 5))
+    assert torch.equal(found, found[:, :1].expand(9, 5))
+
+
 @pytest.mark.parametrize("layout", layouts(2, 2, torch.device("cpu")))
 def test_any_strides(device, layout):
     x, dictionary = layouts(50, 12, device)[layout], rows(24, 12, device)

@@ -1,8 +1,8 @@
 """A codebook as the search reads it: padded, in parts, with a bias for each code.
 
-The bias is -|c|^2 / 2, or what is given beside an inner product. float32 codes become two float16 parts, c * 2^shift = high + low, with one power of two for the
-whole codebook that brings its largest feature to about 2^14. What is lost is 2^-22 of a feature, or 2^-39 of the
-largest one.
+The bias is -|c|^2 / 2, or what is given beside an inner product. float32 codes become two float16 parts,
+c * 2^shift = high + low, with one power of two for the whole codebook that brings its largest feature to about 2^14.
+What is lost is 2^-22 of a feature, or 2^-39 of the largest one.
 """
 
 from __future__ import annotations

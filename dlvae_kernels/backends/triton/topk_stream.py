@@ -226,7 +226,7 @@ def _list(
     splits_parts: bool,
     config: TopkConfig,
 ) -> tuple[Tensor, Tensor]:
-    """Candidates [n, capacity] int32 of n rows, and how many each has, [n] int32; of more than fit, the rest is lost."""
+    """Candidates [n, capacity] int32 of n rows, and how many each has, [n] int32: more than fit are not kept."""
     device = rows.tensor.device
     padded, tiles = config.padded(rows.num_features), triton.cdiv(num_codes, config.block_k)
     x_parts = torch.empty(num_rows, padded, dtype=parts.high.dtype, device=device)
