@@ -126,7 +126,7 @@ def filter_config(num_features: int) -> TopkConfig:
     """Where tiles of codes stream past."""
     return TopkConfig(
         block_n=128,
-        block_k=128 if architecture() >= 90 else 64,
+        block_k=128 if 90 <= architecture() < 100 else 64,
         block_d=min(64, max(16, triton.next_power_of_2(num_features))),
         num_warps=8,
         num_stages=3,
