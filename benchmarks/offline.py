@@ -29,6 +29,8 @@ ARCHITECTURES = (80, 90, 100)
 # Bytes of shared memory that a program may take.
 _SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 _TOOL = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+# Kernels on the matrix units. One that the compiler gave up, and made a trap, shows by their absence.
+_PRODUCTS = ("_search_kernel", "_one_hot_sum_kernel", "_chunk_sum_kernel", "_dense_decode")
 _MATRIX = re.compile(r"^(HGMMA|HMMA|IMMA|QGMMA|UTC\w*MMA)")
 _INSTRUCTION = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)([^;]*);")
 
@@ -61,8 +63,8 @@ class Kernel:
         found = [f"spills {self.spilled} bytes"] if self.spilled else []
         if self.shared > _SHARED[self.arch]:
             found.append(f"takes {self.shared} bytes of shared memory, of which there are {_SHARED[self.arch]}")
-        if self.label.startswith("_search_kernel") and not self.matrix:
-            found.append("its search has no matrix instructions")
+        if self.label.startswith(_PRODUCTS) and not self.matrix:
+            found.append("its products have no matrix instructions")
         return found
 
     def line(self) -> str:
@@ -112,12 +114,18 @@ def cases() -> dict[str, Callable[[], Any]]:
     single, first = torch.zeros(1, 1), torch.zeros(1, 1, dtype=torch.int64)
     for name, call in _ALL.items():
         found[f"{name}, all sizes 1"] = partial(call, single, first)
-    values, atoms = torch.ones(1_024, 32), torch.zeros(1_024, 32, dtype=torch.int64)
-    for d in (64, 256):
-        decoded = values.shape[0], d
-        found[f"sparse decode D={d}"] = partial(kernels.sparse_decode_fwd, values, atoms, torch.zeros(16_384, d))
-        found[f"sparse decode D={d}, backward"] = partial(
-            kernels.sparse_decode_bwd, torch.zeros(decoded), values, atoms, torch.zeros(16_384, d), True, True
+    # Of many atoms the kept ones are read, of few all.
+    for name, n, num_atoms, d, k, dtype in (
+        ("many atoms", 1_024, 16_384, 256, 32, torch.float32),
+        ("many atoms, D=64", 1_024, 16_384, 64, 32, torch.float32),
+        ("few atoms", 16_384, 512, 256, 100, torch.float32),
+        ("few atoms, float16", 16_384, 256, 256, 100, torch.float16),
+    ):
+        values, atoms = torch.ones(n, k, dtype=dtype), torch.zeros(n, k, dtype=torch.int64)
+        inputs = values, atoms, torch.zeros(num_atoms, d, dtype=dtype)
+        found[f"sparse decode, {name}"] = partial(kernels.sparse_decode_fwd, *inputs)
+        found[f"sparse decode, {name}, backward"] = partial(
+            kernels.sparse_decode_bwd, torch.zeros(n, d, dtype=dtype), *inputs, True, True
         )
     return found
 
