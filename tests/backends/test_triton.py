@@ -17,15 +17,8 @@ from benchmarks import offline
 from dlvae_kernels.backends import triton, why_not
 
 ROOT = Path(__file__).parents[2]
-# What takes the interpreter minutes: thousands of rows summed one by one, and rescans of all of them.
-LONG = (
-    "repeats",
-    "cancel",
-    "several_chunks",
-    "ignores_the_callers",
-    "(size3 and not test_nearest_code)",
-    "(test_sparse_decode and (size2 or size4))",
-)
+# What takes the interpreter long, thousands of rows that are summed or rescanned, or shows nothing there: it repeats.
+LONG = ("repeat", "cancel", "several_chunks", "ignores_the_callers", "(cpu-sparse and size3)")
 
 
 @pytest.mark.slow
