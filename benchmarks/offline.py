@@ -24,11 +24,14 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 from dlvae_kernels.backends import triton as kernels
+from dlvae_kernels.backends.triton.tuning import search_config
 
 ARCHITECTURES = (80, 90, 100)
 # Bytes of shared memory that a program may take.
 _SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 _TOOL = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+# Kernels on the matrix units; one that the compiler made a trap has no such instructions.
+_PRODUCTS = ("_search_kernel", "_one_hot_sum_kernel", "_chunk_sum_kernel", "_dense_decode")
 _MATRIX = re.compile(r"^(HGMMA|HMMA|IMMA|QGMMA|UTC\w*MMA)")
 _INSTRUCTION = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)([^;]*);")
 
@@ -61,8 +64,8 @@ class Kernel:
         found = [f"spills {self.spilled} bytes"] if self.spilled else []
         if self.shared > _SHARED[self.arch]:
             found.append(f"takes {self.shared} bytes of shared memory, of which there are {_SHARED[self.arch]}")
-        if self.label.startswith("_search_kernel") and not self.matrix:
-            found.append("its search has no matrix instructions")
+        if self.label.startswith(_PRODUCTS) and not self.matrix:
+            found.append("its products have no matrix instructions")
         return found
 
     def line(self) -> str:
@@ -74,16 +77,37 @@ class Kernel:
         )
 
 
-def cases() -> dict[str, Callable[[], Any]]:
-    """Calls that together launch every kernel in every configuration."""
-    found: dict[str, Callable[[], Any]] = {}
+def _searches() -> Iterator[tuple[int, torch.dtype, str, int]]:
     for d in (8, 16, 64, 100, 128, 256):
         for dtype, precision in _PRECISIONS:
             # Few codes and many make groups of different sizes.
             for num_codes in (512, 16_384) if (dtype, precision) in _PRECISIONS[:3] else (16_384,):
-                x, codebook = torch.zeros(65_536, d, dtype=dtype), torch.zeros(num_codes, d, dtype=dtype)
-                name = f"D={d} K={num_codes} {str(dtype)[6:]} {precision}"
-                found[name] = partial(_search, x, codebook, precision)
+                yield d, dtype, precision, num_codes
+
+
+def _name(d: int, dtype: torch.dtype, precision: str, num_codes: int) -> str:
+    return f"D={d} K={num_codes} {str(dtype)[6:]} {precision}"
+
+
+def _distinct(arch: int) -> list[str]:
+    """All cases but searches that on this architecture differ from another one by numbers of tiles or blocks alone."""
+    last: dict[tuple[Any, ...], str] = {}
+    with _driver(arch):
+        for search in _searches():
+            d, dtype, precision, num_codes = search
+            splits = dtype == torch.float32 and precision != "tf32"
+            config = search_config(d, num_codes, torch.float16 if splits else dtype, splits, precision == "exact")
+            last[config, dtype, precision, d % 16 == 0, config.block_d == config.padded(d)] = _name(*search)
+    repeated = {_name(*search) for search in _searches()} - set(last.values())
+    return [case for case in cases() if case not in repeated]
+
+
+def cases() -> dict[str, Callable[[], Any]]:
+    """Calls that together launch every kernel in every configuration."""
+    found: dict[str, Callable[[], Any]] = {}
+    for d, dtype, precision, num_codes in _searches():
+        x, codebook = torch.zeros(65_536, d, dtype=dtype), torch.zeros(num_codes, d, dtype=dtype)
+        found[_name(d, dtype, precision, num_codes)] = partial(_search, x, codebook, precision)
     x, codebook = torch.zeros(65_536, 64, dtype=torch.bfloat16), torch.zeros(16_384, 64, dtype=torch.bfloat16)
     found["D=64 K=16384 bfloat16 float32"] = partial(_search, x, codebook, "float32")
     x, codebook = torch.zeros(1_024, 64), torch.zeros(16_384, 64)
@@ -112,12 +136,18 @@ def cases() -> dict[str, Callable[[], Any]]:
     single, first = torch.zeros(1, 1), torch.zeros(1, 1, dtype=torch.int64)
     for name, call in _ALL.items():
         found[f"{name}, all sizes 1"] = partial(call, single, first)
-    values, atoms = torch.ones(1_024, 32), torch.zeros(1_024, 32, dtype=torch.int64)
-    for d in (64, 256):
-        decoded = values.shape[0], d
-        found[f"sparse decode D={d}"] = partial(kernels.sparse_decode_fwd, values, atoms, torch.zeros(16_384, d))
-        found[f"sparse decode D={d}, backward"] = partial(
-            kernels.sparse_decode_bwd, torch.zeros(decoded), values, atoms, torch.zeros(16_384, d), True, True
+    # Of many atoms the kept ones are read, of few all.
+    for name, n, num_atoms, d, k, dtype in (
+        ("many atoms", 1_024, 16_384, 256, 32, torch.float32),
+        ("many atoms, D=64", 1_024, 16_384, 64, 32, torch.float32),
+        ("few atoms", 16_384, 512, 256, 100, torch.float32),
+        ("few atoms, float16", 16_384, 256, 256, 100, torch.float16),
+    ):
+        values, atoms = torch.ones(n, k, dtype=dtype), torch.zeros(n, k, dtype=torch.int64)
+        inputs = values, atoms, torch.zeros(num_atoms, d, dtype=dtype)
+        found[f"sparse decode, {name}"] = partial(kernels.sparse_decode_fwd, *inputs)
+        found[f"sparse decode, {name}, backward"] = partial(
+            kernels.sparse_decode_bwd, torch.zeros(n, d, dtype=dtype), *inputs, True, True
         )
     for d, num_codes, dtype in ((256, 512, torch.float32), (256, 512, torch.bfloat16), (64, 8_192, torch.float32)):
         name = f"kept softmax D={d} K={num_codes} {str(dtype)[6:]}"
@@ -166,12 +196,7 @@ def compile_all(architectures: tuple[int, ...] = ARCHITECTURES, names: tuple[str
     seen = set()
     # Each process has compiled kernels of its own, and all share those on disk.
     with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
-        tasks = [
-            pool.submit(compile_case, arch, case)
-            for arch in architectures
-            for case in cases()
-            if not names or case in names
-        ]
+        tasks = [pool.submit(compile_case, arch, case) for arch in architectures for case in names or _distinct(arch)]
         for task in tasks:
             for kernel in task.result():
                 if (kernel.arch, kernel.hash) not in seen:
@@ -215,39 +240,45 @@ def _driver(arch: int) -> Iterator[None]:
 
 
 @cache
-def _read_code(hash: str, cubin: bytes) -> tuple[dict[str, str], list[tuple[int, str, str]]]:
+def _read_code(hash: str, cubin: bytes, is_disassembled: bool) -> tuple[dict[str, str], list[tuple[int, str, str]]]:
+    """Resources and, where asked for or memory may hold registers, instructions: the slower part to read."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        usage, sass = (
-            subprocess.run([str(_TOOL), option, file.name], capture_output=True, text=True, check=True).stdout
-            for option in ("--dump-resource-usage", "--dump-sass")
-        )
-    fields = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", usage))
-    return fields, [(int(m[1], 16), m[2], m[3]) for m in map(_INSTRUCTION.match, sass.splitlines()) if m]
+
+        def dump(option: str) -> str:
+            return subprocess.run([str(_TOOL), option, file.name], capture_output=True, text=True, check=True).stdout
+
+        fields = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", dump("--dump-resource-usage")))
+        if not is_disassembled and fields["STACK"] == fields["LOCAL"] == "0":
+            return fields, []
+        return fields, [
+            (int(m[1], 16), m[2], m[3]) for m in map(_INSTRUCTION.match, dump("--dump-sass").splitlines()) if m
+        ]
 
 
 def _read(compiled: Any, constants: dict[str, Any], case: str, arch: int) -> Kernel:
-    fields, code = _read_code(compiled.hash, compiled.asm["cubin"])
-    names = [name for _, name, _ in code]
+    name = compiled.metadata.name
+    fields, code = _read_code(compiled.hash, compiled.asm["cubin"], name.startswith(_PRODUCTS))
+    names = [each for _, each, _ in code]
     matrix: dict[str, int] = {}
-    for name in names:
-        if _MATRIX.match(name):
-            short = name.split(".")[0]
+    for each in names:
+        if _MATRIX.match(each):
+            short = each.split(".")[0]
             matrix[short] = matrix.get(short, 0) + 1
     per_distance = None
-    if compiled.metadata.name == "_search_kernel":
+    if name == "_search_kernel":
         distances = constants["BLOCK_N"] * constants["BLOCK_K"] / (32 * compiled.metadata.num_warps)
         per_distance = _per_distance(code, distances)
     return Kernel(
-        f"{compiled.metadata.name} {case}",
+        f"{name} {case}",
         compiled.hash,
         arch,
         int(fields["REG"]),
         int(fields["LOCAL"]) + int(fields["STACK"]) if any(n.startswith(("STL", "LDL")) for n in names) else 0,
         compiled.metadata.shared,
         matrix,
-        sum(name.startswith(("UTMALDG", "UBLKCP")) for name in names),
+        sum(each.startswith(("UTMALDG", "UBLKCP")) for each in names),
         per_distance,
     )
 

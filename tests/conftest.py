@@ -32,12 +32,19 @@ def pytest_report_header() -> list[str]:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """A test that takes `device` runs at each place that has all operations in OPS of its module."""
+    """A test that takes `device` runs at each place that has all operations in OPS of its module.
+
+    Where a backend has several WAYS, of which sizes choose one, it runs each of them; the module forces it.
+    """
     if "device" in metafunc.fixturenames:
+        ways = getattr(metafunc.module, "WAYS", {})
         places = [
-            pytest.param((backend, device), id=f"{backend}-{device}", marks=[pytest.mark.gpu] * (device == "cuda"))
+            pytest.param(
+                (backend, device, way), id=f"{backend}-{device}{way}", marks=[pytest.mark.gpu] * (device == "cuda")
+            )
             for backend, device in _PLACES
             if not _missing(backend, device, metafunc.module.OPS)
+            for way in ways.get(backend, ("",))
         ]
         metafunc.parametrize("device", places, indirect=True)
 
@@ -45,7 +52,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 @pytest.fixture
 def device(request: pytest.FixtureRequest) -> Iterator[torch.device]:
     """A device, with the backend forced."""
-    backend, name = request.param
+    backend, name, _ = request.param
     takes_float64 = request.node.get_closest_marker("float64") or torch.float64 in request.node.callspec.params.values()
     if backend != "reference" and takes_float64:
         pytest.skip("float64 is the reference's alone")

@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -16,15 +17,8 @@ from benchmarks import offline
 from dlvae_kernels.backends import triton, why_not
 
 ROOT = Path(__file__).parents[2]
-# What takes the interpreter minutes: thousands of rows summed one by one, and rescans of all of them.
-LONG = (
-    "repeats",
-    "cancel",
-    "several_chunks",
-    "ignores_the_callers",
-    "(size3 and not test_nearest_code)",
-    "(test_sparse_decode and (size2 or size4))",
-)
+# What takes the interpreter long, thousands of rows that are summed or rescanned, or shows nothing there: it repeats.
+LONG = ("repeat", "cancel", "several_chunks", "ignores_the_callers", "(cpu-sparse and size3)")
 
 
 @pytest.mark.slow
@@ -78,6 +72,38 @@ def test_types_and_devices_that_it_does_not_take(monkeypatch):
     with FakeTensorMode():
         x = torch.empty(2, 3, device="cuda")
     assert "compute capability (8, 0) or newer, and cuda:0 has (7, 5)" in why_not("triton", "nearest_code", x)
+
+
+@pytest.mark.parametrize(
+    ("size", "is_dense"),
+    [
+        ((16_384, 512, 256, 100, torch.float32), True),
+        ((16_384, 512, 256, 100, torch.bfloat16), True),
+        ((16_384, 32_768, 768, 32, torch.float32), False),
+        ((2_048, 2_048, 256, 2, torch.float32), False),
+        ((1, 512, 256, 100, torch.float32), False),
+    ],
+)
+def test_few_atoms_are_decoded_densely(size, is_dense, monkeypatch):
+    num_rows, num_atoms, num_features, kept, dtype = size
+    module = import_module("dlvae_kernels.backends.triton.sparse_decode")
+    taken = []
+
+    class Kernel:
+        def __getitem__(self, grid):
+            return lambda *args, **kwargs: taken.append("_sparse_decode_fwd_kernel")
+
+    monkeypatch.setattr(module, "_sparse_decode_fwd_kernel", Kernel())
+    names = "dense_decode_fwd", "dense_decode_bwd_values", "dense_decode_bwd_dictionary", "_bwd_values", "segment_sum"
+    for name in names:
+        monkeypatch.setattr(module, name, lambda *args, name=name: taken.append(name) or torch.empty(1, 1))
+    monkeypatch.setattr(import_module(module.suits.__module__), "architecture", lambda: 90)
+    with FakeTensorMode():
+        values, indices = torch.empty(num_rows, kept, dtype=dtype), torch.empty(num_rows, kept, dtype=torch.int64)
+        dictionary = torch.empty(num_atoms, num_features, dtype=dtype)
+        out = triton.sparse_decode_fwd(values, indices, dictionary)
+        triton.sparse_decode_bwd(out, values, indices, dictionary, True, True)
+    assert taken == (list(names[:3]) if is_dense else ["_sparse_decode_fwd_kernel", "_bwd_values", "segment_sum"])
 
 
 def test_unknown_names():

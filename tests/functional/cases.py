@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 from torch import Tensor
 
+# By Triton's interpreter, which takes long for each program.
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 HALVES = (torch.float16, torch.bfloat16)
 DTYPES = (*HALVES, torch.float32, torch.float64)
 # (N, K, D): empty, single, below and above every tile, one code, one feature.

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import sys
+from importlib import import_module
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +14,15 @@ from dlvae_kernels.testing import assert_accurate
 from .cases import DTYPES, rows
 
 OPS = ("sparse_decode_fwd", "sparse_decode_bwd")
+WAYS = {"triton": ("-sparse", "-dense")}
+
+
+@pytest.fixture(autouse=True)
+def _way(request, monkeypatch):
+    *_, way = getattr(request.node, "callspec", SimpleNamespace(params={})).params.get("device", ("",))
+    if way:
+        module = import_module("dlvae_kernels.backends.triton.sparse_decode")
+        monkeypatch.setattr(module, "suits", lambda *sizes: way == "-dense")
 
 
 def case(n, num_atoms, d, k, device, dtype=torch.float32):
@@ -82,6 +93,26 @@ def test_gradients_repeat_to_the_bit(device):
     arguments = (rows(3000, 16, device), values, indices, dictionary, True, True)
     first, second = (torch.ops.dlvae.sparse_decode_bwd(*arguments) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_what_is_not_finite_stays_in_its_rows_and_atoms(device):
+    values, indices, dictionary = case(70, 200, 20, 3, device)
+    grad = rows(70, 20, device)
+    indices[indices == 5] = 6
+    indices[3] = torch.tensor([5, 1, 2])
+    expected = sparse_decode(values, indices, dictionary)
+    dictionary[5, 7] = float("nan")
+    out = sparse_decode(values, indices, dictionary)
+    assert out[3, 7].isnan()
+    expected[3, 7] = out[3, 7] = 0
+    torch.testing.assert_close(out, expected)
+    grad[3, 8] = float("inf")
+    grad_values, grad_dictionary = torch.ops.dlvae.sparse_decode_bwd(grad, values, indices, dictionary, True, True)
+    assert not grad_values[3].isfinite().any()
+    assert grad_values[torch.arange(70, device=device) != 3].isfinite().all()
+    lost = grad_dictionary.isfinite().logical_not()
+    assert lost[[5, 1, 2], 8].all()
+    assert lost.sum() == 3
 
 
 @pytest.mark.parametrize(("num_atoms", "gathers"), [(100, False), (1000, True)])

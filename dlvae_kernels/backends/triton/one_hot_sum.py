@@ -1,7 +1,7 @@
 """Sums and counts of rows by code, for few codes: one_hot^T x on the matrix units, the one-hot made in registers.
 
-A one-hot is exact in bfloat16, and a float32 is a sum of three bfloat16, so only the order of additions rounds. That
-order is fixed: each program sums its own rows, and their sums are added up in turn.
+Only the order of additions rounds, and it is fixed: each program sums its own rows, and their sums are added up in
+turn.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .products import sum_marked
 from .rows import Rows, load_rows
 from .tuning import INTERPRETED, WANTED_PROGRAMS, on_device
 
@@ -53,17 +54,7 @@ def _one_hot_sum_kernel(
         x = tl.where((code < num_codes)[:, None], x, 0.0)
         is_code = k[:, None] == code[None, :]
         count += tl.sum(is_code.to(tl.float32), axis=1)
-        if UPCAST:
-            total += tl.dot(is_code.to(tl.float32), x.to(tl.float32), input_precision="ieee")
-        elif TERMS == 1:
-            total = tl.dot(is_code.to(x.dtype), x, acc=total)
-        else:
-            one_hot = is_code.to(tl.bfloat16)
-            for _ in tl.static_range(TERMS):
-                # The largest bfloat16: beyond it a product with 0 would be NaN.
-                part = tl.minimum(tl.maximum(x, -3.3895e38), 3.3895e38).to(tl.bfloat16)
-                x -= part.to(tl.float32)
-                total = tl.dot(one_hot, part, acc=total)
+        total = sum_marked(is_code, x, total, TERMS, UPCAST)
     at = out_ptr + (tl.program_id(2).to(tl.int64) * num_codes + k) * (num_features + 1)
     tl.store(at[:, None] + d[None, :], total, mask=(k < num_codes)[:, None] & (d < num_features)[None, :])
     tl.store(at + num_features, count, mask=(k < num_codes) & (tl.program_id(1) == 0))

@@ -68,6 +68,14 @@ def load_rows(x_ptr, n, d, num_rows, num_features, inner, stride_outer, stride_i
 
 
 @triton.jit
+def load_codes(codes_ptr, index, d, num_codes, num_features, stride_k, stride_d, UNIT: tl.constexpr):
+    """Codes of these indices and features d of a codebook, [BLOCK_K, BLOCK_D]; 0 for a code that is not there."""
+    offsets = (index.to(tl.int64) * (stride_k // UNIT) * UNIT)[:, None] + d.to(tl.int64)[None, :] * stride_d
+    inside = ((index >= 0) & (index < num_codes))[:, None] & (d < num_features)[None, :]
+    return tl.load(codes_ptr + offsets, mask=inside, other=0.0)
+
+
+@triton.jit
 def store_rows(
     out_ptr, value, n, d, num_rows, num_features, inner, stride_outer, stride_inner, stride_d, UNIT: tl.constexpr = 1
 ):

@@ -1,7 +1,8 @@
 """Sums and counts of rows by code, in a fixed order: no atomics, so that equal inputs give equal bits.
 
-Rows are sorted by code, and a program sums a chunk of sorted rows: a code that begins and ends within its chunk is
-done. What crosses an edge of a chunk is kept apart, and a second kernel joins those pieces in order.
+Rows are sorted by code, and a program sums a chunk of sorted rows, as the product of a matrix that marks equal codes
+with the rows: a code that begins and ends within its chunk is done. What crosses an edge of a chunk is kept apart, and
+a second kernel joins those pieces in order.
 """
 
 from __future__ import annotations
@@ -11,8 +12,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .rows import Rows, row_offsets
-from .tuning import on_device
+from .products import set_apart, sum_marked
+from .rows import Rows, load_rows, unit
+from .tuning import INTERPRETED, on_device
 
 _CHUNK = 64
 
@@ -26,6 +28,7 @@ def _chunk_sum_kernel(
     out_ptr,
     edge_ptr,
     num_pairs,
+    num_rows,
     num_features,
     kept,
     inner,
@@ -33,53 +36,67 @@ def _chunk_sum_kernel(
     stride_inner,
     stride_d,
     WEIGHTED: tl.constexpr,
+    TERMS: tl.constexpr,
+    UNIT: tl.constexpr,
+    UPCAST: tl.constexpr,
     CHUNK: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Sums of the codes of a chunk, one row after the other. edge: [chunks, 2, D + 1], pieces of its first and last."""
+    """Sums of the codes of a chunk, all its rows at once. edge: [chunks, 2, D + 1], pieces of its first and last."""
     chunk = tl.program_id(0).to(tl.int64)
-    begin = chunk * CHUNK
-    end = tl.minimum(begin + CHUNK, num_pairs)
+    place = chunk * CHUNK + tl.arange(0, CHUNK)
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    is_pair = place < num_pairs
+    code = tl.load(code_ptr + place, mask=is_pair, other=-1)
+    pair = tl.load(order_ptr + place, mask=is_pair, other=0)
+    n = tl.where(is_pair, pair // kept, num_rows)
+    x = load_rows(x_ptr, n, d, num_rows, num_features, inner, stride_outer, stride_inner, stride_d, UNIT)
+    x = x.to(tl.float32)
+    if WEIGHTED:
+        x *= tl.load(weight_ptr + pair, mask=is_pair, other=0.0).to(tl.float32)[:, None]
+    is_same = code[:, None] == code[None, :]
+    x, total = set_apart(is_same, x, tl.zeros([CHUNK, BLOCK_D], tl.float32))
+    total = sum_marked(is_same, x, total, TERMS, UPCAST)
+    count = tl.sum(is_same.to(tl.float32), axis=1)
+    # The sum of a code is written where the code ends.
+    before = tl.load(code_ptr + chunk * CHUNK - 1, mask=chunk > 0, other=-1)
+    following = tl.load(code_ptr + place + 1, mask=place + 1 < num_pairs, other=-1)
+    is_last = (place == chunk * CHUNK + CHUNK - 1) | (place == num_pairs - 1)
+    ends = is_pair & ((code != following) | is_last)
+    from_before = code == before
+    is_piece = from_before | (code == following)
+    # The piece that came from before goes to slot 0, one that only goes on to slot 1.
     width = num_features + 1
-    inside = d < width
-    total = tl.zeros([BLOCK_D], tl.float32)
-    from_before = (tl.load(code_ptr + begin - 1, mask=begin > 0, other=-1) == tl.load(code_ptr + begin)).to(tl.int32)
-    for place in range(begin, end):
-        code = tl.load(code_ptr + place)
-        following = tl.load(code_ptr + place + 1, mask=place + 1 < num_pairs, other=-1)
-        pair = tl.load(order_ptr + place)
-        offset = row_offsets(pair // kept, inner, stride_outer, stride_inner)
-        x = tl.load(x_ptr + offset + d.to(tl.int64) * stride_d, mask=d < num_features, other=0.0).to(tl.float32)
-        if WEIGHTED:
-            x *= tl.load(weight_ptr + pair).to(tl.float32)
-        # The last column counts.
-        total += tl.where(d == num_features, 1.0, x)
-        is_last = place == end - 1
-        ends = (code != following) | is_last
-        goes_on = is_last & (code == following)
-        whole = out_ptr + code * width + d
-        # The piece that came from before goes to slot 0, one that only goes on to slot 1.
-        piece = edge_ptr + (chunk * 2 + 1 - from_before) * width + d
-        is_piece = (from_before > 0) | goes_on
-        tl.store(whole, total, mask=inside & ends & (is_piece == 0))
-        tl.store(piece, total, mask=inside & ends & is_piece)
-        total = tl.where(ends, 0.0, total)
-        from_before = tl.where(ends, 0, from_before)
+    whole = out_ptr + code.to(tl.int64) * width
+    piece = edge_ptr + (chunk * 2 + tl.where(from_before, 0, 1)) * width
+    is_whole = ends & (is_piece == 0)
+    is_piece = ends & is_piece
+    inside = (d < num_features)[None, :]
+    tl.store(whole[:, None] + d[None, :], total, mask=is_whole[:, None] & inside)
+    tl.store(piece[:, None] + d[None, :], total, mask=is_piece[:, None] & inside)
+    counts = tl.program_id(1) == 0
+    tl.store(whole + num_features, count, mask=is_whole & counts)
+    tl.store(piece + num_features, count, mask=is_piece & counts)
 
 
 @triton.jit
 def _join_edges_kernel(
-    code_ptr, out_ptr, edge_ptr, num_pairs, num_features, num_chunks, CHUNK: tl.constexpr, BLOCK_D: tl.constexpr
+    code_ptr,
+    out_ptr,
+    edge_ptr,
+    num_pairs,
+    num_features,
+    num_chunks,
+    CHUNK: tl.constexpr,
+    AHEAD: tl.constexpr,
+    BLOCK_D: tl.constexpr,
 ):
     """For a code that begins in this chunk and crosses its end: its piece here and those of the chunks that follow."""
     chunk = tl.program_id(0).to(tl.int64)
     last = tl.minimum(chunk * CHUNK + CHUNK, num_pairs) - 1
     code = tl.load(code_ptr + last)
     goes_on = tl.load(code_ptr + last + 1, mask=last + 1 < num_pairs, other=-1) == code
-    begins_before = (tl.load(code_ptr + chunk * CHUNK - 1, mask=chunk > 0, other=-1) == code) & (
-        tl.load(code_ptr + chunk * CHUNK) == code
-    )
+    begins_before = tl.load(code_ptr + chunk * CHUNK - 1, mask=chunk > 0, other=-1) == code
     if goes_on & (begins_before == 0):
         d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
         mask = d <= num_features
@@ -87,11 +104,11 @@ def _join_edges_kernel(
         total = tl.load(edge_ptr + (chunk * 2 + 1) * width + d, mask=mask, other=0.0)
         following = chunk + 1
         while following < num_chunks:
-            if tl.load(code_ptr + following * CHUNK) == code:
-                total += tl.load(edge_ptr + following * 2 * width + d, mask=mask, other=0.0)
-                following += 1
-            else:
-                following = tl.cast(num_chunks, tl.int64)
+            ahead = following + tl.arange(0, AHEAD)
+            is_same = tl.load(code_ptr + ahead * CHUNK, mask=ahead < num_chunks, other=-1) == code
+            pieces = edge_ptr + (ahead * 2 * width)[:, None] + d[None, :]
+            total += tl.sum(tl.load(pieces, mask=is_same[:, None] & mask[None, :], other=0.0), axis=0)
+            following = tl.where(tl.min(is_same.to(tl.int32), axis=0) > 0, following + AHEAD, num_chunks)
         tl.store(out_ptr + code.to(tl.int64) * width + d, total, mask=mask)
 
 
@@ -107,14 +124,15 @@ def segment_sum(rows: Rows, codes: Tensor, num_codes: int, weights: Tensor | Non
     out = torch.zeros(num_codes + 1, width, dtype=torch.float32, device=x.device)
     if codes.numel() == 0:
         return out[:num_codes]
-    ordered, order = torch.sort(codes, stable=True)
+    # Fewer bits sort faster; K itself is a code.
+    smallest = next(dtype for dtype in (torch.int16, torch.int32, torch.int64) if num_codes <= torch.iinfo(dtype).max)
+    ordered, order = torch.sort(codes.to(smallest), stable=True)
     pairs = codes.numel()
     chunks = triton.cdiv(pairs, _CHUNK)
     edge = torch.empty(chunks, 2, width, dtype=torch.float32, device=x.device)
-    block = min(64, max(16, triton.next_power_of_2(width)))
-    grid = (chunks, triton.cdiv(width, block))
+    block = min(64, max(16, triton.next_power_of_2(rows.num_features)))
     with on_device(x):
-        _chunk_sum_kernel[grid](
+        _chunk_sum_kernel[chunks, triton.cdiv(rows.num_features, block)](
             x,
             x if weights is None else weights,
             order,
@@ -122,12 +140,18 @@ def segment_sum(rows: Rows, codes: Tensor, num_codes: int, weights: Tensor | Non
             out,
             edge,
             pairs,
+            rows.num_rows,
             rows.num_features,
             pairs // rows.num_rows,
             *rows.strides,
             WEIGHTED=weights is not None,
+            TERMS={torch.bfloat16: 1, torch.float16: 2}.get(x.dtype, 3) if weights is None else 3,
+            UNIT=unit(*rows.strides[1:3]),
+            UPCAST=INTERPRETED,
             CHUNK=_CHUNK,
             BLOCK_D=block,
         )
-        _join_edges_kernel[grid](ordered, out, edge, pairs, rows.num_features, chunks, CHUNK=_CHUNK, BLOCK_D=block)
+        _join_edges_kernel[chunks, triton.cdiv(width, block)](
+            ordered, out, edge, pairs, rows.num_features, chunks, CHUNK=_CHUNK, AHEAD=16, BLOCK_D=block
+        )
     return out[:num_codes]

@@ -1,4 +1,7 @@
-"""Triton `sparse_decode`: rows read the atoms that they kept, no dense coefficients; gradients without atomics."""
+"""Triton `sparse_decode`: rows read the atoms that they kept, no dense coefficients; gradients without atomics.
+
+Where atoms are few, dense coefficients that never leave the chip are faster: see `dense_decode`.
+"""
 
 from __future__ import annotations
 
@@ -7,22 +10,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .rows import Rows, as_rows, row_offsets, unit
+from .dense_decode import dense_decode_bwd_dictionary, dense_decode_bwd_values, dense_decode_fwd, suits
+from .rows import Rows, as_rows, load_codes, load_rows, unit
 from .segment_sum import segment_sum
 from .tuning import on_device
 
-# Kept atoms that are in flight at once.
-_UNROLL = 8
-
-
-@triton.jit
-def _load_atoms(
-    dictionary_ptr, atoms, d, num_atoms, num_features, stride_k, stride_d, UNIT: tl.constexpr
-):  # [UNROLL, BLOCK_D] float32
-    """Atoms and features of a dictionary; 0 for an atom that is not there."""
-    offsets = (atoms * (stride_k // UNIT) * UNIT)[:, None] + d.to(tl.int64)[None, :] * stride_d
-    inside = ((atoms >= 0) & (atoms < num_atoms))[:, None] & (d < num_features)[None, :]
-    return tl.load(dictionary_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
+# Elements of one block of rows and features, and blocks that are in flight at once.
+_BLOCK, _UNROLL = 2048, 4
 
 
 @triton.jit
@@ -31,26 +25,32 @@ def _sparse_decode_fwd_kernel(
     index_ptr,
     dictionary_ptr,
     out_ptr,
+    num_rows,
     num_atoms,
     num_features,
     kept,
     stride_k,
     stride_d,
     UNIT: tl.constexpr,
+    OUT_UNIT: tl.constexpr,
     UNROLL: tl.constexpr,
+    BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """A block of features of one row."""
-    row = tl.program_id(0).to(tl.int64)
+    """A block of features of a block of rows: these features of all atoms stay in the L2 cache."""
+    n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    total = tl.zeros([BLOCK_D], tl.float32)
+    total = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     for begin in range(0, kept, UNROLL):
-        j = begin + tl.arange(0, UNROLL)
-        atoms = tl.load(index_ptr + row * kept + j, mask=j < kept, other=-1)
-        values = tl.load(value_ptr + row * kept + j, mask=j < kept, other=0.0).to(tl.float32)
-        found = _load_atoms(dictionary_ptr, atoms, d, num_atoms, num_features, stride_k, stride_d, UNIT)
-        total += tl.sum(values[:, None] * found, axis=0)
-    tl.store(out_ptr + row * num_features + d, total.to(out_ptr.dtype.element_ty), mask=d < num_features)
+        for step in tl.static_range(UNROLL):
+            j = begin + step
+            mask = (n < num_rows) & (j < kept)
+            atoms = tl.load(index_ptr + n * kept + j, mask=mask, other=-1)
+            values = tl.load(value_ptr + n * kept + j, mask=mask, other=0.0).to(tl.float32)
+            found = load_codes(dictionary_ptr, atoms, d, num_atoms, num_features, stride_k, stride_d, UNIT)
+            total += values[:, None] * found.to(tl.float32)
+    out = out_ptr + (n * (num_features // OUT_UNIT) * OUT_UNIT)[:, None] + d[None, :]
+    tl.store(out, total.to(out_ptr.dtype.element_ty), mask=(n < num_rows)[:, None] & (d < num_features)[None, :])
 
 
 @triton.jit
@@ -59,6 +59,7 @@ def _sparse_decode_bwd_values_kernel(
     index_ptr,
     dictionary_ptr,
     out_ptr,
+    num_rows,
     num_atoms,
     num_features,
     kept,
@@ -68,49 +69,62 @@ def _sparse_decode_bwd_values_kernel(
     stride_gd,
     stride_k,
     stride_d,
+    GRAD_UNIT: tl.constexpr,
     UNIT: tl.constexpr,
-    UNROLL: tl.constexpr,
+    BLOCK_P: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Inner products of the gradient of one row with some of its atoms."""
-    row = tl.program_id(0).to(tl.int64)
-    j = tl.program_id(1) * UNROLL + tl.arange(0, UNROLL)
-    atoms = tl.load(index_ptr + row * kept + j, mask=j < kept, other=-1)
-    start = row_offsets(row, inner, stride_outer, stride_inner)
-    total = tl.zeros([UNROLL], tl.float32)
+    """Inner products of gradients with atoms, for a block of pairs of a row and an atom."""
+    pair = tl.program_id(0).to(tl.int64) * BLOCK_P + tl.arange(0, BLOCK_P)
+    mask = pair < num_rows * kept
+    atoms = tl.load(index_ptr + pair, mask=mask, other=-1)
+    n = pair // kept
+    total = tl.zeros([BLOCK_P, BLOCK_D], tl.float32)
     for begin in range(0, num_features, BLOCK_D):
         d = begin + tl.arange(0, BLOCK_D)
-        grad = tl.load(grad_ptr + start + d.to(tl.int64) * stride_gd, mask=d < num_features, other=0.0).to(tl.float32)
-        found = _load_atoms(dictionary_ptr, atoms, d, num_atoms, num_features, stride_k, stride_d, UNIT)
-        total += tl.sum(found * grad[None, :], axis=1)
-    tl.store(out_ptr + row * kept + j, total, mask=j < kept)
+        grad = load_rows(
+            grad_ptr, n, d, num_rows, num_features, inner, stride_outer, stride_inner, stride_gd, GRAD_UNIT
+        )
+        found = load_codes(dictionary_ptr, atoms, d, num_atoms, num_features, stride_k, stride_d, UNIT)
+        total += grad.to(tl.float32) * found.to(tl.float32)
+    # An atom that is not there has product 0, whatever the gradient.
+    is_there = (atoms >= 0) & (atoms < num_atoms)
+    tl.store(out_ptr + pair, tl.where(is_there, tl.sum(total, axis=1), 0.0), mask=mask)
 
 
-def _block_d(num_features: int, most: int) -> int:
-    return min(most, max(16, triton.next_power_of_2(num_features)))
+def _block_d(num_features: int) -> int:
+    return min(256, max(16, triton.next_power_of_2(num_features)))
 
 
 def sparse_decode_fwd(values: Tensor, indices: Tensor, dictionary: Tensor) -> Tensor:
     num_atoms, num_features = dictionary.shape
     kept = indices.shape[-1]
+    num_rows = indices.numel() // kept
     dtype = torch.promote_types(values.dtype, dictionary.dtype)
     out = torch.empty(*indices.shape[:-1], num_features, dtype=dtype, device=dictionary.device)
-    if out.numel() > 0:
-        block = _block_d(num_features, 256)
-        with on_device(out):
-            _sparse_decode_fwd_kernel[(indices.numel() // kept, triton.cdiv(num_features, block))](
-                values.contiguous(),
-                indices.contiguous(),
-                dictionary,
-                out,
-                num_atoms,
-                num_features,
-                kept,
-                *dictionary.stride(),
-                UNIT=unit(dictionary.stride(0)),
-                UNROLL=_UNROLL,
-                BLOCK_D=block,
-            )
+    if out.numel() == 0:
+        return out
+    if suits(num_rows, num_atoms, num_features, kept, dtype):
+        dense_decode_fwd(values, indices, dictionary, out)
+        return out
+    block = _block_d(num_features)
+    with on_device(out):
+        _sparse_decode_fwd_kernel[(triton.cdiv(num_rows, _BLOCK // block), triton.cdiv(num_features, block))](
+            values.contiguous(),
+            indices.contiguous(),
+            dictionary,
+            out,
+            num_rows,
+            num_atoms,
+            num_features,
+            kept,
+            *dictionary.stride(),
+            UNIT=unit(dictionary.stride(0)),
+            OUT_UNIT=unit(num_features),
+            UNROLL=min(_UNROLL, triton.next_power_of_2(kept)),
+            BLOCK_N=_BLOCK // block,
+            BLOCK_D=block,
+        )
     return out
 
 
@@ -118,35 +132,39 @@ def sparse_decode_bwd(
     grad: Tensor, values: Tensor, indices: Tensor, dictionary: Tensor, need_values: bool, need_dictionary: bool
 ) -> tuple[Tensor, Tensor]:
     grad_values, grad_dictionary = (torch.empty(0, dtype=torch.float32, device=grad.device) for _ in range(2))
+    num_atoms, num_features = dictionary.shape
     rows = as_rows(grad)
+    is_dense = grad.numel() > 0 and suits(rows.num_rows, num_atoms, num_features, indices.shape[-1], grad.dtype)
     if need_values:
-        grad_values = _bwd_values(rows, indices, dictionary)
-    if need_dictionary:
+        grad_values = torch.empty(indices.shape, dtype=torch.float32, device=grad.device)
+        if grad.numel() > 0:
+            (dense_decode_bwd_values if is_dense else _bwd_values)(rows, indices, dictionary, grad_values)
+    if need_dictionary and is_dense:
+        grad_dictionary = dense_decode_bwd_dictionary(rows, values, indices, num_atoms)
+    elif need_dictionary:
         atoms = indices.flatten()
-        atoms = torch.where((atoms >= 0) & (atoms < len(dictionary)), atoms, len(dictionary))
-        total = segment_sum(rows, atoms, len(dictionary), values.contiguous())
-        grad_dictionary = total[:, :-1].contiguous()
+        atoms = torch.where((atoms >= 0) & (atoms < num_atoms), atoms, num_atoms)
+        grad_dictionary = segment_sum(rows, atoms, num_atoms, values.contiguous())[:, :-1].contiguous()
     return grad_values, grad_dictionary
 
 
-def _bwd_values(rows: Rows, indices: Tensor, dictionary: Tensor) -> Tensor:
+def _bwd_values(rows: Rows, indices: Tensor, dictionary: Tensor, out: Tensor) -> None:
     num_atoms, num_features = dictionary.shape
-    kept = indices.shape[-1]
-    out = torch.empty(indices.shape, dtype=torch.float32, device=dictionary.device)
-    if out.numel() > 0:
-        with on_device(out):
-            _sparse_decode_bwd_values_kernel[(rows.num_rows, triton.cdiv(kept, _UNROLL))](
-                rows.tensor,
-                indices.contiguous(),
-                dictionary,
-                out,
-                num_atoms,
-                num_features,
-                kept,
-                *rows.strides,
-                *dictionary.stride(),
-                UNIT=unit(dictionary.stride(0)),
-                UNROLL=_UNROLL,
-                BLOCK_D=_block_d(num_features, 256),
-            )
-    return out
+    block = _block_d(num_features)
+    with on_device(out):
+        _sparse_decode_bwd_values_kernel[(triton.cdiv(indices.numel(), _BLOCK // block),)](
+            rows.tensor,
+            indices.contiguous(),
+            dictionary,
+            out,
+            rows.num_rows,
+            num_atoms,
+            num_features,
+            indices.shape[-1],
+            *rows.strides,
+            *dictionary.stride(),
+            GRAD_UNIT=unit(*rows.strides[1:3]),
+            UNIT=unit(dictionary.stride(0)),
+            BLOCK_P=_BLOCK // block,
+            BLOCK_D=block,
+        )
