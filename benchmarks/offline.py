@@ -31,7 +31,10 @@ ARCHITECTURES = (80, 90, 100)
 _SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 _TOOL = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 # Kernels on the matrix units; one that the compiler made a trap has no such instructions.
-_PRODUCTS = ("_search_kernel", "_one_hot_sum_kernel", "_chunk_sum_kernel", "_dense_decode")
+_PRODUCTS = (
+    *("_search_kernel", "_select_kernel", "_filter_kernel", "_one_hot_sum_kernel", "_chunk_sum_kernel"),
+    *("_dense_decode", "_log_sum_exp_kernel", "_softmax_sum_kernel"),
+)
 _MATRIX = re.compile(r"^(HGMMA|HMMA|IMMA|QGMMA|UTC\w*MMA)")
 _INSTRUCTION = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)([^;]*);")
 
@@ -92,7 +95,7 @@ def _name(d: int, dtype: torch.dtype, precision: str, num_codes: int) -> str:
 def _distinct(arch: int) -> list[str]:
     """All cases but searches that on this architecture differ from another one by numbers of tiles or blocks alone."""
     last: dict[tuple[Any, ...], str] = {}
-    with _driver(arch):
+    with driver_of(arch):
         for search in _searches():
             d, dtype, precision, num_codes = search
             splits = dtype == torch.float32 and precision != "tf32"
@@ -154,12 +157,28 @@ def cases() -> dict[str, Callable[[], Any]]:
         found[name] = partial(_softmax, torch.zeros(16_384, d, dtype=dtype), torch.zeros(num_codes, d, dtype=dtype))
     # Rows whose features lie apart, as those of a map do.
     found["kept softmax, map"] = lambda: _softmax(torch.zeros(64, 256, 256).transpose(1, 2), torch.zeros(512, 256))
+    # Scores on the chip, and tiles of them that stream past.
+    for n, num_codes, d, k, metric, dtype in (
+        (16_384, 512, 256, 100, "l2", torch.float32),
+        (16_384, 512, 256, 100, "l2", torch.bfloat16),
+        (16_384, 128, 64, 8, "dot", torch.float32),
+        (16_384, 32_768, 768, 32, "dot", torch.float32),
+        (16_384, 32_768, 768, 192, "dot", torch.bfloat16),
+        (2_048, 2_048, 64, 2, "l2", torch.float32),
+        (2_048, 4_096, 64, 256, "l2", torch.float32),
+    ):
+        bias = torch.zeros(num_codes, dtype=dtype) if metric == "dot" else None
+        found[f"topk K={num_codes} D={d} k={k} {metric} {str(dtype)[6:]}"] = partial(
+            kernels.topk_codes, torch.zeros(n, d, dtype=dtype), torch.zeros(num_codes, d, dtype=dtype), k, metric, bias
+        )
     return found
 
 
 # Of x [1, 1] and indices [1, 1].
 _ALL: dict[str, Callable[[torch.Tensor, torch.Tensor], Any]] = {
     "nearest_code": lambda x, i: kernels.nearest_code(x, x, True, "exact"),
+    "topk_codes": lambda x, i: kernels.topk_codes(x, x, 1, "l2", None),
+    "topk_codes, many": lambda x, i: kernels.topk_codes(x, x.expand(600, 1), 1, "dot", None),
     "vector_quantize": lambda x, i: kernels.vector_quantize_fwd(x, x, True, "float32"),
     "vector_quantize, backward": lambda x, i: kernels.vector_quantize_bwd(x, x, x, x, i[0], 1, True, True),
     "gather_codes": lambda x, i: kernels.gather_codes_fwd(x, i),
@@ -214,7 +233,7 @@ def _compiled_by(call: Callable[[], Any], arch: int) -> list[tuple[Any, dict[str
         found.append((compiled, options))
         return compiled
 
-    with _driver(arch):
+    with driver_of(arch):
         JITFunction.run = run
         try:
             call()
@@ -224,7 +243,7 @@ def _compiled_by(call: Callable[[], Any], arch: int) -> list[tuple[Any, dict[str
 
 
 @contextmanager
-def _driver(arch: int) -> Iterator[None]:
+def driver_of(arch: int) -> Iterator[None]:
     """A driver of a GPU that is not there; the device differs by architecture, as kernels are kept by device."""
     fake = SimpleNamespace(
         get_current_target=lambda: GPUTarget("cuda", arch, 32),

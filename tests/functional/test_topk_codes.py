@@ -8,7 +8,7 @@ from dlvae_kernels.backends.reference import topk_codes as reference_topk_codes
 from dlvae_kernels.backends.reference.scores import Scores
 from dlvae_kernels.testing import assert_accurate, assert_same_topk
 
-from .cases import DTYPES, SIZES, layouts, rows
+from .cases import DTYPES, INTERPRETED, SIZES, layouts, rows
 
 OPS = ("topk_codes",)
 
@@ -88,7 +88,8 @@ def test_any_strides(device, layout):
 
 
 def test_first_is_the_nearest(device):
-    x, dictionary = rows(3000, 20, device), rows(900, 20, device)
+    n, num_atoms = (100, 300) if INTERPRETED else (3000, 900)
+    x, dictionary = rows(n, 20, device), rows(num_atoms, 20, device)
     assert torch.equal(topk_codes(x, dictionary, 4)[0][:, 0], nearest_code(x, dictionary))
 
 

@@ -30,5 +30,5 @@ def topk_codes(x: Tensor, dictionary: Tensor, k: int, metric: str, bias: Tensor 
     if indices.numel() > 0:
         topk = topk_on_chip if len(dictionary) <= MOST_ON_CHIP else topk_stream
         with on_device(x):
-            topk(as_rows(x), dictionary, metric, bias, indices, values)
+            topk(as_rows(x), dictionary, metric, None if bias is None else bias.contiguous(), indices, values)
     return indices, values

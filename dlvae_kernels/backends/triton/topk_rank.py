@@ -253,7 +253,7 @@ def sort_found(rows: Rows, dictionary: Tensor, metric: str, squares: Tensor, ind
     """
     kept = indices.shape[-1]
     block_k = triton.next_power_of_2(kept)
-    block_n = max(1, 1024 // block_k)
+    block_n = max(1, 4 * _PAIRS // block_k)
     _sort_kernel[(triton.cdiv(rows.num_rows, block_n),)](
         rows.tensor,
         dictionary,
