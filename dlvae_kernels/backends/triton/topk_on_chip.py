@@ -114,8 +114,8 @@ def _select_kernel(
     # What is not finite, or too long for a scale, is left to differences.
     is_found = (from_ordered(threshold) > NEVER) & (squares < float("inf"))
     is_lost = (is_found == 0) & (rows < num_rows)
-    last = tl.atomic_add(count_ptr + tl.zeros_like(rows), 1, mask=is_lost)
-    tl.store(worklist_ptr + last, rows, mask=is_lost)
+    place = tl.atomic_add(count_ptr + tl.zeros_like(rows), 1, mask=is_lost, sem="relaxed")
+    tl.store(worklist_ptr + place, rows, mask=is_lost)
 
 
 def topk_on_chip(

@@ -168,7 +168,7 @@ def _filter_kernel(
             is_listed &= mask[:, None]
             total = tl.sum(is_listed.to(tl.int32), axis=1)
             if tl.max(total, axis=0) > 0:
-                place = tl.atomic_add(count_ptr + rows, total, mask=total > 0)
+                place = tl.atomic_add(count_ptr + rows, total, mask=total > 0, sem="relaxed")
                 # A row has few in a tile: one after the other.
                 pending = tl.where(is_listed, columns[None, :], BLOCK_K)
                 column = tl.min(pending, axis=1)
