@@ -45,12 +45,13 @@ def kept_softmax_bwd(
     grad_x = kept.new_empty(len(codes), x.shape[-1]) if need_x else empty
     grad_weight = torch.zeros_like(wide) if need_weight else empty.clone()
     grad_bias = kept.new_zeros(len(wide)) if need_bias else empty.clone()
+    # The CPU adds in a row in turn; on a GPU, column by column, no two additions meet: either order is fixed.
+    step = k if x.device.type == "cpu" else 1
     for part, rows, logits in _logit_chunks(x, weight, bias):
         softmax = logits.sub_(lse.flatten()[part, None]).exp_()
         grad_logits = softmax.mul_(-slope[part])
-        # Column by column: no two additions meet, so that their order is fixed on a GPU too.
-        for j in range(k):
-            grad_logits.scatter_add_(1, codes[part, j : j + 1], kept[part, j : j + 1])
+        for j in range(0, k, step):
+            grad_logits.scatter_add_(1, codes[part, j : j + step], kept[part, j : j + step])
         with torch.autocast(x.device.type, enabled=False):
             if need_x:
                 torch.mm(grad_logits, wide, out=grad_x[part])

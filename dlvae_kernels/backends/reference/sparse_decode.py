@@ -59,11 +59,12 @@ def _sums(rows: Tensor, coefficients: Tensor, atoms: Tensor, num_atoms: int) -> 
     """Sum over rows [N, D] of each row times its coefficient for an atom [N, k], by dense coefficients: [K, D]."""
     sums = rows.new_zeros(num_atoms, rows.shape[1])
     chunk = _rows_of(num_atoms)
+    # The CPU adds in a row in turn; on a GPU, column by column, no two additions meet: either order is fixed.
+    step = atoms.shape[1] if rows.device.type == "cpu" else 1
     for row, coefficient, atom in zip(rows.split(chunk), coefficients.split(chunk), atoms.split(chunk), strict=True):
         dense = row.new_zeros(len(row), num_atoms)
-        # Column by column: no two additions meet, so that their order is fixed on a GPU too.
-        for j in range(atom.shape[1]):
-            dense.scatter_add_(1, atom[:, j : j + 1], coefficient[:, j : j + 1])
+        for j in range(0, atom.shape[1], step):
+            dense.scatter_add_(1, atom[:, j : j + step], coefficient[:, j : j + step])
         sums.addmm_(dense.T, row)
     return sums
 
