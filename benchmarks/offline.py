@@ -197,8 +197,8 @@ def _search(x: torch.Tensor, codebook: torch.Tensor, precision: str) -> None:
 def _softmax(x: torch.Tensor, weight: torch.Tensor) -> None:
     """Forward and backward, with one kept code for each row."""
     indices = torch.zeros(*x.shape[:-1], 1, dtype=torch.int64)
-    values, lse = kernels.kept_softmax_fwd(x, weight, None, indices)
-    kernels.kept_softmax_bwd(values, values, lse, x, weight, None, indices, True, True, True)
+    values, sums = kernels.kept_softmax_fwd(x, weight, None, indices)
+    kernels.kept_softmax_bwd(values, values, sums, x, weight, None, indices, True, True, True)
 
 
 def compile_case(arch: int, case: str) -> list[Kernel]:

@@ -156,17 +156,17 @@ def _(
 )
 def _(x: Tensor, weight: Tensor, bias: Tensor | None, indices: Tensor) -> tuple[Tensor, Tensor]:
     dtype = _wide(x.dtype)
-    return x.new_empty(indices.shape, dtype=dtype), x.new_empty(x.shape[:-1], dtype=dtype)
+    return x.new_empty(indices.shape, dtype=dtype), x.new_empty((*x.shape[:-1], 2), dtype=dtype)
 
 
 @_op(
-    "kept_softmax_bwd(Tensor grad, Tensor values, Tensor lse, Tensor x, Tensor weight, Tensor? bias, Tensor indices,"
+    "kept_softmax_bwd(Tensor grad, Tensor values, Tensor sums, Tensor x, Tensor weight, Tensor? bias, Tensor indices,"
     " bool need_x, bool need_weight, bool need_bias) -> (Tensor, Tensor, Tensor)"
 )
 def _(
     grad: Tensor,
     values: Tensor,
-    lse: Tensor,
+    sums: Tensor,
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,

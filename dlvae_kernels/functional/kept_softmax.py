@@ -13,16 +13,16 @@ from .checks import check_indices, check_rows, check_same_device
 class _KeptSoftmax(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, indices: Tensor) -> Tensor:
-        values, lse = torch.ops.dlvae.kept_softmax_fwd(x, weight, bias, indices)
-        ctx.save_for_backward(values, lse, x, weight, bias, indices)
+        values, sums = torch.ops.dlvae.kept_softmax_fwd(x, weight, bias, indices)
+        ctx.save_for_backward(values, sums, x, weight, bias, indices)
         return values
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        values, lse, x, weight, bias, indices = ctx.saved_tensors
+        values, sums, x, weight, bias, indices = ctx.saved_tensors
         needs = ctx.needs_input_grad[:3]
-        grads = torch.ops.dlvae.kept_softmax_bwd(grad, values, lse, x, weight, bias, indices, *needs)
+        grads = torch.ops.dlvae.kept_softmax_bwd(grad, values, sums, x, weight, bias, indices, *needs)
         inputs = (x, weight, bias)
         return (*(g.to(i.dtype) if need else None for g, i, need in zip(grads, inputs, needs, strict=True)), None)
 

@@ -112,8 +112,8 @@ def test_gradcheck(device, has_bias):
 
 def test_only_the_gradients_that_are_needed(device):
     *inputs, indices = case(9, 7, 3, 2, device)
-    values, lse = torch.ops.dlvae.kept_softmax_fwd(*inputs, indices)
-    saved = values, values, lse, *inputs, indices
+    values, sums = torch.ops.dlvae.kept_softmax_fwd(*inputs, indices)
+    saved = values, values, sums, *inputs, indices
     whole = torch.ops.dlvae.kept_softmax_bwd(*saved, True, True, True)
     for needs in ((True, False, False), (False, True, False), (False, False, True)):
         for need, given, expected in zip(needs, torch.ops.dlvae.kept_softmax_bwd(*saved, *needs), whole, strict=True):
@@ -126,6 +126,14 @@ def test_huge_logits(device):
     values, *grads = run(kept_softmax, (x, weight, bias), indices, torch.ones(9, 2, device=device))
     torch.testing.assert_close(values, formula(x, weight, bias, indices))
     assert all(each.isfinite().all() for each in grads)
+
+
+@pytest.mark.parametrize("spread", [10, 100])
+def test_rows_that_are_sure_of_a_code(device, spread):
+    """Of large logits the largest are kept: v is near 1, and its gradient what is left of it."""
+    x, weight, bias, _ = case(16, 40, 64, 2, device)
+    x = x * spread / 8
+    assert_like_float64((x, weight, bias), (x @ weight.T + bias).topk(2, dim=1).indices)
 
 
 def test_nan_stays_in_its_row(device):
@@ -200,11 +208,11 @@ def test_no_matrix_of_rows_by_codes(device):
 
 def test_opcheck_and_compile(device):
     *inputs, indices = case(6, 5, 3, 2, device)
-    values, lse = torch.ops.dlvae.kept_softmax_fwd(*inputs, indices)
+    values, sums = torch.ops.dlvae.kept_softmax_fwd(*inputs, indices)
     for bias in (inputs[2], None):
         torch.library.opcheck(torch.ops.dlvae.kept_softmax_fwd, (*inputs[:2], bias, indices))
     for needs in ((True, True, True), (False, True, False)):
-        torch.library.opcheck(torch.ops.dlvae.kept_softmax_bwd, (values, values, lse, *inputs, indices, *needs))
+        torch.library.opcheck(torch.ops.dlvae.kept_softmax_bwd, (values, values, sums, *inputs, indices, *needs))
     compiled = torch.compile(kept_softmax, fullgraph=True, backend="aot_eager")
     grad = torch.ones(6, 2, device=device)
     for each in (inputs, (*inputs[:2], None)):

@@ -15,19 +15,19 @@ def kept_softmax_fwd(x: Tensor, weight: Tensor, bias: Tensor | None, indices: Te
     dtype = torch.promote_types(x.dtype, torch.float32)
     codes = indices.reshape(-1, indices.shape[-1])  # [N, k]
     values = torch.empty(codes.shape, dtype=dtype, device=x.device)
-    lse = values.new_empty(len(codes))
+    # The largest logit m of each row, and the sum of exp(logit - m).
+    sums = values.new_empty(len(codes), 2)
     for part, _, logits in _logit_chunks(x, weight, bias):
         softmax = logits.softmax(1)
         values[part] = softmax.gather(1, codes[part])
-        # The largest of the softmax is exp(largest logit - lse).
-        lse[part] = logits.amax(1) - softmax.amax(1).log()
-    return values.view(indices.shape), lse.view(x.shape[:-1])
+        sums[part, 0], sums[part, 1] = logits.amax(1), 1 / softmax.amax(1)
+    return values.view(indices.shape), sums.view(*x.shape[:-1], 2)
 
 
 def kept_softmax_bwd(
     grad: Tensor,
     values: Tensor,
-    lse: Tensor,
+    sums: Tensor,
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -43,13 +43,12 @@ def kept_softmax_bwd(
     wide = weight.to(kept.dtype)
     empty = kept.new_empty(0)
     grad_x = kept.new_empty(len(codes), x.shape[-1]) if need_x else empty
-    grad_weight = torch.zeros_like(wide) if need_weight else empty.clone()
+    grad_weight = kept.new_zeros(wide.shape) if need_weight else empty.clone()
     grad_bias = kept.new_zeros(len(wide)) if need_bias else empty.clone()
     # The CPU adds in a row in turn; on a GPU, column by column, no two additions meet: either order is fixed.
     step = k if x.device.type == "cpu" else 1
     for part, rows, logits in _logit_chunks(x, weight, bias):
-        softmax = logits.sub_(lse.flatten()[part, None]).exp_()
-        grad_logits = softmax.mul_(-slope[part])
+        grad_logits = logits.softmax(1).mul_(-slope[part])
         for j in range(0, k, step):
             grad_logits.scatter_add_(1, codes[part, j : j + step], kept[part, j : j + step])
         with torch.autocast(x.device.type, enabled=False):

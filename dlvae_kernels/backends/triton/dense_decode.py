@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .k_hot import PADDED_ROWS, k_hot, pack_pairs
-from .products import multiply, set_apart
+from .products import multiply, multiply_sums, set_apart
 from .rows import Rows, load_codes, load_rows, unit
 from .tuning import INTERPRETED, WANTED_PROGRAMS, architecture, on_device
 
@@ -59,7 +59,7 @@ def _dense_decode_fwd_kernel(
         atoms = load_codes(dictionary_ptr, k, d, num_atoms, num_features, stride_k, stride_d, UNIT)
         coefficients = tl.trans(k_hot(pair_ptr, n, k, kept, padded))
         atoms, total = set_apart(coefficients, atoms, total)
-        total = multiply(coefficients, atoms, total, HALF, UPCAST)
+        total = multiply_sums(coefficients, atoms, total, HALF, UPCAST)
     mask = (n < num_rows)[:, None] & (d < num_features)[None, :]
     out = out_ptr + n[:, None] * num_features + d[None, :]
     tl.store(out, total.to(out_ptr.dtype.element_ty), mask=mask)
@@ -98,7 +98,7 @@ def _dense_decode_bwd_dictionary_kernel(
         grad = load_rows(grad_ptr, n, d, num_rows, num_features, inner, stride_outer, stride_inner, stride_d, UNIT)
         coefficients = k_hot(pair_ptr, n, k, kept, padded)
         grad, total = set_apart(coefficients, grad, total)
-        total = multiply(coefficients, grad, total, HALF, UPCAST)
+        total = multiply_sums(coefficients, grad, total, HALF, UPCAST)
     out = out_ptr + (split * num_atoms + k)[:, None] * num_features + d[None, :]
     tl.store(out, total, mask=(k < num_atoms)[:, None] & (d < num_features)[None, :])
 

@@ -1,9 +1,9 @@
 """Triton `kept_softmax`: a softmax over all codes at the few that each row keeps, tile by tile; never [N, K].
 
-Forward: an online log-sum-exp, and the logits of the kept codes from `sparse_decode`. Backward: with g the gradient of
-the kept values v and s = sum g v, that of a logit is its kept g v, less s p. The first part is sparse, and again
-`sparse_decode`'s; for the second, s P W and P^T (s x), a tile's logits are made again (as in Dao et al. 2022,
-arXiv:2205.14135). Both are sums over b of exp(a . b + shifts) b: of codes for a row, and of rows for a code.
+Forward: online sums, and the logits of the kept codes out of the same tiles. Backward: with g the gradient of the kept
+values v and s = sum g v, that of a logit is its kept g v, less s p. The first part is sparse, that of `sparse_decode`;
+for the second, s P W and P^T (s x), a tile's logits are made again (as in Dao et al. 2022, arXiv:2205.14135). Both are
+sums over b of exp(a . b + shifts) b: of codes for a row, and of rows for a code.
 """
 
 from __future__ import annotations
@@ -13,25 +13,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .gather_codes import gather_codes_bwd
 from .log_sum_exp import inner_products, is_wide, log_sum_exp, splits_of
 from .rows import Rows, as_rows, load_rows, unit
 from .sparse_decode import sparse_decode_bwd, sparse_decode_fwd
 from .tuning import on_device, softmax_sum_config
-
-# Elements of kept values in one program.
-_BLOCK_PAIRS = 1024
-
-
-@triton.jit
-def _kept_values_kernel(logit_ptr, index_ptr, bias_ptr, lse_ptr, num_pairs, kept, num_codes, BLOCK: tl.constexpr):
-    """In place, from inner products to values."""
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = at < num_pairs
-    code = tl.load(index_ptr + at, mask=inside, other=-1)
-    bias = tl.load(bias_ptr + code, mask=(code >= 0) & (code < num_codes), other=0.0)
-    lse = tl.load(lse_ptr + at // kept, mask=inside, other=0.0)
-    value = tl.exp(tl.load(logit_ptr + at, mask=inside, other=0.0) + bias - lse)
-    tl.store(logit_ptr + at, value, mask=inside)
 
 
 @triton.jit
@@ -97,7 +83,12 @@ def _softmax_sum_kernel(
             BLOCK_D,
         )
         b_shift = tl.load(b_shift_ptr + b, mask=b < num_b, other=float("-inf"))
-        weights = tl.exp(weights + a_shift[:, None] + b_shift[None, :])
+        # The bias of a code first, as when the largest logit was found.
+        if SCALED:
+            weights = (weights + a_shift[:, None]) + b_shift[None, :]
+        else:
+            weights = (weights + b_shift[None, :]) + a_shift[:, None]
+        weights = tl.exp(weights)
         if SCALED:
             weights *= tl.load(scale_ptr + b, mask=b < num_b, other=0.0)[None, :]
             scale_sum += tl.sum(weights, axis=1)
@@ -120,29 +111,16 @@ def _offsets(weight: Tensor, bias: Tensor | None) -> Tensor:
 
 def kept_softmax_fwd(x: Tensor, weight: Tensor, bias: Tensor | None, indices: Tensor) -> tuple[Tensor, Tensor]:
     offsets = _offsets(weight, bias)
-    lse = log_sum_exp(as_rows(x), as_rows(weight), offsets)
-    # The inner products of rows with kept codes do not depend on the values.
-    unused = lse.new_empty(()).expand(indices.shape)
-    values, _ = sparse_decode_bwd(x, unused, indices, weight, True, False)
-    if values.numel() > 0:
-        with on_device(x):
-            _kept_values_kernel[(triton.cdiv(values.numel(), _BLOCK_PAIRS),)](
-                values,
-                indices.contiguous(),
-                offsets,
-                lse,
-                values.numel(),
-                indices.shape[-1],
-                len(weight),
-                BLOCK=_BLOCK_PAIRS,
-            )
-    return values, lse.view(x.shape[:-1])
+    kept = indices.reshape(-1, indices.shape[-1]).contiguous()  # [N, k]
+    logits, largest, totals = log_sum_exp(as_rows(x), as_rows(weight), offsets, kept)
+    values = logits.sub_(largest[:, None]).exp_().div_(totals[:, None])
+    return values.view(indices.shape), torch.stack([largest, totals], dim=1).view(*x.shape[:-1], 2)
 
 
 def kept_softmax_bwd(
     grad: Tensor,
     values: Tensor,
-    lse: Tensor,
+    sums: Tensor,
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -152,27 +130,28 @@ def kept_softmax_bwd(
     need_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     kept = grad * values  # [..., k]
-    slope, row_shift = kept.sum(-1).flatten(), -lse.flatten()  # [N]
+    largest, totals = sums.view(-1, 2).unbind(1)  # [N]
+    slope, row_shift = kept.sum(-1).flatten() / totals, -largest
     offsets = _offsets(weight, bias)
     rows, codes = as_rows(x), as_rows(weight)
     grad_x, grad_weight, grad_bias = (torch.empty(0, dtype=torch.float32, device=x.device) for _ in range(3))
     if need_x:
-        means, _ = _softmax_sum(rows, codes, row_shift, offsets, None)
+        of_codes, _ = _softmax_sum(rows, codes, row_shift, offsets, None)
         grad_x = sparse_decode_fwd(kept, indices, weight).float()
-        grad_x.view(means.shape).addcmul_(slope[:, None], means, value=-1)
+        grad_x.view(of_codes.shape).addcmul_(slope[:, None], of_codes, value=-1)
     if need_weight or need_bias:
-        sums, scales = _softmax_sum(codes, rows, offsets, row_shift, slope)
+        of_rows, scales = _softmax_sum(codes, rows, offsets, row_shift, slope)
     if need_weight:
-        grad_weight = sparse_decode_bwd(x, kept, indices, weight, False, True)[1].sub_(sums)
+        grad_weight = sparse_decode_bwd(x, kept, indices, weight, False, True)[1].sub_(of_rows)
     if need_bias:
-        ones = kept.new_ones(()).expand(*x.shape[:-1], 1)
-        grad_bias = sparse_decode_bwd(ones, kept, indices, offsets[:, None], False, True)[1][:, 0] - scales
+        grad_bias = gather_codes_bwd(kept.unsqueeze(-1), indices, len(weight)).squeeze(1) - scales
     return grad_x, grad_weight, grad_bias
 
 
 def _softmax_sum(a: Rows, b: Rows, a_shift: Tensor, b_shift: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor]:
     """For each a, sum over all b of w b, [A, D], and of w, [A], w = scale_b exp(a . b + shifts); float32."""
-    config = softmax_sum_config(a.num_features, is_wide(a.tensor, b.tensor))
+    with on_device(a_shift):
+        config = softmax_sum_config(a.num_features, is_wide(a.tensor, b.tensor))
     blocks = triton.cdiv(a.num_rows, config.block_a), triton.cdiv(a.num_features, config.block_out)
     splits, per_split = splits_of(blocks[0] * blocks[1], triton.cdiv(b.num_rows, config.block_b))
     out = torch.empty(splits, a.num_rows, a.num_features, dtype=torch.float32, device=a_shift.device)

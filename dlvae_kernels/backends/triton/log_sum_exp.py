@@ -1,4 +1,8 @@
-"""Log-sum-exp of the logits of rows over all codes, tile by tile (Milakov and Gimelshein 2018, arXiv:1805.02867)."""
+"""Sums of exp(logit) of rows over all codes, tile by tile (Milakov and Gimelshein 2018, arXiv:1805.02867).
+
+The logits of the kept codes are taken out of the same tiles: computed otherwise they would round otherwise, and beside
+a large logit its softmax shows that.
+"""
 
 from __future__ import annotations
 
@@ -56,10 +60,14 @@ def _log_sum_exp_kernel(
     a_ptr,
     b_ptr,
     shift_ptr,
-    out_ptr,
+    index_ptr,
+    kept_ptr,
+    largest_ptr,
+    total_ptr,
     num_a,
     num_b,
     num_features,
+    kept,
     a_inner,
     a_outer,
     a_step,
@@ -75,8 +83,9 @@ def _log_sum_exp_kernel(
     BLOCK_A: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    BLOCK_KEPT: tl.constexpr,
 ):
-    """log sum exp of the logits of rows a over the codes b of one split: [splits, N]."""
+    """Largest logit m of rows a over the codes b of one split, and sum of exp(logit - m), [splits, N]; kept logits."""
     a = tl.program_id(0).to(tl.int64) * BLOCK_A + tl.arange(0, BLOCK_A)
     largest = tl.full([BLOCK_A], LOWEST, tl.float32)
     total = tl.zeros([BLOCK_A], tl.float32)
@@ -110,7 +119,17 @@ def _log_sum_exp_kernel(
         most = tl.maximum(largest, tl.max(logits, axis=1))
         total = total * tl.exp(largest - most) + tl.sum(tl.exp(logits - most[:, None]), axis=1)
         largest = most
-    tl.store(out_ptr + tl.program_id(1).to(tl.int64) * num_a + a, largest + tl.log(total), mask=a < num_a)
+        for begin in range(0, kept, BLOCK_KEPT):
+            j = begin + tl.arange(0, BLOCK_KEPT)
+            inside = (a < num_a)[:, None] & (j < kept)[None, :]
+            at = a[:, None] * kept + j[None, :]
+            column = tl.load(index_ptr + at, mask=inside, other=-1) - start
+            is_here = (column >= 0) & (column < BLOCK_B)
+            found = tl.gather(logits, tl.where(is_here, column, 0).to(tl.int32), axis=1)
+            tl.store(kept_ptr + at, found, mask=is_here)
+    out = tl.program_id(1).to(tl.int64) * num_a + a
+    tl.store(largest_ptr + out, largest, mask=a < num_a)
+    tl.store(total_ptr + out, total, mask=a < num_a)
 
 
 def splits_of(blocks: int, tiles: int) -> tuple[int, int]:
@@ -124,22 +143,31 @@ def is_wide(x: Tensor, weight: Tensor) -> bool:
     return INTERPRETED or x.dtype != weight.dtype or x.dtype == torch.float32
 
 
-def log_sum_exp(rows: Rows, codes: Rows, offsets: Tensor) -> Tensor:
-    """[N] float32."""
-    config = log_sum_exp_config(is_wide(rows.tensor, codes.tensor))
+def log_sum_exp(rows: Rows, codes: Rows, offsets: Tensor, indices: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Of each row the logits at indices [N, k], the largest logit m, and the sum of exp(logit - m); float32.
+
+    The logit at an index that is no code is -inf.
+    """
+    with on_device(offsets):
+        config = log_sum_exp_config(is_wide(rows.tensor, codes.tensor))
     blocks = triton.cdiv(rows.num_rows, config.block_a)
     splits, per_split = splits_of(blocks, triton.cdiv(codes.num_rows, config.block_b))
-    out = torch.empty(splits, rows.num_rows, dtype=torch.float32, device=offsets.device)
+    largest, totals = torch.empty(2, splits, rows.num_rows, dtype=torch.float32, device=offsets.device)
+    kept = torch.full(indices.shape, float("-inf"), dtype=torch.float32, device=offsets.device)
     if blocks > 0:
-        with on_device(out):
+        with on_device(offsets):
             _log_sum_exp_kernel[(blocks, splits)](
                 rows.tensor,
                 codes.tensor,
                 offsets,
-                out,
+                indices,
+                kept,
+                largest,
+                totals,
                 rows.num_rows,
                 codes.num_rows,
                 rows.num_features,
+                indices.shape[1],
                 *rows.strides,
                 *codes.strides,
                 per_split,
@@ -149,6 +177,10 @@ def log_sum_exp(rows: Rows, codes: Rows, offsets: Tensor) -> Tensor:
                 BLOCK_A=config.block_a,
                 BLOCK_B=config.block_b,
                 BLOCK_D=config.block_d,
+                BLOCK_KEPT=min(32, triton.next_power_of_2(indices.shape[1])),
                 num_warps=config.num_warps,
             )
-    return out[0] if splits == 1 else out.logsumexp(0)
+    if splits == 1:
+        return kept, largest[0], totals[0]
+    most = largest.amax(0)
+    return kept, most, (totals * (largest - most).exp_()).sum(0)

@@ -18,6 +18,19 @@ def multiply(a, b, total, HALF: tl.constexpr, UPCAST: tl.constexpr):
 
 
 @triton.jit
+def multiply_sums(a, b, total, HALF: tl.constexpr, UPCAST: tl.constexpr):
+    """As `multiply`, where a holds sums of two or more numbers of half precision."""
+    if UPCAST or not HALF:
+        return multiply(a, b, total, HALF, UPCAST)
+    high = a
+    if b.dtype == tl.float16:
+        high = tl.minimum(tl.maximum(a, -65504.0), 65504.0)
+    high = high.to(b.dtype)
+    total = tl.dot(high, b, acc=total)
+    return tl.dot((a - high.to(tl.float32)).to(b.dtype), b, acc=total)
+
+
+@triton.jit
 def sum_marked(marks, x, total, TERMS: tl.constexpr, UPCAST: tl.constexpr):
     """total + marks @ x for 0-1 marks; those are exact in bfloat16, as a float32 is in three TERMS."""
     if UPCAST:

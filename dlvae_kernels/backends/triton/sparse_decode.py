@@ -76,7 +76,7 @@ def _sparse_decode_bwd_values_kernel(
 ):
     """Inner products of gradients with atoms, for a block of pairs of a row and an atom."""
     pair = tl.program_id(0).to(tl.int64) * BLOCK_P + tl.arange(0, BLOCK_P)
-    mask = pair < num_rows * kept
+    mask = pair < tl.cast(num_rows, tl.int64) * kept
     atoms = tl.load(index_ptr + pair, mask=mask, other=-1)
     n = pair // kept
     total = tl.zeros([BLOCK_P, BLOCK_D], tl.float32)

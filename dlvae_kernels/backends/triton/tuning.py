@@ -168,19 +168,22 @@ class SoftmaxConfig:
 
 def log_sum_exp_config(wide: bool) -> SoftmaxConfig:
     """`wide`: products of float32."""
-    block_b, block_d = (128, 32) if architecture() >= 90 else (64, 16)
-    return SoftmaxConfig(block_a=128, block_b=block_b, block_d=block_d if wide else 64, block_out=0, num_warps=8)
+    block_b = 128 if architecture() >= 90 else 64
+    return SoftmaxConfig(block_a=128, block_b=block_b, block_d=_softmax_block_d(wide), block_out=0, num_warps=8)
 
 
 def softmax_sum_config(num_features: int, wide: bool) -> SoftmaxConfig:
     """The widest BLOCK_OUT that the registers hold: the logits are made again for each."""
-    arch = architecture()
-    if wide:
-        block_d, most = (32, 256) if arch >= 100 else (16, 128)
-    else:
-        block_d, most = (64, 256) if arch >= 90 else (32, 128)
+    most = 256 if architecture() >= (100 if wide else 90) else 128
     block_out = min(most, max(16, 1 << (num_features - 1).bit_length()))
-    return SoftmaxConfig(block_a=64, block_b=32, block_d=block_d, block_out=block_out, num_warps=8)
+    return SoftmaxConfig(block_a=64, block_b=32, block_d=_softmax_block_d(wide), block_out=block_out, num_warps=8)
+
+
+def _softmax_block_d(wide: bool) -> int:
+    """One for both: the same logits have to be made again, to the bit."""
+    if wide:
+        return 32 if architecture() >= 100 else 16
+    return 64 if architecture() >= 90 else 32
 
 
 def on_device(tensor: Tensor) -> AbstractContextManager[object]:
