@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dlvae_kernels import nearest_code, topk_codes
+from dlvae_kernels import nearest_code, topk_codes, use_backend
 from dlvae_kernels.backends.reference import topk_codes as reference_topk_codes
 from dlvae_kernels.backends.reference.scores import Scores
 from dlvae_kernels.testing import assert_accurate, assert_same_topk
@@ -66,6 +66,33 @@ def test_many_codes(device, dtypes, metric):
     x[3] *= 1e-3
     indices, found = topk_codes(x, dictionary, 9, metric=metric)
     assert_same_topk(indices, found, x, dictionary, metric=metric)
+
+
+@pytest.mark.parametrize("num_atoms", [64, 600])
+def test_extremes(device, num_atoms):
+    """Against the reference: biases that mask, rows far longer than the atoms, atoms too long for a square."""
+    x, dictionary = rows(4, 16, device), rows(num_atoms, 16, device)
+    bias = torch.zeros(num_atoms, device=device)
+    bias[::2] = torch.finfo(torch.float32).min
+    long, tiny, unbounded = dictionary.clone(), 1e-17 * dictionary, x.clone()
+    long[5] *= 1e19
+    unbounded[:, 0] = torch.inf
+    for rows_of, atoms, options in (
+        (x, dictionary, {"metric": "dot", "bias": bias}),
+        (x, dictionary, {"metric": "dot", "bias": torch.where(bias < 0, -torch.inf, bias)}),
+        (x, long, {"metric": "dot"}),
+        (x, long, {}),
+        (x, tiny, {}),
+        (x, 0 * dictionary, {}),
+        (1e-4 * x, 1e-2 * tiny, {}),
+        (unbounded, dictionary, {"metric": "dot"}),
+    ):
+        indices, values = topk_codes(rows_of, atoms, 4, **options)
+        with use_backend("reference"):
+            expected = topk_codes(rows_of, atoms, 4, **options)
+        torch.testing.assert_close(values, expected[1], equal_nan=True)
+        # Beside a long row, atoms that are tiny tie in float32.
+        assert atoms.abs().max() < 1e-10 or torch.equal(indices, expected[0])
 
 
 @pytest.mark.parametrize("metric", ["l2", "dot"])

@@ -8,10 +8,11 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
-from types import ModuleType
 from typing import Any
 
 import torch
+
+from . import limits
 
 # Operation -> the module that holds it.
 _MODULES = {
@@ -51,18 +52,14 @@ def why_not(op: str, *args: Any) -> str | None:
             return f"it has no kernel for {arg.dtype}"
         if not interpreted and (capability := torch.cuda.get_device_capability(arg.device)) < _LEAST_CAPABILITY:
             return f"it needs compute capability {_LEAST_CAPABILITY} or newer, and {arg.device} has {capability}"
-    limit = getattr(_module(op), "why_not", None)
+    limit = getattr(limits, op, None)
     return limit(*args) if limit else None
-
-
-def _module(op: str) -> ModuleType:
-    module = importlib.import_module(f".{_MODULES[op]}", __name__)
-    # Importing a module has put it here under its name, which may be that of the operation.
-    globals()[op] = getattr(module, op)
-    return module
 
 
 def __getattr__(name: str) -> Any:
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(_module(name), name)
+    function = getattr(importlib.import_module(f".{_MODULES[name]}", __name__), name)
+    # Importing a module has put it here under its name, which may be that of the operation.
+    globals()[name] = function
+    return function

@@ -32,11 +32,11 @@ _BLOCK_D = 16
 
 @dataclass(frozen=True)
 class CodebookParts:
-    """high, low: [K padded, D padded], low only of float32 codes; bias: [K padded], times 2^shift of such codes.
+    """high, low: [K padded, D padded], low only of float32 codes; bias: [K padded], of those times 2^shift unless asked.
 
     Packed: high is [K padded, 32], of each code high, high and low parts and three parts of the bias.
 
-    norms: [K padded], |c|: infinite or NaN where a code or its bias is, NaN beyond K.
+    norms: [K padded], |c|; infinite where only its square overflows, NaN of a code that is not finite, and beyond K.
 
     meta: int32, the largest exponent of a feature, minus the first code that is not NaN, the largest exponent of a
     bias; of codes of which none is finite the exponents are -127.
@@ -141,22 +141,24 @@ def _bias_kernel(
         largest = tl.maximum(largest, tl.max(tl.abs(c), axis=1))
     half = 0.5 * total
     bias = -half
-    exponents = exponent_of(largest)
+    given = tl.zeros([BLOCK_K], tl.float32)
     if DOT:
-        bias = tl.zeros([BLOCK_K], tl.float32)
+        bias = given
         if GIVEN:
             bias = tl.load(given_ptr + k, mask=k < num_codes, other=0.0).to(tl.float32)
         # As little finite as either of the two.
-        half = tl.maximum(half, tl.abs(bias), tl.PropagateNan.ALL)
-        # Beside a bias that is so much larger the code is nothing, and scaled with it the bias must not overflow.
-        exponents = tl.maximum(exponents, exponent_of(tl.abs(bias)) - 80)
+        given = tl.abs(bias)
+        half = tl.maximum(half, given, tl.PropagateNan.ALL)
     is_nan = half != half
     is_finite = half < float("inf")
-    tl.atomic_max(meta_ptr, tl.max(tl.where(is_finite, exponents, -127), axis=0))
+    tl.atomic_max(meta_ptr, tl.max(tl.where(is_finite, exponent_of(largest), -127), axis=0))
     tl.atomic_max(meta_ptr + 1, -tl.min(tl.where(is_nan | (k >= num_codes), num_codes, k), axis=0))
     tl.atomic_max(meta_ptr + 2, tl.max(tl.where(is_finite, exponent_of(half), -127), axis=0))
     tl.store(bias_ptr + k, tl.where(is_finite & (k < num_codes), bias, NEVER))
-    tl.store(norm_ptr + k, tl.where(k < num_codes, tl.where(is_finite, tl.sqrt(total), half), float("nan")))
+    # Of a code that is finite, but not its square, nothing is known.
+    is_open = (total == float("inf")) & (largest < float("inf")) & (given < float("inf"))
+    norm = tl.where(is_finite, tl.sqrt(total), tl.where(is_open, float("inf"), float("nan")))
+    tl.store(norm_ptr + k, tl.where(k < num_codes, norm, float("nan")))
 
 
 @triton.jit
@@ -173,6 +175,7 @@ def _codebook_parts_kernel(
     padded,
     SPLIT: tl.constexpr,
     PACKED: tl.constexpr,
+    SCALES_BIAS: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
@@ -209,7 +212,7 @@ def _codebook_parts_kernel(
             tl.store(low_ptr + out, low)
         else:
             tl.store(high_ptr + out, c.to(high_ptr.dtype.element_ty))
-    if SPLIT and not PACKED:
+    if SCALES_BIAS:
         tl.store(bias_ptr + k, bias * power_of_two(shift))
 
 
@@ -220,6 +223,7 @@ def codebook_parts(
     splits: bool,
     metric: str = "l2",
     given: Tensor | None = None,
+    scales_bias: bool = True,
 ) -> CodebookParts:
     """The parts of a codebook [K, D] on the current device.
 
@@ -228,6 +232,7 @@ def codebook_parts(
 
     Args:
         dtype: of the parts: float16 where float32 codes are split, else that of the product.
+        scales_bias: by the power of two of float32 codes.
         metric: "l2" with a bias of -|c|^2 / 2, or "dot" with the bias that is given [K], or none.
     """
     num_codes, num_features = codebook.shape
@@ -260,6 +265,7 @@ def codebook_parts(
         padded,
         SPLIT=splits,
         PACKED=config.packed,
+        SCALES_BIAS=splits and scales_bias and not config.packed,
         BLOCK_K=block,
         BLOCK_D=_BLOCK_D,
     )

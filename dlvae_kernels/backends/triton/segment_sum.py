@@ -150,6 +150,7 @@ def segment_sum(rows: Rows, codes: Tensor, num_codes: int, weights: Tensor | Non
             UPCAST=INTERPRETED,
             CHUNK=_CHUNK,
             BLOCK_D=block,
+            num_warps=8,
         )
         _join_edges_kernel[chunks, triton.cdiv(width, block)](
             ordered, out, edge, pairs, rows.num_features, chunks, CHUNK=_CHUNK, AHEAD=16, BLOCK_D=block

@@ -2,26 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
+from .limits import MOST_ON_CHIP
 from .rows import as_rows
 from .topk_on_chip import topk_on_chip
 from .topk_stream import topk_stream
 from .tuning import on_device
-
-# What registers hold of a row's scores, and of a row's candidates.
-MOST_ON_CHIP = 512
-MOST_KEPT = 256
-
-
-def why_not(x: Tensor | None = None, dictionary: Tensor | None = None, k: int = 1, *args: Any) -> str | None:
-    """Why it cannot keep so many."""
-    if dictionary is not None and k > MOST_KEPT and len(dictionary) > MOST_ON_CHIP:
-        return f"of more than {MOST_ON_CHIP} codes it keeps at most {MOST_KEPT}, and k is {k}"
-    return None
 
 
 def topk_codes(x: Tensor, dictionary: Tensor, k: int, metric: str, bias: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -32,6 +32,7 @@ def _select_kernel(
     high_parts,
     low_parts,
     bias_ptr,
+    norm_ptr,
     meta_ptr,
     index_ptr,
     value_ptr,
@@ -83,7 +84,7 @@ def _select_kernel(
             score = _product(x, low, score, UPCAST)
         score = _product(x, high, score, UPCAST)
     if SPLIT:
-        score *= power_of_two(-shift)[:, None]
+        score = score * power_of_two(-shift)[:, None] * power_of_two(-codebook_shift(meta_ptr))
     score += tl.load(bias_ptr + columns)[None, :]
     ordered = to_ordered(score)
     threshold, reached = kth_largest(ordered, kept)
@@ -104,15 +105,16 @@ def _select_kernel(
     out = tl.arange(0, BLOCK_N)[:, None] * kept + places
     start = first.to(tl.int64) * kept
     value = from_ordered(ordered)
-    if SPLIT:
-        value *= power_of_two(-codebook_shift(meta_ptr))
     if not DOT:
         value = squares[:, None] - 2.0 * value
         tl.store(square_ptr + rows, squares, mask=rows < num_rows)
     tl.store(index_ptr + start + out, tl.broadcast_to(columns[None, :], [BLOCK_N, BLOCK_K]).to(tl.int64), mask=mask)
     tl.store(value_ptr + start + out, value, mask=mask)
-    # What is not finite, or too long for a scale, is left to differences.
-    is_found = (from_ordered(threshold) > NEVER) & (squares < float("inf"))
+    # What is not finite, or too long for a square, is left to differences.
+    is_open = tl.load(norm_ptr + columns) == float("inf")
+    is_found = (
+        (from_ordered(threshold) > NEVER) & (squares < float("inf")) & (tl.max(is_open.to(tl.int32), axis=0) == 0)
+    )
     is_lost = (is_found == 0) & (rows < num_rows)
     place = tl.atomic_add(count_ptr + tl.zeros_like(rows), 1, mask=is_lost, sem="relaxed")
     tl.store(worklist_ptr + place, rows, mask=is_lost)
@@ -127,7 +129,7 @@ def topk_on_chip(
     splits_parts = dictionary.dtype != x.dtype or x.dtype == torch.float32
     dtype = torch.float16 if splits_parts else x.dtype
     config = on_chip_config(rows.num_features, num_codes)
-    parts = codebook_parts(dictionary, config, dtype, splits_parts, metric, bias)
+    parts = codebook_parts(dictionary, config, dtype, splits_parts, metric, bias, scales_bias=False)
     squares = torch.empty(rows.num_rows, dtype=torch.float32, device=x.device)
     worklist = torch.empty(rows.num_rows, dtype=torch.int32, device=x.device)
     count = torch.zeros(1, dtype=torch.int32, device=x.device)
@@ -137,6 +139,7 @@ def topk_on_chip(
         TensorDescriptor.from_tensor(parts.high, block),
         TensorDescriptor.from_tensor(parts.low, block),
         parts.bias,
+        parts.norms,
         parts.meta,
         indices,
         values,

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .codebook_parts import codebook_shift, power_of_two
+from .codebook_parts import codebook_shift, own_shift, power_of_two
 from .distances import squared_distances
 from .ordered import NO_KEY, index_of, sort_keys, to_key, value_of
 from .rows import Rows, row_offsets, unit
@@ -81,7 +81,7 @@ def _sort_kernel(
     keys = sort_keys(tl.where(mask, to_key(value, codes), NO_KEY), False, INTERPRETED)
     value = value_of(keys)
     tl.store(index_ptr + at, index_of(keys), mask=mask)
-    tl.store(value_ptr + at, -value if DOT else value, mask=mask)
+    tl.store(value_ptr + at, 0.0 - value if DOT else value, mask=mask)
 
 
 @triton.jit
@@ -170,8 +170,6 @@ def _rank_kernel(
 ):
     """Rank the candidates of each row or, for rows of a worklist and those with too many candidates, all codes."""
     columns = tl.arange(0, CAPACITY)[None, :]
-    scale = power_of_two(codebook_shift(meta_ptr))
-    unit = power_of_two(-codebook_shift(meta_ptr))
     if LISTED:
         num_rows = tl.load(count_ptr)
     for start in range(tl.program_id(0) * BLOCK_N, num_rows, tl.num_programs(0) * BLOCK_N):
@@ -191,6 +189,17 @@ def _rank_kernel(
             total = tl.where(is_listed, found, tl.where(mask[:, None], num_codes, 0))
         rows = tl.where(mask, rows, 0)
         starts = row_offsets(rows, inner, stride_outer, stride_inner)
+        shift = tl.zeros([BLOCK_N], tl.int32)
+        if not DOT:
+            # Differences are scaled so that their squares stay in range.
+            largest = tl.zeros([BLOCK_N], tl.float32)
+            for begin in range(0, num_features, BLOCK_D):
+                d = (begin + tl.arange(0, BLOCK_D)).to(tl.int64)
+                at = x_ptr + starts[:, None] + d[None, :] * stride_d
+                x = tl.load(at, mask=(d < num_features)[None, :], other=0.0).to(tl.float32)
+                largest = tl.maximum(largest, tl.max(tl.abs(x), axis=1))
+            shift = tl.minimum(codebook_shift(meta_ptr), own_shift(largest))
+        scale = power_of_two(shift)[:, None, None]
         best = _keys(
             x_ptr,
             codes_ptr,
@@ -235,10 +244,8 @@ def _rank_kernel(
         value = value_of(best)
         value = tl.where(kind == _FINITE, value, tl.where(kind == _INF, float("inf"), -float("inf")))
         value = tl.where(kind == _NAN, float("nan"), value)
-        if DOT:
-            value = -value
-        else:
-            value *= unit * unit
+        unit = power_of_two(-shift)[:, None]
+        value = 0.0 - value if DOT else value * unit * unit
         at = rows[:, None] * kept + columns
         mask = mask[:, None] & (columns < kept)
         tl.store(index_ptr + at, index_of(best) // 4, mask=mask)

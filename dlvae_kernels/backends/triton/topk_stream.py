@@ -25,8 +25,8 @@ from .tuning import INTERPRETED, TopkConfig, filter_config, num_splits
 _ROUNDING = tl.constexpr(2.0**-10 * 1.001)
 # What is lost of a small feature beside the largest, 2^-25 of a unit, is 2^-11 of this.
 _SMALLEST = tl.constexpr(2.0**-14)
-# So many rows at a time, so that lists take little beside them.
-_MOST_ROWS = 2**15
+# Rows at a time, and largest bounds of groups for them: lists take little beside them.
+_MOST_ROWS, _MOST_BOUNDS = 2**15, 2**26
 
 
 @triton.jit
@@ -132,19 +132,17 @@ def _filter_kernel(
     rows = start + tl.arange(0, BLOCK_N)
     columns = tl.arange(0, BLOCK_K)
     mask = rows < num_rows
-    # In units of scaled codes.
     unit = tl.load(unit_ptr + rows, mask=mask, other=0.0)[:, None]
     reach = tl.load(reach_ptr + rows, mask=mask, other=0.0)[:, None]
     features = tl.cast(num_features, tl.float32)
     error = ERROR * (1.0 + features / 85.0)
-    scale = 1.0
     smallest = 0.0
+    error_of_product = error
     if SPLIT:
-        scale = power_of_two(codebook_shift(meta_ptr))
-        smallest = tl.sqrt(features) * _SMALLEST
-        error_of_product = error + _ROUNDING
-    else:
-        error_of_product = error
+        of_parts = power_of_two(-codebook_shift(meta_ptr))
+        unit *= of_parts
+        smallest = tl.sqrt(features) * _SMALLEST * of_parts
+        error_of_product += _ROUNDING
     if COLLECT:
         threshold = tl.load(threshold_ptr + rows, mask=mask, other=float("inf"))[:, None]
     begin = tl.program_id(1) * tiles_per_split
@@ -158,14 +156,14 @@ def _filter_kernel(
         bias = tl.load(bias_ptr + tile * BLOCK_K + columns)
         is_finite = norm < float("inf")
         bias = tl.where(is_finite, bias, 0.0)
-        of_code = tl.where(is_finite, (norm * scale + smallest) * error_of_product, 0.0)[None, :]
+        of_code = tl.where(is_finite, (norm + smallest) * error_of_product, 0.0)[None, :]
         of_bias = tl.abs(bias) * error
         if COLLECT:
             upper = score * unit + (reach * of_code + (bias + of_bias)[None, :])
-            # A code that is infinite, or too long for a square, may be anywhere.
+            # A code that is too long for a square may be anywhere; a row that is not finite has no list.
             is_open = norm == float("inf")
-            is_listed = ((upper >= threshold) & is_finite[None, :]) | is_open[None, :]
-            is_listed &= mask[:, None]
+            is_listed = (((upper < threshold) == 0) & is_finite[None, :]) | is_open[None, :]
+            is_listed &= mask[:, None] & (reach < float("inf"))
             total = tl.sum(is_listed.to(tl.int32), axis=1)
             if tl.max(total, axis=0) > 0:
                 place = tl.atomic_add(count_ptr + rows, total, mask=total > 0, sem="relaxed")
@@ -209,10 +207,14 @@ def topk_stream(
     splits_parts = dictionary.dtype != x.dtype or x.dtype == torch.float32
     dtype = torch.float16 if splits_parts else x.dtype
     config = filter_config(rows.num_features)
-    parts = codebook_parts(dictionary, config, dtype, splits_parts, metric, bias)
-    for first in range(0, rows.num_rows, _MOST_ROWS):
-        count = min(_MOST_ROWS, rows.num_rows - first)
-        candidates, counts = _list(rows, first, count, len(dictionary), kept, parts, splits_parts, config)
+    parts = codebook_parts(dictionary, config, dtype, splits_parts, metric, bias, scales_bias=False)
+    tiles = triton.cdiv(len(dictionary), config.block_k)
+    # With 3 k groups about 1.2 k codes reach the k-th largest of their maxima.
+    groups = min(config.block_k // 2, triton.next_power_of_2(triton.cdiv(3 * kept, tiles)))
+    at_once = max(config.block_n, min(_MOST_ROWS, _MOST_BOUNDS // (tiles * groups)))
+    for first in range(0, rows.num_rows, at_once):
+        count = min(at_once, rows.num_rows - first)
+        candidates, counts = _list(rows, first, count, tiles, groups, kept, parts, splits_parts, config)
         rank(rows, dictionary, metric, bias, parts.meta, indices, values, counts, first=first, candidates=candidates)
 
 
@@ -220,7 +222,8 @@ def _list(
     rows: Rows,
     first: int,
     num_rows: int,
-    num_codes: int,
+    tiles: int,
+    groups: int,
     kept: int,
     parts: CodebookParts,
     splits_parts: bool,
@@ -228,7 +231,7 @@ def _list(
 ) -> tuple[Tensor, Tensor]:
     """Candidates [n, capacity] int32 of n rows, and how many each has, [n] int32: more than fit are not kept."""
     device = rows.tensor.device
-    padded, tiles = config.padded(rows.num_features), triton.cdiv(num_codes, config.block_k)
+    padded = config.padded(rows.num_features)
     x_parts = torch.empty(num_rows, padded, dtype=parts.high.dtype, device=device)
     units, reaches, thresholds = torch.empty(3, num_rows, dtype=torch.float32, device=device)
     _row_parts_kernel[(triton.cdiv(num_rows, 32),)](
@@ -246,8 +249,6 @@ def _list(
         BLOCK_D=config.block_d,
         UNIT=unit(*rows.strides[1:3]),
     )
-    # With 3 k groups about 1.2 k codes reach the k-th largest of their maxima.
-    groups = min(config.block_k // 2, triton.next_power_of_2(triton.cdiv(3 * kept, tiles)))
     capacity = max(64, triton.next_power_of_2(3 * kept))
     most = torch.empty(num_rows, tiles * groups, dtype=torch.float32, device=device)
     counts = torch.zeros(num_rows, dtype=torch.int32, device=device)
