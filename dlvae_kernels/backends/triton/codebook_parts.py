@@ -32,7 +32,9 @@ _BLOCK_D = 16
 
 @dataclass(frozen=True)
 class CodebookParts:
-    """high, low: [K padded, D padded], low only of float32 codes; bias: [K padded], of those times 2^shift unless asked.
+    """high, low: [K padded, D padded], low only of float32 codes.
+
+    bias: [K padded], times 2^shift of such codes unless asked otherwise.
 
     Packed: high is [K padded, 32], of each code high, high and low parts and three parts of the bias.
 

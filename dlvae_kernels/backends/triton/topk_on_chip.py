@@ -61,6 +61,7 @@ def _select_kernel(
     rows = first + tl.arange(0, BLOCK_N)
     columns = tl.arange(0, BLOCK_K)
     features = tl.arange(0, BLOCK_D)
+    is_open = tl.max((tl.load(norm_ptr + columns) == float("inf")).to(tl.int32), axis=0)
     largest = tl.zeros([BLOCK_N], tl.float32)
     squares = tl.zeros([BLOCK_N], tl.float32)
     for d in range(0, PADDED, BLOCK_D):
@@ -111,10 +112,7 @@ def _select_kernel(
     tl.store(index_ptr + start + out, tl.broadcast_to(columns[None, :], [BLOCK_N, BLOCK_K]).to(tl.int64), mask=mask)
     tl.store(value_ptr + start + out, value, mask=mask)
     # What is not finite, or too long for a square, is left to differences.
-    is_open = tl.load(norm_ptr + columns) == float("inf")
-    is_found = (
-        (from_ordered(threshold) > NEVER) & (squares < float("inf")) & (tl.max(is_open.to(tl.int32), axis=0) == 0)
-    )
+    is_found = (from_ordered(threshold) > NEVER) & (squares < float("inf")) & (is_open == 0)
     is_lost = (is_found == 0) & (rows < num_rows)
     place = tl.atomic_add(count_ptr + tl.zeros_like(rows), 1, mask=is_lost, sem="relaxed")
     tl.store(worklist_ptr + place, rows, mask=is_lost)

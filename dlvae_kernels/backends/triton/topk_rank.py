@@ -195,8 +195,8 @@ def _rank_kernel(
             largest = tl.zeros([BLOCK_N], tl.float32)
             for begin in range(0, num_features, BLOCK_D):
                 d = (begin + tl.arange(0, BLOCK_D)).to(tl.int64)
-                at = x_ptr + starts[:, None] + d[None, :] * stride_d
-                x = tl.load(at, mask=(d < num_features)[None, :], other=0.0).to(tl.float32)
+                of_x = x_ptr + starts[:, None] + d[None, :] * stride_d
+                x = tl.load(of_x, mask=(d < num_features)[None, :], other=0.0).to(tl.float32)
                 largest = tl.maximum(largest, tl.max(tl.abs(x), axis=1))
             shift = tl.minimum(codebook_shift(meta_ptr), own_shift(largest))
         scale = power_of_two(shift)[:, None, None]
