@@ -90,11 +90,11 @@ def _flag(rows: list[dict[str, str]]) -> str:
 
 
 def _agreement(rows: list[dict[str, str]], file: str) -> str:
-    """How far a second run of the same set agrees, where there is one."""
+    """How far an earlier run of the same set agrees, where there is one."""
     again = results.FOLDER / file.replace(".", "-again.")
     if not again.exists():
         return ""
-    return f" Beside a second run ({again.name}): {results.compare(rows, results.read(again))[-1]}."
+    return f" Beside an earlier run ({again.name}): {results.compare(rows, results.read(again))[-1]}."
 
 
 def _noise(rows: list[dict[str, str]]) -> float:
