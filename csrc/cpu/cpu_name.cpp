@@ -1,0 +1,3 @@
+#include "operations.h"
+
+std::string dlvae::cpu_name() { return kernels().name; }

@@ -1,0 +1,10 @@
+// AVX2 with FMA.
+#if defined(__x86_64__)
+#pragma GCC target("avx2,fma,f16c")
+#include "../kernels/table.h"
+
+const dlvae::Kernels& dlvae::avx2_kernels() {
+  static const Kernels table = make_table("avx2");
+  return table;
+}
+#endif

@@ -1,0 +1,10 @@
+// AVX-512 as every server has it.
+#if defined(__x86_64__)
+#pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl")
+#include "../kernels/table.h"
+
+const dlvae::Kernels& dlvae::avx512_kernels() {
+  static const Kernels table = make_table("avx512");
+  return table;
+}
+#endif

@@ -1,0 +1,7 @@
+// What the compiler's own target has: SSE2 on x86-64, NEON on 64-bit ARM.
+#include "../kernels/table.h"
+
+const dlvae::Kernels& dlvae::portable_kernels() {
+  static const Kernels table = make_table("portable");
+  return table;
+}

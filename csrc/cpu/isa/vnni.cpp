@@ -1,0 +1,10 @@
+// AVX-512 with sums of 16-bit products.
+#if defined(__x86_64__)
+#pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")
+#include "../kernels/table.h"
+
+const dlvae::Kernels& dlvae::vnni_kernels() {
+  static const Kernels table = make_table("vnni");
+  return table;
+}
+#endif

@@ -1,0 +1,60 @@
+// The arithmetics in which scores |c|^2 / 2 - x.c are found. A packed row is `steps` words of 32 bits; a score, whatever
+// its unit, is the start of its code plus the products of the words of both.
+#pragma once
+
+#include "../codebook.h"
+#include "simd.h"
+
+namespace {
+
+using dlvae::Codebook;
+
+// A word is one feature in float32.
+struct InFloat32 {
+  using Vector = Floats;
+  using Score = float;
+  static constexpr Score LARGEST = 3e38f;
+
+  static int64_t steps(int64_t features) { return features; }
+  static DLVAE_INLINE Vector spread(const uint32_t* word) { return load<float>(word) - Floats{}; }
+  static DLVAE_INLINE Vector add_product(Vector sum, Vector a, Vector b) { return sum + a * b; }
+};
+
+#if defined(__AVX512VNNI__)
+// A word is two features as 16-bit integers; their products are summed in 32 bits, exactly.
+struct InInt16 {
+  using Vector = Ints;
+  using Score = int32_t;
+  static constexpr Score LARGEST = INT32_MAX;
+
+  static int64_t steps(int64_t features) { return (features + 1) / 2; }
+  static DLVAE_INLINE Vector spread(const uint32_t* word) { return fill(load<int32_t>(word)); }
+  static DLVAE_INLINE Vector add_product(Vector sum, Vector a, Vector b) {
+    return (Ints)_mm512_dpwssd_epi32((__m512i)sum, (__m512i)a, (__m512i)b);
+  }
+};
+#endif
+
+// sums[r][v] += products of row r, at x + r * ld, with vector v of adjacent panels.
+template <class A, int R, int V>
+DLVAE_INLINE void add_products(
+    const uint32_t* x, int64_t ld, const uint32_t* panel, int64_t steps, typename A::Vector (&sums)[R][V]) {
+  using Vector = typename A::Vector;
+  for (int64_t s = 0; s < steps; ++s) {
+    Vector codes[V];
+    unroll<V>([&](auto v) {
+      constexpr int i = decltype(v)::value;
+      codes[i] = load<Vector>(panel + (i / 2 * steps + s) * PANEL + i % 2 * WIDTH);
+    });
+    unroll<R>([&](auto r) {
+      constexpr int j = decltype(r)::value;
+      const Vector value = A::spread(x + j * ld + s);
+      unroll<V>([&](auto v) {
+        constexpr int i = decltype(v)::value;
+        sums[j][i] = A::add_product(sums[j][i], value, codes[i]);
+      });
+    });
+  }
+}
+
+}  // namespace

@@ -1,0 +1,115 @@
+// Vectors of whatever instruction set this translation unit is compiled for, and the few operations that kernels use.
+//
+// Everything under kernels/ is compiled once for each instruction set. It lies in an anonymous namespace and uses no
+// standard containers or algorithms: the linker keeps one copy of an inline function, and it might be the wrong one.
+#pragma once
+
+#include <stdint.h>
+#include <string.h>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#define DLVAE_INLINE inline __attribute__((always_inline))
+
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int WIDTH = 16;
+// Rows that one block of accumulators holds beside two vectors of codes.
+constexpr int ROWS = 8;
+#elif defined(__AVX2__)
+constexpr int WIDTH = 8;
+constexpr int ROWS = 4;
+#else
+constexpr int WIDTH = 4;
+constexpr int ROWS = 4;
+#endif
+// Codes of one panel: two vectors.
+constexpr int PANEL = 2 * WIDTH;
+
+typedef float Floats __attribute__((vector_size(WIDTH * 4)));
+typedef int32_t Ints __attribute__((vector_size(WIDTH * 4)));
+typedef double Doubles __attribute__((vector_size(WIDTH * 4)));
+typedef float Half __attribute__((vector_size(WIDTH * 2)));  // as many floats as Doubles has elements
+
+template <int I>
+struct Constant {
+  static constexpr int value = I;
+};
+
+// f(Constant<0>), ..., f(Constant<N - 1>): a loop whose arrays the compiler keeps in registers.
+template <int N, int I = 0, class F>
+DLVAE_INLINE void unroll(const F& f) {
+  if constexpr (I < N) {
+    f(Constant<I>{});
+    unroll<N, I + 1>(f);
+  }
+}
+
+template <class V, class S>
+DLVAE_INLINE V load(const S* from) {
+  V v;
+  memcpy(&v, from, sizeof(V));
+  return v;
+}
+
+template <class V, class S>
+DLVAE_INLINE void store(S* to, V v) {
+  memcpy(to, &v, sizeof(V));
+}
+
+DLVAE_INLINE Floats fill(float value) { return value - Floats{}; }
+DLVAE_INLINE Ints fill(int32_t value) { return value - Ints{}; }
+
+DLVAE_INLINE Floats smaller(Floats a, Floats b) {
+#if defined(__AVX512F__)
+  return _mm512_min_ps(a, b);
+#elif defined(__AVX2__)
+  return _mm256_min_ps(a, b);
+#else
+  return a < b ? a : b;
+#endif
+}
+DLVAE_INLINE Floats larger(Floats a, Floats b) {
+#if defined(__AVX512F__)
+  return _mm512_max_ps(a, b);
+#elif defined(__AVX2__)
+  return _mm256_max_ps(a, b);
+#else
+  return a > b ? a : b;
+#endif
+}
+DLVAE_INLINE Ints smaller(Ints a, Ints b) {
+#if defined(__AVX512F__)
+  return (Ints)_mm512_min_epi32((__m512i)a, (__m512i)b);
+#else
+  return a < b ? a : b;
+#endif
+}
+DLVAE_INLINE Ints larger(Ints a, Ints b) {
+#if defined(__AVX512F__)
+  return (Ints)_mm512_max_epi32((__m512i)a, (__m512i)b);
+#else
+  return a > b ? a : b;
+#endif
+}
+
+// The smallest element; the vector's halves meet in turn, so that the order is fixed.
+template <class V>
+DLVAE_INLINE auto lowest(V v) {
+  auto low = v[0];
+  for (int i = 1; i < WIDTH; ++i) low = v[i] < low ? v[i] : low;
+  return low;
+}
+
+DLVAE_INLINE double total(Doubles v) {
+  double sum = 0;
+  for (int i = 0; i < WIDTH / 2; ++i) sum += v[i];
+  return sum;
+}
+
+DLVAE_INLINE Doubles widen(const float* from) { return __builtin_convertvector(load<Half>(from), Doubles); }
+
+}  // namespace

@@ -1,0 +1,24 @@
+// Rows of a tensor [..., D] with any strides, in plain numbers.
+#pragma once
+
+#include <stdint.h>
+
+namespace dlvae {
+
+enum class Type : int { float32, bfloat16, float16 };
+
+struct Rows {
+  static constexpr int MAX_DIMS = 12;
+
+  void* data;
+  Type type;
+  int64_t count;     // N
+  int64_t features;  // D
+  int64_t stride;    // from one feature to the next, in elements
+  // The dimensions of rows, from the outermost; such as are one in memory are joined.
+  int dims;
+  int64_t sizes[MAX_DIMS];
+  int64_t strides[MAX_DIMS];
+};
+
+}  // namespace dlvae

@@ -1,0 +1,21 @@
+#include "tensors.h"
+
+namespace dlvae {
+
+Matrix::Matrix(const char* name, const Tensor& tensor) : rows(tensor.size(0)), features(tensor.size(1)) {
+  const Rows view = rows_of(name, tensor);
+  if (view.type == Type::float32 && view.stride == 1 && view.dims == 1 && (rows == 1 || view.strides[0] == features)) {
+    copy_ = tensor;
+    data = static_cast<const float*>(tensor.data_ptr());
+    return;
+  }
+  copy_ = new_tensor(tensor, {rows, features});
+  float* out = static_cast<float*>(copy_.data_ptr());
+  data = out;
+  const Kernels& k = kernels();
+  parallel(rows, 1 + 32768 / std::max<int64_t>(1, features), [&](int64_t begin, int64_t end) {
+    k.load_rows(view, begin, end, out + begin * features, features);
+  });
+}
+
+}  // namespace dlvae

@@ -1,0 +1,16 @@
+// The private operations dlvae_native::, one for each dlvae:: operation that the compiled kernels can run.
+#include <torch/csrc/stable/library.h>
+
+#include "cpu/operations.h"
+
+STABLE_TORCH_LIBRARY(dlvae_native, m) {
+  m.def("cpu_name() -> str");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(dlvae_native, CompositeExplicitAutograd, m) {
+  m.impl("cpu_name", TORCH_BOX(&dlvae::cpu_name));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(dlvae_native, CPU, m) {
+  (void)m;
+}
