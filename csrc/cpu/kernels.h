@@ -37,6 +37,7 @@ const Kernels& portable_kernels();
 const Kernels& avx2_kernels();
 const Kernels& avx512_kernels();
 const Kernels& vnni_kernels();
+const Kernels& amx_kernels();
 #endif
 
 // Of a thread's own, without initial values; beyond the kernels' reach of the C++ library.
