@@ -5,10 +5,12 @@
 
 STABLE_TORCH_LIBRARY(dlvae_native, m) {
   m.def("cpu_name() -> str");
+  m.def("cpu_names(bool all) -> str");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(dlvae_native, CompositeExplicitAutograd, m) {
   m.impl("cpu_name", TORCH_BOX(&dlvae::cpu_name));
+  m.impl("cpu_names", TORCH_BOX(&dlvae::cpu_names));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(dlvae_native, CPU, m) {

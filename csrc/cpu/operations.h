@@ -5,6 +5,8 @@
 
 namespace dlvae {
 
+// The instruction set in use; and all that there are kernels for, or those that this processor has, the best first.
 std::string cpu_name();
+std::string cpu_names(bool all);
 
 }  // namespace dlvae
