@@ -11,29 +11,46 @@ using dlvae::Codebook;
 
 // A word is one feature in float32.
 struct InFloat32 {
+  using Feature = float;
   using Vector = Floats;
   using Score = float;
   static constexpr Score LARGEST = 3e38f;
 
-  static int64_t steps(int64_t features) { return features; }
-  static DLVAE_INLINE Vector spread(const uint32_t* word) { return load<float>(word) - Floats{}; }
+  static DLVAE_INLINE Vector spread(const uint32_t* word) { return fill(load<float>(word)); }
   static DLVAE_INLINE Vector add_product(Vector sum, Vector a, Vector b) { return sum + a * b; }
+  static DLVAE_INLINE Score sum(Score score, float margin) { return score + margin; }
 };
 
-#if defined(__AVX512VNNI__)
+#if defined(DLVAE_VNNI)
 // A word is two features as 16-bit integers; their products are summed in 32 bits, exactly.
 struct InInt16 {
+  using Feature = int16_t;
   using Vector = Ints;
   using Score = int32_t;
   static constexpr Score LARGEST = INT32_MAX;
 
-  static int64_t steps(int64_t features) { return (features + 1) / 2; }
   static DLVAE_INLINE Vector spread(const uint32_t* word) { return fill(load<int32_t>(word)); }
   static DLVAE_INLINE Vector add_product(Vector sum, Vector a, Vector b) {
     return (Ints)_mm512_dpwssd_epi32((__m512i)sum, (__m512i)a, (__m512i)b);
   }
+  // Never that of a code that does not count.
+  static DLVAE_INLINE Score sum(Score score, float margin) {
+    const double threshold = (double)score + margin;
+    return threshold < LARGEST - 1 ? (Score)threshold : LARGEST - 1;
+  }
+  static DLVAE_INLINE Vector round(Floats value) { return (Ints)_mm512_cvtps_epi32(value); }
 };
 #endif
+
+// The scores of a panel before any product, of each of R rows.
+template <class A, int R, int V>
+DLVAE_INLINE void begin_scores(const typename A::Score* start, typename A::Vector (&sums)[R][V]) {
+  unroll<V>([&](auto v) {
+    constexpr int i = decltype(v)::value;
+    const auto first = load<typename A::Vector>(start + i * WIDTH);
+    unroll<R>([&](auto r) { sums[decltype(r)::value][i] = first; });
+  });
+}
 
 // sums[r][v] += products of row r, at x + r * ld, with vector v of adjacent panels.
 template <class A, int R, int V>

@@ -58,7 +58,7 @@ DLVAE_INLINE void from_float(float value, Float16* to) {
 template <class T>
 DLVAE_INLINE void widen_row(const T* from, int64_t count, float* to) {
   int64_t d = 0;
-#if defined(__AVX512F__)
+#if defined(DLVAE_AVX512)
   if constexpr (sizeof(T) == 2) {
     for (; d + 16 <= count; d += 16) {
       const __m256i raw = _mm256_loadu_si256((const __m256i*)(from + d));
