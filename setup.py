@@ -46,7 +46,15 @@ def native_cpu() -> CppExtension:
         depends=files("csrc/*.h", "csrc/cpu/**/*.h"),
         py_limited_api=True,
         define_macros=[("TORCH_TARGET_VERSION", "0x020a000000000000")],
-        extra_compile_args=["-O3", "-g0", "-std=c++17", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unused-parameter"],
+        extra_compile_args=[
+            "-O3",
+            "-g0",
+            "-std=c++17",
+            "-fvisibility=hidden",
+            "-Wall",
+            "-Wextra",
+            "-Wno-unused-parameter",
+        ],
     )
 
 
@@ -103,6 +111,8 @@ class BuildOrSayWhy(BuildExtension):
 
     def run(self) -> None:
         reason = why_not()
+        # Before setuptools changes its mind about --inplace.
+        folders = [Path(self.build_lib), *([ROOT] if self.inplace else [])]
         if reason is None:
             try:
                 with overheard() as lines:
@@ -113,7 +123,6 @@ class BuildOrSayWhy(BuildExtension):
                 reason = "\n  ".join(["the compiler failed (`pip install -v` shows all that it says):", *last])
         if reason is not None and WANTED == "1":
             sys.exit(f"error: DLVAE_BUILD_EXT=1, and the C++ library was not built: {reason}")
-        folders = [Path(self.build_lib), *([ROOT] if self.inplace else [])]
         for package in (folder / "dlvae_kernels" for folder in folders):
             if reason is None:
                 (package / REASON).unlink(missing_ok=True)
