@@ -6,6 +6,10 @@
 STABLE_TORCH_LIBRARY(dlvae_native, m) {
   m.def("cpu_name() -> str");
   m.def("cpu_names(bool all) -> str");
+  m.def("nearest_code(Tensor x, Tensor codebook, bool return_distance, str precision) -> (Tensor, Tensor)");
+  m.def(
+      "vector_quantize_fwd(Tensor x, Tensor codebook, bool need_error, str precision)"
+      " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(dlvae_native, CompositeExplicitAutograd, m) {
@@ -14,5 +18,6 @@ STABLE_TORCH_LIBRARY_IMPL(dlvae_native, CompositeExplicitAutograd, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(dlvae_native, CPU, m) {
-  (void)m;
+  m.impl("nearest_code", TORCH_BOX(&dlvae::nearest_code));
+  m.impl("vector_quantize_fwd", TORCH_BOX(&dlvae::vector_quantize_fwd));
 }

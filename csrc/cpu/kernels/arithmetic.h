@@ -11,11 +11,11 @@ using dlvae::Codebook;
 
 // A word is one feature in float32.
 struct InFloat32 {
-  using Feature = float;
   using Vector = Floats;
   using Score = float;
   static constexpr Score LARGEST = 3e38f;
 
+  static int64_t steps(int64_t features) { return features; }
   static DLVAE_INLINE Vector spread(const uint32_t* word) { return fill(load<float>(word)); }
   static DLVAE_INLINE Vector add_product(Vector sum, Vector a, Vector b) { return sum + a * b; }
   static DLVAE_INLINE Score sum(Score score, float margin) { return score + margin; }
@@ -24,11 +24,11 @@ struct InFloat32 {
 #if defined(DLVAE_VNNI)
 // A word is two features as 16-bit integers; their products are summed in 32 bits, exactly.
 struct InInt16 {
-  using Feature = int16_t;
   using Vector = Ints;
   using Score = int32_t;
   static constexpr Score LARGEST = INT32_MAX;
 
+  static int64_t steps(int64_t features) { return (features + 1) / 2; }
   static DLVAE_INLINE Vector spread(const uint32_t* word) { return fill(load<int32_t>(word)); }
   static DLVAE_INLINE Vector add_product(Vector sum, Vector a, Vector b) {
     return (Ints)_mm512_dpwssd_epi32((__m512i)sum, (__m512i)a, (__m512i)b);
@@ -39,6 +39,30 @@ struct InInt16 {
     return threshold < LARGEST - 1 ? (Score)threshold : LARGEST - 1;
   }
   static DLVAE_INLINE Vector round(Floats value) { return (Ints)_mm512_cvtps_epi32(value); }
+
+  // The integers of a row, in pairs; returns the length of what is lost, or more.
+  static float pack_row(const float* x, int64_t features, float scale, float unit, uint32_t* words) {
+    const float inverse = 1 / unit;
+    float lost = 0;
+    int64_t d = 0;
+    int16_t* whole = (int16_t*)words;
+    Floats sum = {};
+    for (; d + WIDTH <= features; d += WIDTH) {
+      const Floats value = load<Floats>(x + d) * scale;
+      const __m512i rounded = _mm512_cvtps_epi32(value * inverse);
+      _mm256_storeu_si256((__m256i*)(whole + d), _mm512_cvtsepi32_epi16(rounded));
+      const Floats difference = value - _mm512_cvtepi32_ps(rounded) * unit;
+      sum += difference * difference;
+    }
+    for (; d < features; ++d) {
+      const float value = x[d] * scale, rounded = __builtin_nearbyintf(value * inverse);
+      whole[d] = (int16_t)rounded;
+      const float difference = value - rounded * unit;
+      lost += difference * difference;
+    }
+    if (features % 2) whole[features] = 0;
+    return __builtin_sqrtf(lost + total(sum)) * 1.0005f;
+  }
 };
 #endif
 
