@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dlvae_kernels import BackendUnavailable, backend_info, nearest_code, use_backend
+from dlvae_kernels import BackendUnavailable, nearest_code, use_backend
 from dlvae_kernels.backends import native, why_not
 
 ROOT = Path(__file__).parents[2]
@@ -242,11 +242,3 @@ def test_the_instruction_set_is_printed():
     for name in others:
         table = python(ROOT, "-m", "dlvae_kernels", DLVAE_CPU=name).stdout
         assert f"instruction set of the C++ kernels: {name} (DLVAE_CPU may name {first}" in table
-
-
-def test_an_operation_is_there_whole_or_not_at_all():
-    """A forward pass without its backward would change backends half way."""
-    lacks = {op for op, reasons in backend_info().items() if reasons["native"] is not None}
-    for op in lacks:
-        if op.endswith(("_fwd", "_bwd")):
-            assert {op[:-3] + "fwd", op[:-3] + "bwd"} <= lacks
