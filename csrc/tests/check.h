@@ -57,5 +57,6 @@ inline Rows adjacent_rows(std::vector<float>& values, int64_t count, int64_t fea
 }
 
 void test_rows(const Kernels& kernels);
+void test_search(const Kernels& kernels);
 
 }  // namespace dlvae

@@ -9,7 +9,9 @@ int main() {
       std::printf("%s: not tested, this processor lacks it\n", sets[i].name);
       continue;
     }
-    dlvae::test_rows(sets[i].table());
+    const dlvae::Kernels& kernels = sets[i].table();
+    dlvae::test_rows(kernels);
+    dlvae::test_search(kernels);
     std::printf("%s: ok\n", sets[i].name);
   }
   return 0;
