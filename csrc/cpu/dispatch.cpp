@@ -1,45 +1,36 @@
 #include <cstdlib>
 #include <cstring>
+#include <new>
 #include <stdexcept>
 #include <string>
 
 #include "kernels.h"
 
 namespace dlvae {
-namespace {
 
-struct Choice {
-  const char* name;
-  bool available;
-  const Kernels& (*table)();
-};
-
-// From the best to the plainest.
-const Choice* choices(int* count) {
-#if defined(__x86_64__)
+const InstructionSet* instruction_sets(int* count) {
+#if defined(DLVAE_X86)
   __builtin_cpu_init();
   static const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   static const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                              __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   static const bool vnni = avx512 && __builtin_cpu_supports("avx512vnni");
-  static const Choice all[] = {
+  static const InstructionSet all[] = {
       {"vnni", vnni, vnni_kernels},
       {"avx512", avx512, avx512_kernels},
       {"avx2", avx2, avx2_kernels},
       {"portable", true, portable_kernels},
   };
 #else
-  static const Choice all[] = {{"portable", true, portable_kernels}};
+  static const InstructionSet all[] = {{"portable", true, portable_kernels}};
 #endif
   *count = sizeof(all) / sizeof(all[0]);
   return all;
 }
 
-}  // namespace
-
 const Kernels& kernels() {
   int count;
-  const Choice* all = choices(&count);
+  const InstructionSet* all = instruction_sets(&count);
   // Read at each call, as DLVAE_BACKEND is.
   const char* name = std::getenv("DLVAE_CPU");
   std::string known;
@@ -56,9 +47,9 @@ const Kernels& kernels() {
 }
 
 void* allocate(int64_t bytes) {
-  const size_t size = ((size_t)bytes + 63) / 64 * 64;
-  void* memory = std::aligned_alloc(64, size == 0 ? 64 : size);
-  if (memory == nullptr) throw std::bad_alloc();
+  void* memory = nullptr;
+  // Of just that size, so that the address sanitizer sees a byte beyond.
+  if (posix_memalign(&memory, 64, (size_t)bytes) != 0) throw std::bad_alloc();
   return memory;
 }
 

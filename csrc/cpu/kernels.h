@@ -6,6 +6,11 @@
 #include "codebook.h"
 #include "rows.h"
 
+// Clang does not know `#pragma GCC target`: what it compiles is portable alone.
+#if defined(__x86_64__) && !defined(__clang__)
+#define DLVAE_X86
+#endif
+
 namespace dlvae {
 
 struct Kernels {
@@ -32,8 +37,17 @@ struct Kernels {
 // Those in use: the best that this machine has, or what DLVAE_CPU names. Throws where it names none that can run.
 const Kernels& kernels();
 
+struct InstructionSet {
+  const char* name;
+  bool available;  // on this processor
+  const Kernels& (*table)();
+};
+
+// All that this library has kernels for, from the best to the plainest.
+const InstructionSet* instruction_sets(int* count);
+
 const Kernels& portable_kernels();
-#if defined(__x86_64__)
+#if defined(DLVAE_X86)
 const Kernels& avx2_kernels();
 const Kernels& avx512_kernels();
 const Kernels& vnni_kernels();

@@ -8,7 +8,9 @@
 
 namespace dlvae {
 
+// The instruction set in use; and all that there are kernels for, or those that this processor has, the best first.
 std::string cpu_name();
+std::string cpu_names(bool all);
 
 std::tuple<Tensor, Tensor> nearest_code(const Tensor& x, const Tensor& codebook, bool return_distance, std::string precision);
 
