@@ -7,6 +7,7 @@ STABLE_TORCH_LIBRARY(dlvae_native, m) {
   m.def("cpu_name() -> str");
   m.def("cpu_names(bool all) -> str");
   m.def("nearest_code(Tensor x, Tensor codebook, bool return_distance, str precision) -> (Tensor, Tensor)");
+  m.def("uncertain_rows(Tensor x, Tensor codebook) -> int");
   m.def(
       "vector_quantize_fwd(Tensor x, Tensor codebook, bool need_error, str precision)"
       " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
@@ -19,5 +20,6 @@ STABLE_TORCH_LIBRARY_IMPL(dlvae_native, CompositeExplicitAutograd, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(dlvae_native, CPU, m) {
   m.impl("nearest_code", TORCH_BOX(&dlvae::nearest_code));
+  m.impl("uncertain_rows", TORCH_BOX(&dlvae::uncertain_rows));
   m.impl("vector_quantize_fwd", TORCH_BOX(&dlvae::vector_quantize_fwd));
 }

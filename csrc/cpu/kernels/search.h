@@ -284,13 +284,15 @@ inline void search_slowly(const Codebook& book, Nearest& nearest) {
 }
 
 // The nearest codes of rows x [count, D], at most BLOCK; also their squared distances where `distances` is not null.
+// Returns how many rows went through the scores again.
 template <class A>
-void search_block(
+int64_t search_block(
     const Codebook& book, const float* x, int64_t count, Block<A>& block, int64_t* indices, float* distances) {
   const int64_t features = book.features;
   pack_rows<A>(book, x, count, block);
   const bool is_grouped = prefers_groups(book);
   if (book.any_finite) (is_grouped ? scan<A, true> : scan<A, false>)(book, block);
+  int64_t uncertain = 0;
   for (int64_t r = 0; r < count; ++r) {
     Nearest nearest{book, x + r * features};
     if (block.measure.is_slow[r] || !book.any_finite) {
@@ -305,6 +307,7 @@ void search_block(
       const typename A::Score threshold = A::sum(best, block.margins[r]);
       if (second <= threshold) {
         compare_close<A>(book, block, r, threshold, nearest);
+        ++uncertain;
       } else if (is_grouped) {
         const int64_t lane = first % WIDTH, begin = first / WIDTH * GROUP * PANEL;
         const int64_t end = begin + GROUP * PANEL < book.count ? begin + GROUP * PANEL : book.count;
@@ -318,6 +321,7 @@ void search_block(
     if (distances)
       distances[r] = (float)squared_distance(nearest.x, book.codes + nearest.index * features, features);
   }
+  return uncertain;
 }
 
 // Calls f(an arithmetic) with the one in which this codebook is searched.
@@ -343,10 +347,11 @@ inline void pack_panels(const Codebook& book, int64_t begin, int64_t end) {
   in_arithmetic_of(book, [&](auto arithmetic) { pack_codes<decltype(arithmetic)>(book, begin, end); });
 }
 
-// Calls f(first row, rows, x as adjacent float32, their indices) for each block of rows [begin, end), once searched.
+// Calls f(first row, rows, x as adjacent float32) for each block of rows [begin, end), once searched.
 template <class F>
-DLVAE_INLINE void for_searched_blocks(
+DLVAE_INLINE int64_t for_searched_blocks(
     const Codebook& book, const Rows& rows, int64_t begin, int64_t end, int64_t* indices, float* distances, const F& f) {
+  int64_t uncertain = 0;
   in_arithmetic_of(book, [&](auto arithmetic) {
     using A = decltype(arithmetic);
     Block<A> block(book);
@@ -358,16 +363,17 @@ DLVAE_INLINE void for_searched_blocks(
         load_rows(rows, r, r + count, copy, book.features);
         x = copy;
       }
-      search_block<A>(book, x, count, block, indices + r, distances ? distances + r : nullptr);
+      uncertain += search_block<A>(book, x, count, block, indices + r, distances ? distances + r : nullptr);
       f(r, count, x);
     }
   });
+  return uncertain;
 }
 
-// Indices and, unless null, squared distances of rows [begin, end).
-inline void search_rows(
+// Indices and, unless null, squared distances of rows [begin, end); returns how many of them were uncertain.
+inline int64_t search_rows(
     const Codebook& book, const Rows& rows, int64_t begin, int64_t end, int64_t* indices, float* distances) {
-  for_searched_blocks(book, rows, begin, end, indices, distances, [](int64_t, int64_t, const float*) {});
+  return for_searched_blocks(book, rows, begin, end, indices, distances, [](int64_t, int64_t, const float*) {});
 }
 
 }  // namespace
