@@ -2,7 +2,10 @@
 #pragma once
 
 #include "../kernels.h"
+#include "elementwise.h"
 #include "rows.h"
+#include "segment_sum.h"
+#include "sparse_decode.h"
 
 namespace {
 
@@ -12,6 +15,11 @@ dlvae::Kernels make_table(const char* name) {
   table.panel = PANEL;
   table.load_rows = load_rows;
   table.store_rows = store_rows;
+  table.sum_segments = sum_segments;
+  table.decode_rows = decode_rows;
+  table.atom_products = atom_products;
+  table.ema_rows = ema_rows;
+  table.subtract_scaled = subtract_scaled;
   return table;
 }
 
