@@ -5,6 +5,10 @@
 
 STABLE_TORCH_LIBRARY(dlvae_native, m) {
   m.def("cpu_name() -> str");
+  m.def("nearest_code(Tensor x, Tensor codebook, bool return_distance, str precision) -> (Tensor, Tensor)");
+  m.def(
+      "vector_quantize_fwd(Tensor x, Tensor codebook, bool need_error, str precision)"
+      " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def("one_hot(Tensor indices, int num_codes, ScalarType dtype) -> Tensor");
   m.def("gather_codes_fwd(Tensor codebook, Tensor indices) -> Tensor");
   m.def("gather_codes_bwd(Tensor grad, Tensor indices, int num_codes) -> Tensor");
@@ -26,6 +30,8 @@ STABLE_TORCH_LIBRARY_IMPL(dlvae_native, CompositeExplicitAutograd, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(dlvae_native, CPU, m) {
+  m.impl("nearest_code", TORCH_BOX(&dlvae::nearest_code));
+  m.impl("vector_quantize_fwd", TORCH_BOX(&dlvae::vector_quantize_fwd));
   m.impl("one_hot", TORCH_BOX(&dlvae::one_hot));
   m.impl("gather_codes_fwd", TORCH_BOX(&dlvae::gather_codes_fwd));
   m.impl("gather_codes_bwd", TORCH_BOX(&dlvae::gather_codes_bwd));

@@ -8,7 +8,7 @@ namespace dlvae {
 namespace {
 
 bool all_finite(const float* values, int64_t count) {
-  float sum = 0;  // of zeros, and of NaN for what is not finite
+  float sum = 0;  // of zeros, and NaN for what is not finite
   for (int64_t i = 0; i < count; ++i) sum += values[i] * 0;
   return sum == 0;
 }
@@ -17,7 +17,7 @@ bool all_finite(const float* values, int64_t count) {
 void find_rows_not_finite(const Rows& rows, bool* is_not_finite) {
   const Kernels& k = kernels();
   parallel(rows.count, 1 + 16384 / rows.features, [&](int64_t begin, int64_t end) {
-    const Memory<float> row = new_memory<float>(rows.features);
+    const Array<float> row = new_array<float>(rows.features);
     for (int64_t i = begin; i < end; ++i) {
       k.load_rows(rows, i, i + 1, row.get(), rows.features);
       is_not_finite[i] = !all_finite(row.get(), rows.features);
@@ -61,7 +61,7 @@ Tensor ema_statistics(const Tensor& x, const Tensor& indices, int64_t num_codes)
   sum(nullptr);
   // Sums of finite rows alone are seldom anything else: so the rows are looked at only if they are.
   if (!is_finite) {
-    const Memory<bool> left_out = new_memory<bool>(rows.count);
+    const Array<bool> left_out = new_array<bool>(rows.count);
     find_rows_not_finite(rows, left_out.get());
     sum(left_out.get());
   }
@@ -86,7 +86,7 @@ void ema_step(
   const Tensor last = torch::stable::narrow(all, 1, features, 1);
   const Matrix counts("statistics", last);
   const Rows sizes_view = column_of("cluster_size", cluster_size);
-  const Memory<float> sizes = new_memory<float>(num_codes);
+  const Array<float> sizes = new_array<float>(num_codes);
   k.load_rows(sizes_view, 0, num_codes, sizes.get(), 1);
   double total = 0;
   for (int64_t code = 0; code < num_codes; ++code) {

@@ -17,6 +17,18 @@ struct Kernels {
   void (*load_rows)(const Rows& rows, int64_t begin, int64_t end, float* to, int64_t ld);
   void (*store_rows)(const Rows& rows, int64_t begin, int64_t end, const float* from, int64_t ld);
 
+  // A codebook is measured, code by code, and packed, panel by panel, into arrays of `packed_steps` words.
+  int64_t (*packed_steps)(const Codebook& book);
+  void (*measure_codes)(const Codebook& book, int64_t begin, int64_t end);
+  void (*pack_panels)(const Codebook& book, int64_t begin, int64_t end);
+  // Nearest codes of rows [begin, end), their squared distances unless that is null; begin is a multiple of BLOCK.
+  void (*search_rows)(
+      const Codebook& book, const Rows& x, int64_t begin, int64_t end, int64_t* indices, float* distances);
+  // Besides, the codes themselves and, unless its data is null, c - x; the sum of (c - x)^2 of each block to losses[block].
+  void (*quantize_rows)(
+      const Codebook& book, const Rows& x, int64_t begin, int64_t end, int64_t* indices, const Rows& quantized,
+      const Rows& error, double* losses);
+
   // What a share has of the pairs of rows [begin, end), which lie at data[., data_ld], is added to sums[., ld]; where
   // begin is 0, to nothing. is_far: rows come from beyond a core's cache. places: up to where each code has been summed.
   void (*sum_segments)(

@@ -1,20 +1,27 @@
 // The operations on the CPU, a file each; arguments and results are those of dlvae:: in ops.py.
 #pragma once
 
+#include <string>
+#include <tuple>
+
 #include "tensors.h"
 
 namespace dlvae {
 
 std::string cpu_name();
 
+std::tuple<Tensor, Tensor> nearest_code(const Tensor& x, const Tensor& codebook, bool return_distance, std::string precision);
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> vector_quantize_fwd(
+    const Tensor& x, const Tensor& codebook, bool need_error, std::string precision);
+std::tuple<Tensor, Tensor> vector_quantize_bwd(
+    const Tensor& grad_quantized, const Tensor& grad_codebook_loss, const Tensor& grad_commitment_loss,
+    const Tensor& error, const Tensor& indices, int64_t num_codes, bool need_x, bool need_codebook);
+
 Tensor one_hot(const Tensor& indices, int64_t num_codes, ScalarType dtype);
 
 Tensor gather_codes_fwd(const Tensor& codebook, const Tensor& indices);
 Tensor gather_codes_bwd(const Tensor& grad, const Tensor& indices, int64_t num_codes);
-
-std::tuple<Tensor, Tensor> vector_quantize_bwd(
-    const Tensor& grad_quantized, const Tensor& grad_codebook_loss, const Tensor& grad_commitment_loss,
-    const Tensor& error, const Tensor& indices, int64_t num_codes, bool need_x, bool need_codebook);
 
 Tensor ema_statistics(const Tensor& x, const Tensor& indices, int64_t num_codes);
 void ema_step(

@@ -61,14 +61,14 @@ class Shares {
 SortedPairs::SortedPairs(
     const Indices& codes, int64_t per_row, int64_t num_codes, const float* weights, const bool* left_out)
     : codes_(num_codes),
-      starts_(new_memory<int64_t>(num_codes + 1)),
-      rows_(new_memory<uint32_t>(codes.count)),
-      weights_(weights == nullptr ? nullptr : new_memory<float>(codes.count)) {
+      starts_(new_array<int64_t>(num_codes + 1)),
+      rows_(new_array<uint32_t>(codes.count)),
+      weights_(weights == nullptr ? nullptr : new_array<float>(codes.count)) {
   const int64_t rows = per_row == 0 ? 0 : codes.count / per_row;
   STD_TORCH_CHECK(rows <= UINT32_MAX, "indices have ", rows, " rows; they may have ", UINT32_MAX);
   // Each thread counts for itself: not worth it where codes are many.
   const int64_t parts = std::min(threads_for(codes.count), 1 + codes.count / (2 * num_codes));
-  const Memory<int64_t> next = new_memory<int64_t>(parts * num_codes);
+  const Array<int64_t> next = new_array<int64_t>(parts * num_codes);
   const auto for_parts = [&](const auto& f) {
     parallel(parts, 1, [&](int64_t begin, int64_t end) {
       for (int64_t part = begin; part < end; ++part)
@@ -126,8 +126,8 @@ void segment_sum(const Rows& rows, const SortedPairs& pairs, int64_t per_row, fl
   block = std::clamp<int64_t>(block, 1, std::max<int64_t>(1, rows.count));
   const bool is_far = block * row_bytes > NEAR_BYTES;
 
-  const Memory<float> copy = new_memory<float>(in_place ? 0 : block * rows.features);
-  const Memory<int64_t> places = new_memory<int64_t>(segments.codes + threads);  // a code that two threads part has two
+  const Array<float> copy = new_array<float>(in_place ? 0 : block * rows.features);
+  const Array<int64_t> places = new_array<int64_t>(segments.codes + threads);  // a code that two threads part has two
   const auto sum_block = [&](int64_t thread, int64_t begin, int64_t end, const float* data, int64_t data_ld) {
     const Share share = shares(thread);
     k.sum_segments(segments, share, begin, end, data, data_ld, is_far, places.get() + share.first_code + thread, sums,

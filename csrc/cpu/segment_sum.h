@@ -15,9 +15,9 @@ class SortedPairs {
 
  private:
   int64_t codes_;
-  Memory<int64_t> starts_;
-  Memory<uint32_t> rows_;
-  Memory<float> weights_;  // null where pairs have none
+  Array<int64_t> starts_;
+  Array<uint32_t> rows_;
+  Array<float> weights_;  // null where pairs have none
 };
 
 // sums[c, 0:D] = sum of weight * row over the pairs of code c, added in the order of the pairs: the same bits for any

@@ -13,8 +13,8 @@ class Kept {
   Kept(const Tensor& dictionary, const Indices& indices, int64_t k)
       : rows_(rows_of("dictionary", dictionary)),
         is_packed_(!is_dense(rows_) && indices.count < rows_.count),
-        numbers_(new_memory<int64_t>(is_packed_ ? indices.count : 0)),
-        packed_(new_memory<float>(is_packed_ ? indices.count * rows_.features : 0)) {
+        numbers_(new_array<int64_t>(is_packed_ ? indices.count : 0)),
+        packed_(new_array<float>(is_packed_ ? indices.count * rows_.features : 0)) {
     indices.check(0, indices.count, rows_.count);
     atoms.features = rows_.features;
     atoms.rows = k == 0 ? 0 : indices.count / k;
@@ -42,8 +42,8 @@ class Kept {
  private:
   Rows rows_;
   bool is_packed_;
-  Memory<int64_t> numbers_;
-  Memory<float> packed_;
+  Array<int64_t> numbers_;
+  Array<float> packed_;
   std::optional<Matrix> whole_;
 };
 

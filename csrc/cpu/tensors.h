@@ -97,10 +97,10 @@ struct Release {
 };
 // Numbers without initial values.
 template <class T>
-using Memory = std::unique_ptr<T[], Release>;
+using Array = std::unique_ptr<T[], Release>;
 template <class T>
-Memory<T> new_memory(int64_t count) {
-  return Memory<T>(static_cast<T*>(allocate(count * static_cast<int64_t>(sizeof(T)))));
+Array<T> new_array(int64_t count) {
+  return Array<T>(static_cast<T*>(allocate(count * static_cast<int64_t>(sizeof(T)))));
 }
 
 // Tensor [..., D] as adjacent float32 rows: the tensor itself where it is that.

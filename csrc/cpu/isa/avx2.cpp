@@ -1,6 +1,8 @@
 // AVX2 with FMA.
 #if defined(__x86_64__)
 #pragma GCC target("avx2,fma,f16c")
+// The compiler defines its own macros from options alone.
+#define DLVAE_AVX2
 #include "../kernels/table.h"
 
 const dlvae::Kernels& dlvae::avx2_kernels() {

@@ -1,6 +1,10 @@
 // AVX-512 with sums of 16-bit products.
 #if defined(__x86_64__)
 #pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")
+// The compiler defines its own macros from options alone.
+#define DLVAE_AVX2
+#define DLVAE_AVX512
+#define DLVAE_VNNI
 #include "../kernels/table.h"
 
 const dlvae::Kernels& dlvae::vnni_kernels() {

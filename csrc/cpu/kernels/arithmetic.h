@@ -16,11 +16,12 @@ struct InFloat32 {
   static constexpr Score LARGEST = 3e38f;
 
   static int64_t steps(int64_t features) { return features; }
-  static DLVAE_INLINE Vector spread(const uint32_t* word) { return load<float>(word) - Floats{}; }
+  static DLVAE_INLINE Vector spread(const uint32_t* word) { return fill(load<float>(word)); }
   static DLVAE_INLINE Vector add_product(Vector sum, Vector a, Vector b) { return sum + a * b; }
+  static DLVAE_INLINE Score sum(Score score, float margin) { return score + margin; }
 };
 
-#if defined(__AVX512VNNI__)
+#if defined(DLVAE_VNNI)
 // A word is two features as 16-bit integers; their products are summed in 32 bits, exactly.
 struct InInt16 {
   using Vector = Ints;
@@ -32,8 +33,48 @@ struct InInt16 {
   static DLVAE_INLINE Vector add_product(Vector sum, Vector a, Vector b) {
     return (Ints)_mm512_dpwssd_epi32((__m512i)sum, (__m512i)a, (__m512i)b);
   }
+  // Never that of a code that does not count.
+  static DLVAE_INLINE Score sum(Score score, float margin) {
+    const double threshold = (double)score + margin;
+    return threshold < LARGEST - 1 ? (Score)threshold : LARGEST - 1;
+  }
+  static DLVAE_INLINE Vector round(Floats value) { return (Ints)_mm512_cvtps_epi32(value); }
+
+  // The integers of a row, in pairs; returns the length of what is lost, or more.
+  static float pack_row(const float* x, int64_t features, float scale, float unit, uint32_t* words) {
+    const float inverse = 1 / unit;
+    float lost = 0;
+    int64_t d = 0;
+    int16_t* whole = (int16_t*)words;
+    Floats sum = {};
+    for (; d + WIDTH <= features; d += WIDTH) {
+      const Floats value = load<Floats>(x + d) * scale;
+      const __m512i rounded = _mm512_cvtps_epi32(value * inverse);
+      _mm256_storeu_si256((__m256i*)(whole + d), _mm512_cvtsepi32_epi16(rounded));
+      const Floats difference = value - _mm512_cvtepi32_ps(rounded) * unit;
+      sum += difference * difference;
+    }
+    for (; d < features; ++d) {
+      const float value = x[d] * scale, rounded = __builtin_nearbyintf(value * inverse);
+      whole[d] = (int16_t)rounded;
+      const float difference = value - rounded * unit;
+      lost += difference * difference;
+    }
+    if (features % 2) whole[features] = 0;
+    return __builtin_sqrtf(lost + total(sum)) * 1.0005f;
+  }
 };
 #endif
+
+// The scores of a panel before any product, of each of R rows.
+template <class A, int R, int V>
+DLVAE_INLINE void begin_scores(const typename A::Score* start, typename A::Vector (&sums)[R][V]) {
+  unroll<V>([&](auto v) {
+    constexpr int i = decltype(v)::value;
+    const auto first = load<typename A::Vector>(start + i * WIDTH);
+    unroll<R>([&](auto r) { sums[decltype(r)::value][i] = first; });
+  });
+}
 
 // sums[r][v] += products of row r, at x + r * ld, with vector v of adjacent panels.
 template <class A, int R, int V>

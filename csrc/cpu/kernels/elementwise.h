@@ -10,10 +10,10 @@ namespace {
 // Bytes of rows that pass through scratch memory together.
 constexpr int64_t SCRATCH = 16384;
 
-// A block of rows in float32: their own memory, or a copy.
-class Block {
+// Some rows in float32: their own memory, or a copy.
+class Batch {
  public:
-  Block(const Rows& rows, int64_t most) : ld(is_dense(rows) ? rows.strides[0] : rows.features), rows_(rows), in_place_(is_dense(rows)), copy_(in_place_ ? 0 : most * ld) {}
+  Batch(const Rows& rows, int64_t most) : ld(is_dense(rows) ? rows.strides[0] : rows.features), rows_(rows), in_place_(is_dense(rows)), copy_(in_place_ ? 0 : most * ld) {}
   const int64_t ld;
 
   float* load(int64_t begin, int64_t end) {
@@ -40,7 +40,7 @@ inline void ema_rows(
     const Rows& codebook, const Rows& embed_sum, const Rows& statistics, const float* sizes, float weight,
     int64_t begin, int64_t end) {
   const int64_t features = codebook.features, batch = batch_of(features);
-  Block codes(codebook, batch), sums(embed_sum, batch), batch_sums(statistics, batch);
+  Batch codes(codebook, batch), sums(embed_sum, batch), batch_sums(statistics, batch);
   for (int64_t first = begin; first < end; first += batch) {
     const int64_t last = first + batch < end ? first + batch : end;
     float* code = codes.load(first, last);
@@ -64,7 +64,7 @@ inline void ema_rows(
 inline void subtract_scaled(
     const Rows& a, const Rows& b, float scale, const Rows& out, int64_t begin, int64_t end) {
   const int64_t features = out.features, batch = batch_of(features);
-  Block from(a, batch), less(b, batch), to(out, batch);
+  Batch from(a, batch), less(b, batch), to(out, batch);
   for (int64_t first = begin; first < end; first += batch) {
     const int64_t last = first + batch < end ? first + batch : end;
     const float* x = from.load(first, last);

@@ -58,7 +58,7 @@ DLVAE_INLINE void from_float(float value, Float16* to) {
 template <class T>
 DLVAE_INLINE void widen_row(const T* from, int64_t count, float* to) {
   int64_t d = 0;
-#if defined(__AVX512F__)
+#if defined(DLVAE_AVX512)
   if constexpr (sizeof(T) == 2) {
     for (; d + 16 <= count; d += 16) {
       const __m256i raw = _mm256_loadu_si256((const __m256i*)(from + d));
@@ -133,6 +133,13 @@ void store_rows_of(const Rows& rows, int64_t begin, int64_t end, const float* so
       }
     }
   });
+}
+
+// Rows from `begin` where they lie in memory as float32, one after the other; else null.
+DLVAE_INLINE const float* adjacent_rows(const Rows& rows, int64_t begin) {
+  const bool are_adjacent = rows.type == Type::float32 && rows.stride == 1 && rows.dims == 1 &&
+                            (rows.count == 1 || rows.strides[0] == rows.features);
+  return are_adjacent ? (const float*)rows.data + begin * rows.features : nullptr;
 }
 
 // Rows [begin, end) as float32 at to[., ld].

@@ -8,18 +8,23 @@
 #include <string.h>
 
 #if defined(__x86_64__)
+// Its undefined registers are meant to be.
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#pragma GCC diagnostic ignored "-Wuninitialized"
 #include <immintrin.h>
+#pragma GCC diagnostic pop
 #endif
 
 #define DLVAE_INLINE inline __attribute__((always_inline))
 
 namespace {
 
-#if defined(__AVX512F__)
+#if defined(DLVAE_AVX512)
 constexpr int WIDTH = 16;
 // Rows that one block of accumulators holds beside two vectors of codes.
 constexpr int ROWS = 8;
-#elif defined(__AVX2__)
+#elif defined(DLVAE_AVX2)
 constexpr int WIDTH = 8;
 constexpr int ROWS = 4;
 #else
@@ -64,44 +69,71 @@ DLVAE_INLINE Floats fill(float value) { return value - Floats{}; }
 DLVAE_INLINE Ints fill(int32_t value) { return value - Ints{}; }
 
 DLVAE_INLINE Floats smaller(Floats a, Floats b) {
-#if defined(__AVX512F__)
+#if defined(DLVAE_AVX512)
   return _mm512_min_ps(a, b);
-#elif defined(__AVX2__)
+#elif defined(DLVAE_AVX2)
   return _mm256_min_ps(a, b);
 #else
   return a < b ? a : b;
 #endif
 }
 DLVAE_INLINE Floats larger(Floats a, Floats b) {
-#if defined(__AVX512F__)
+#if defined(DLVAE_AVX512)
   return _mm512_max_ps(a, b);
-#elif defined(__AVX2__)
+#elif defined(DLVAE_AVX2)
   return _mm256_max_ps(a, b);
 #else
   return a > b ? a : b;
 #endif
 }
 DLVAE_INLINE Ints smaller(Ints a, Ints b) {
-#if defined(__AVX512F__)
+#if defined(DLVAE_AVX512)
   return (Ints)_mm512_min_epi32((__m512i)a, (__m512i)b);
 #else
   return a < b ? a : b;
 #endif
 }
 DLVAE_INLINE Ints larger(Ints a, Ints b) {
-#if defined(__AVX512F__)
+#if defined(DLVAE_AVX512)
   return (Ints)_mm512_max_epi32((__m512i)a, (__m512i)b);
 #else
   return a > b ? a : b;
 #endif
 }
 
-// The smallest element; the vector's halves meet in turn, so that the order is fixed.
+// 0, 1, 2, ...
+DLVAE_INLINE Ints counting() {
+  Ints v;
+  for (int i = 0; i < WIDTH; ++i) v[i] = i;
+  return v;
+}
+
 template <class V>
 DLVAE_INLINE auto lowest(V v) {
-  auto low = v[0];
-  for (int i = 1; i < WIDTH; ++i) low = v[i] < low ? v[i] : low;
-  return low;
+  unroll<4>([&](auto i) {
+    constexpr int step = 1 << decltype(i)::value;
+    if constexpr (step < WIDTH) v = smaller(v, __builtin_shuffle(v, counting() ^ step));
+  });
+  return v[0];
+}
+
+// Whether any lane of a comparison holds.
+DLVAE_INLINE bool any(Ints mask) {
+#if defined(DLVAE_AVX512)
+  return _mm512_test_epi32_mask((__m512i)mask, (__m512i)mask) != 0;
+#elif defined(DLVAE_AVX2)
+  return !_mm256_testz_si256((__m256i)mask, (__m256i)mask);
+#else
+  return lowest(mask) != 0;
+#endif
+}
+
+DLVAE_INLINE float total(Floats v) {
+  unroll<4>([&](auto i) {
+    constexpr int step = 1 << decltype(i)::value;
+    if constexpr (step < WIDTH) v += __builtin_shuffle(v, counting() ^ step);
+  });
+  return v[0];
 }
 
 DLVAE_INLINE double total(Doubles v) {

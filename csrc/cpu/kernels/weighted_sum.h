@@ -7,7 +7,7 @@ namespace {
 
 // The first `count` floats of a vector, of less than WIDTH; zeros behind them.
 DLVAE_INLINE Floats load_part(const float* from, int64_t count) {
-#if defined(__AVX512F__)
+#if defined(DLVAE_AVX512)
   return _mm512_maskz_loadu_ps((__mmask16)((1u << count) - 1), from);
 #else
   Floats v{};
@@ -16,7 +16,7 @@ DLVAE_INLINE Floats load_part(const float* from, int64_t count) {
 #endif
 }
 DLVAE_INLINE void store_part(float* to, int64_t count, Floats v) {
-#if defined(__AVX512F__)
+#if defined(DLVAE_AVX512)
   _mm512_mask_storeu_ps(to, (__mmask16)((1u << count) - 1), v);
 #else
   for (int64_t i = 0; i < count; ++i) to[i] = v[i];
