@@ -5,6 +5,7 @@
 
 #include "codebook.h"
 #include "rows.h"
+#include "segments.h"
 
 // Clang does not know `#pragma GCC target`: what it compiles is portable alone.
 #if defined(__x86_64__) && !defined(__clang__)
@@ -33,6 +34,21 @@ struct Kernels {
   void (*quantize_rows)(
       const Codebook& book, const Rows& x, int64_t begin, int64_t end, int64_t* indices, const Rows& quantized,
       const Rows& error, double* losses);
+
+  // What a share has of the pairs of rows [begin, end), which lie at data[., data_ld], is added to sums[., ld]; where
+  // begin is 0, to nothing. is_far: rows come from beyond a core's cache. places: up to where each code has been summed.
+  void (*sum_segments)(
+      const Segments& segments, const Share& share, int64_t begin, int64_t end, const float* data, int64_t data_ld,
+      bool is_far, int64_t* places, float* sums, int64_t features, int64_t ld);
+  // Rows [begin, end) of out: sums of k atoms; and of values[., k]: inner products with them.
+  void (*decode_rows)(const Atoms& atoms, const float* values, int64_t begin, int64_t end, const Rows& out);
+  void (*atom_products)(const Atoms& atoms, const Rows& rows, int64_t begin, int64_t end, float* values);
+  // Codes [begin, end) of both by the statistics [K, D + 1]; a code goes to embed_sum / size where that is above 0.
+  void (*ema_rows)(
+      const Rows& codebook, const Rows& embed_sum, const Rows& statistics, const float* sizes, float weight,
+      int64_t begin, int64_t end);
+  // Rows [begin, end) of out = a - scale * b.
+  void (*subtract_scaled)(const Rows& a, const Rows& b, float scale, const Rows& out, int64_t begin, int64_t end);
 };
 
 // Those in use: the best that this machine has, or what DLVAE_CPU names. Throws where it names none that can run.

@@ -2,9 +2,12 @@
 #pragma once
 
 #include "../kernels.h"
+#include "elementwise.h"
 #include "quantize.h"
 #include "rows.h"
 #include "search.h"
+#include "segment_sum.h"
+#include "sparse_decode.h"
 
 namespace {
 
@@ -19,6 +22,11 @@ dlvae::Kernels make_table(const char* name) {
   table.pack_panels = pack_panels;
   table.search_rows = search_rows;
   table.quantize_rows = quantize_rows;
+  table.sum_segments = sum_segments;
+  table.decode_rows = decode_rows;
+  table.atom_products = atom_products;
+  table.ema_rows = ema_rows;
+  table.subtract_scaled = subtract_scaled;
   return table;
 }
 
