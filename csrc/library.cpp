@@ -5,6 +5,7 @@
 
 STABLE_TORCH_LIBRARY(dlvae_native, m) {
   m.def("cpu_name() -> str");
+  m.def("topk_codes(Tensor x, Tensor dictionary, int k, str metric, Tensor? bias) -> (Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(dlvae_native, CompositeExplicitAutograd, m) {
@@ -12,5 +13,5 @@ STABLE_TORCH_LIBRARY_IMPL(dlvae_native, CompositeExplicitAutograd, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(dlvae_native, CPU, m) {
-  (void)m;
+  m.impl("topk_codes", TORCH_BOX(&dlvae::topk_codes));
 }

@@ -5,6 +5,7 @@
 
 #include "codebook.h"
 #include "rows.h"
+#include "topk.h"
 
 namespace dlvae {
 
@@ -15,6 +16,11 @@ struct Kernels {
   // Rows [begin, end) to float32 at to[., ld], and back.
   void (*load_rows)(const Rows& rows, int64_t begin, int64_t end, float* to, int64_t ld);
   void (*store_rows)(const Rows& rows, int64_t begin, int64_t end, const float* from, int64_t ld);
+
+  // Squared lengths of codes [begin, end) of `features` each.
+  void (*square_codes)(const float* codes, int64_t begin, int64_t end, int64_t features, double* squares);
+  void (*pack_topk)(const Topk& topk, int64_t begin, int64_t end, float* panels);  // panels [begin, end)
+  void (*topk_rows)(const Topk& topk, int64_t begin, int64_t end);
 };
 
 // Those in use: the best that this machine has, or what DLVAE_CPU names. Throws where it names none that can run.

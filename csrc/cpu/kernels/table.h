@@ -3,6 +3,7 @@
 
 #include "../kernels.h"
 #include "rows.h"
+#include "topk.h"
 
 namespace {
 
@@ -12,6 +13,9 @@ dlvae::Kernels make_table(const char* name) {
   table.panel = PANEL;
   table.load_rows = load_rows;
   table.store_rows = store_rows;
+  table.square_codes = square_codes;
+  table.pack_topk = pack_topk;
+  table.topk_rows = topk_rows;
   return table;
 }
 
