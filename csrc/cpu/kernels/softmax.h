@@ -153,13 +153,18 @@ inline void kept_softmax_grad_rows(const KeptSoftmaxBackward& b, int64_t origin,
 // Adds the superblock of `count` rows to the gradients of tiles [begin, end) of codes.
 inline void kept_softmax_grad_codes(const KeptSoftmaxBackward& b, int64_t count, int64_t begin, int64_t end) {
   const int64_t codes = whole_tiles(b.forward.codes), panels = panels_of(b.forward.features);
-  const float* logits = b.logits + begin * ROWS * b.room;
-  if (b.needs_weight) {
-    // A panel at a time, so that a slice of it stays in the first cache.
-    for (int64_t p = 0; p < panels; ++p)
-      multiply(
-          logits, Tiled{b.room}, (end - begin) * ROWS, b.rows + p * b.room * PANEL, 0, 1, count,
-          b.weight + (p * codes + begin * ROWS) * PANEL, PANEL, nullptr, true);
+  // What some tiles have of a slice of rows stays in the second cache while all panels meet it.
+  constexpr int64_t TILES = 256 / ROWS;
+  for (int64_t tile = begin; b.needs_weight && tile < end; tile += TILES) {
+    const int64_t tiles = tile + TILES < end ? TILES : end - tile;
+    for (int64_t r = 0; r < count; r += SLICE) {
+      const int64_t rows = r + SLICE < count ? SLICE : count - r;
+      for (int64_t p = 0; p < panels; ++p)
+        multiply(
+            (const float*)b.logits + (tile * b.room + r) * ROWS, Tiled{b.room}, tiles * ROWS,
+            b.rows + (p * b.room + r) * PANEL, 0, 1, rows, b.weight + (p * codes + tile * ROWS) * PANEL, PANEL, nullptr,
+            true);
+    }
   }
   if (!b.needs_bias) return;
   for (int64_t tile = begin; tile < end; ++tile) {
