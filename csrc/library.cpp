@@ -25,6 +25,11 @@ STABLE_TORCH_LIBRARY(dlvae_native, m) {
   m.def(
       "sparse_decode_bwd(Tensor grad, Tensor values, Tensor indices, Tensor dictionary, bool need_values,"
       " bool need_dictionary) -> (Tensor, Tensor)");
+  m.def("topk_codes(Tensor x, Tensor dictionary, int k, str metric, Tensor? bias) -> (Tensor, Tensor)");
+  m.def("kept_softmax_fwd(Tensor x, Tensor weight, Tensor? bias, Tensor indices) -> (Tensor, Tensor)");
+  m.def(
+      "kept_softmax_bwd(Tensor grad, Tensor values, Tensor sums, Tensor x, Tensor weight, Tensor? bias, Tensor indices,"
+      " bool need_x, bool need_weight, bool need_bias) -> (Tensor, Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(dlvae_native, CompositeExplicitAutograd, m) {
@@ -44,4 +49,7 @@ STABLE_TORCH_LIBRARY_IMPL(dlvae_native, CPU, m) {
   m.impl("ema_step", TORCH_BOX(&dlvae::ema_step));
   m.impl("sparse_decode_fwd", TORCH_BOX(&dlvae::sparse_decode_fwd));
   m.impl("sparse_decode_bwd", TORCH_BOX(&dlvae::sparse_decode_bwd));
+  m.impl("topk_codes", TORCH_BOX(&dlvae::topk_codes));
+  m.impl("kept_softmax_fwd", TORCH_BOX(&dlvae::kept_softmax_fwd));
+  m.impl("kept_softmax_bwd", TORCH_BOX(&dlvae::kept_softmax_bwd));
 }

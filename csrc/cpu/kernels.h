@@ -11,12 +11,15 @@
 #if defined(__x86_64__) && !defined(__clang__)
 #define DLVAE_X86
 #endif
+#include "softmax.h"
+#include "topk.h"
 
 namespace dlvae {
 
 struct Kernels {
   const char* name;
   int panel;  // codes that are packed side by side
+  int rows;   // that one tile of a product holds
 
   // Rows [begin, end) to float32 at to[., ld], and back.
   void (*load_rows)(const Rows& rows, int64_t begin, int64_t end, float* to, int64_t ld);
@@ -49,6 +52,18 @@ struct Kernels {
       int64_t begin, int64_t end);
   // Rows [begin, end) of out = a - scale * b.
   void (*subtract_scaled)(const Rows& a, const Rows& b, float scale, const Rows& out, int64_t begin, int64_t end);
+  // Squared lengths of codes [begin, end) of `features` each.
+  void (*square_codes)(const float* codes, int64_t begin, int64_t end, int64_t features, double* squares);
+  void (*pack_topk)(const Topk& topk, int64_t begin, int64_t end, float* panels);  // panels [begin, end)
+  void (*topk_rows)(const Topk& topk, int64_t begin, int64_t end);
+
+  void (*pack_weight)(const float* weight, int64_t codes, int64_t features, int64_t begin, int64_t end, float* panels);
+  void (*pack_weight_columns)(
+      const float* weight, int64_t codes, int64_t features, int64_t begin, int64_t end, float* panels);
+  void (*kept_softmax_rows)(const KeptSoftmax& softmax, int64_t begin, int64_t end);
+  void (*kept_softmax_grad_rows)(const KeptSoftmaxBackward& backward, int64_t origin, int64_t begin, int64_t end);
+  void (*kept_softmax_grad_codes)(const KeptSoftmaxBackward& backward, int64_t count, int64_t begin, int64_t end);
+  void (*unpack_weight)(const KeptSoftmaxBackward& backward, int64_t begin, int64_t end, float* weight);
 };
 
 // Those in use: the best that this machine has, or what DLVAE_CPU names. Throws where it names none that can run.
