@@ -10,6 +10,7 @@
 #include "arithmetic.h"
 #include "bfloat16.h"
 #include "buffer.h"
+#include "distances.h"
 #include "int16.h"
 #include "rows.h"
 
@@ -23,28 +24,6 @@ constexpr int64_t GROUP = 8;
 constexpr float LARGEST_FEATURE = 0x1p40f;
 
 inline int64_t panels_of(const Codebook& book) { return (book.count + PANEL - 1) / PANEL; }
-
-DLVAE_INLINE bool is_finite(float value) { return value - value == 0; }
-
-// |x - c|^2.
-inline double squared_distance(const float* x, const float* c, int64_t features) {
-  constexpr int64_t STEP = WIDTH / 2;
-  Doubles sums[2] = {};
-  int64_t d = 0;
-  for (; d + 2 * STEP <= features; d += 2 * STEP) {
-    unroll<2>([&](auto i) {
-      const int64_t at = d + decltype(i)::value * STEP;
-      const Doubles difference = widen(x + at) - widen(c + at);
-      sums[decltype(i)::value] += difference * difference;
-    });
-  }
-  double rest = 0;
-  for (; d < features; ++d) {
-    const double difference = (double)x[d] - (double)c[d];
-    rest += difference * difference;
-  }
-  return total(sums[0] + sums[1]) + rest;
-}
 
 // The peaks and norms of codes [begin, end), both before any scaling.
 inline void measure_codes(const Codebook& book, int64_t begin, int64_t end) {
