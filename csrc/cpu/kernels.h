@@ -59,4 +59,8 @@ const Kernels& vnni_kernels();
 void* allocate(int64_t bytes);
 void release(void* memory);
 
+// Of memory that is about to be written as a whole: where it is new, the first touch of each page costs more than all
+// that the kernels do, and larger pages are fewer.
+void prefer_large_pages(void* memory, int64_t bytes);
+
 }  // namespace dlvae
