@@ -1,6 +1,7 @@
 // The operations on the CPU, a file each; arguments and results are those of dlvae:: in ops.py.
 #pragma once
 
+#include <optional>
 #include <string>
 #include <tuple>
 
@@ -8,7 +9,12 @@
 
 namespace dlvae {
 
+// The instruction set in use; and all that there are kernels for, or those that this processor has, the best first.
 std::string cpu_name();
+std::string cpu_names(bool all);
+
+// How many rows `nearest_code` searches a second time, since rounding might have hidden the nearest code: for tests.
+int64_t uncertain_rows(const Tensor& x, const Tensor& codebook);
 
 std::tuple<Tensor, Tensor> nearest_code(const Tensor& x, const Tensor& codebook, bool return_distance, std::string precision);
 
@@ -32,5 +38,14 @@ Tensor sparse_decode_fwd(const Tensor& values, const Tensor& indices, const Tens
 std::tuple<Tensor, Tensor> sparse_decode_bwd(
     const Tensor& grad, const Tensor& values, const Tensor& indices, const Tensor& dictionary, bool need_values,
     bool need_dictionary);
+
+std::tuple<Tensor, Tensor> topk_codes(
+    const Tensor& x, const Tensor& dictionary, int64_t k, std::string metric, std::optional<Tensor> bias);
+
+std::tuple<Tensor, Tensor> kept_softmax_fwd(
+    const Tensor& x, const Tensor& weight, std::optional<Tensor> bias, const Tensor& indices);
+std::tuple<Tensor, Tensor, Tensor> kept_softmax_bwd(
+    const Tensor& grad, const Tensor& values, const Tensor& sums, const Tensor& x, const Tensor& weight,
+    std::optional<Tensor> bias, const Tensor& indices, bool need_x, bool need_weight, bool need_bias);
 
 }  // namespace dlvae
