@@ -7,9 +7,6 @@
 
 namespace {
 
-// Bytes of rows that pass through scratch memory together.
-constexpr int64_t SCRATCH = 16384;
-
 // Some rows in float32: their own memory, or a copy.
 class Batch {
  public:
@@ -31,10 +28,8 @@ class Batch {
   Buffer<float> copy_;
 };
 
-inline int64_t batch_of(int64_t features) {
-  const int64_t rows = SCRATCH / ((int64_t)sizeof(float) * (features + 1));
-  return rows < 1 ? 1 : rows;
-}
+// Rows that pass through scratch memory together: whole tiles of those that are turned.
+inline int64_t batch_of(int64_t features) { return features < 256 ? 64 : 16; }
 
 inline void ema_rows(
     const Rows& codebook, const Rows& embed_sum, const Rows& statistics, const float* sizes, float weight,
