@@ -1,5 +1,3 @@
-#include <cstring>
-
 #include "indices.h"
 #include "operations.h"
 #include "segment_sum.h"
@@ -19,11 +17,14 @@ Tensor gather_codes_fwd(const Tensor& codebook, const Tensor& indices) {
   const Tensor out = new_tensor(codebook, shape, codebook.scalar_type());
   const char* from = static_cast<const char*>(codes.data_ptr());
   const int64_t stride = codes.stride(0) * size;
+  const Kernels& k = kernels();
   char* to = static_cast<char*>(out.data_ptr());
   parallel(which.count, 1 + 32768 / std::max<int64_t>(1, row_bytes), [&](int64_t begin, int64_t end) {
-    which.check(begin, end, num_codes);
-    for (int64_t i = begin; i < end; ++i) {
-      std::memcpy(to + i * row_bytes, from + which.data[i] * stride, row_bytes);
+    constexpr int64_t STEP = 1024;
+    for (; begin < end; begin += STEP) {
+      const int64_t last = std::min(begin + STEP, end);
+      which.check(begin, last, num_codes);
+      k.copy_rows(from, stride, which.data, begin, last, row_bytes, to);
     }
   });
   return out;

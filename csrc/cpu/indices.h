@@ -17,11 +17,12 @@ class Indices {
 
   // Those at [begin, end) need to lie in [0, size).
   void check(int64_t begin, int64_t end, int64_t size) const {
-    const auto leaves = [size](int64_t index) { return static_cast<uint64_t>(index) >= static_cast<uint64_t>(size); };
-    bool any = false;
-    for (int64_t i = begin; i < end; ++i) any |= leaves(data[i]);
-    if (!any) return;
-    const int64_t index = *std::find_if(data + begin, data + end, leaves);
+    // Of an index below 0, or of the last one less an index beyond it, the first bit is set.
+    const uint64_t last = static_cast<uint64_t>(size - 1);
+    uint64_t bits = 0;
+    for (int64_t i = begin; i < end; ++i) bits |= static_cast<uint64_t>(data[i]) | (last - static_cast<uint64_t>(data[i]));
+    if (bits >> 63 == 0) return;
+    const int64_t index = *std::find_if(data + begin, data + end, [=](int64_t i) { return i < 0 || i >= size; });
     STD_TORCH_CHECK(false, name_, " hold ", index, "; they need to lie in [0, ", size, ")");
   }
 

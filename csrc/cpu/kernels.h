@@ -46,6 +46,9 @@ struct Kernels {
   // Rows [begin, end) of out: sums of k atoms; and of values[., k]: inner products with them.
   void (*decode_rows)(const Atoms& atoms, const float* values, int64_t begin, int64_t end, const Rows& out);
   void (*atom_products)(const Atoms& atoms, const Rows& rows, int64_t begin, int64_t end, float* values);
+  // Rows [begin, end) of to, adjacent: those that indices name, `stride` bytes apart.
+  void (*copy_rows)(
+      const char* from, int64_t stride, const int64_t* indices, int64_t begin, int64_t end, int64_t row_bytes, char* to);
   // Codes [begin, end) of both by the statistics [K, D + 1]; a code goes to embed_sum / size where that is above 0.
   void (*ema_rows)(
       const Rows& codebook, const Rows& embed_sum, const Rows& statistics, const float* sizes, float weight,
@@ -89,5 +92,9 @@ const Kernels& amx_kernels();
 // Of a thread's own, without initial values; beyond the kernels' reach of the C++ library.
 void* allocate(int64_t bytes);
 void release(void* memory);
+
+// Of memory that is about to be written as a whole: where it is new, the first touch of each page costs more than all
+// that the kernels do, and larger pages are fewer.
+void prefer_large_pages(void* memory, int64_t bytes);
 
 }  // namespace dlvae

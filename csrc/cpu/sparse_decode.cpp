@@ -11,11 +11,11 @@ constexpr int64_t NEAR_BYTES = 1 << 20;
 class Kept {
  public:
   Kept(const Tensor& dictionary, const Indices& indices, int64_t k)
-      : rows_(rows_of("dictionary", dictionary)),
+      : indices_(indices),
+        rows_(rows_of("dictionary", dictionary)),
         is_packed_(!is_dense(rows_) && indices.count < rows_.count),
         numbers_(new_array<int64_t>(is_packed_ ? indices.count : 0)),
         packed_(new_array<float>(is_packed_ ? indices.count * rows_.features : 0)) {
-    indices.check(0, indices.count, rows_.count);
     atoms.features = rows_.features;
     atoms.rows = k == 0 ? 0 : indices.count / k;
     atoms.k = k;
@@ -28,6 +28,7 @@ class Kept {
     }
     const Kernels& table = kernels();
     parallel(indices.count, 1 + 16384 / rows_.features, [&](int64_t begin, int64_t end) {
+      indices.check(begin, end, rows_.count);
       for (int64_t i = begin; i < end; ++i) {
         numbers_[i] = i;
         table.load_rows(rows_, indices.data[i], indices.data[i] + 1, packed_.get() + i * rows_.features, rows_.features);
@@ -39,7 +40,22 @@ class Kept {
   }
   Atoms atoms{};
 
+  // f(begin, end) over all rows in parallel, a few at a time, whose indices have just been checked.
+  template <class F>
+  void for_rows(const F& f) const {
+    constexpr int64_t STEP = 64;
+    const int64_t k = atoms.k;
+    parallel(atoms.rows, 1 + 32768 / std::max<int64_t>(1, atoms.features * k), [&](int64_t begin, int64_t end) {
+      for (; begin < end; begin += STEP) {
+        const int64_t last = std::min(begin + STEP, end);
+        if (!is_packed_) indices_.check(begin * k, last * k, rows_.count);
+        f(begin, last);
+      }
+    });
+  }
+
  private:
+  const Indices& indices_;
   Rows rows_;
   bool is_packed_;
   Array<int64_t> numbers_;
@@ -55,9 +71,6 @@ void check_sizes(const Tensor& values, const Tensor& indices, const Tensor& dict
       "dictionary needs [K, D] with K >= 1 and D >= 1");
 }
 
-// Rows with k atoms each that a thread takes at least.
-int64_t grain_of(const Atoms& atoms) { return 1 + 32768 / std::max<int64_t>(1, atoms.features * atoms.k); }
-
 }  // namespace
 
 Tensor sparse_decode_fwd(const Tensor& values, const Tensor& indices, const Tensor& dictionary) {
@@ -69,7 +82,7 @@ Tensor sparse_decode_fwd(const Tensor& values, const Tensor& indices, const Tens
   const Tensor out = new_tensor(values, shape_with(values, {dictionary.size(1)}), type);
   const Rows out_rows = rows_of("out", out);
   const Kernels& k = kernels();
-  parallel(kept.atoms.rows, grain_of(kept.atoms), [&](int64_t begin, int64_t end) {
+  kept.for_rows([&](int64_t begin, int64_t end) {
     k.decode_rows(kept.atoms, coefficients.data, begin, end, out_rows);
   });
   return out;
@@ -91,7 +104,7 @@ std::tuple<Tensor, Tensor> sparse_decode_bwd(
     const Kept kept(dictionary, which, per_row);
     const Kernels& k = kernels();
     float* to = static_cast<float*>(grad_values.data_ptr());
-    parallel(rows.count, grain_of(kept.atoms), [&](int64_t begin, int64_t end) {
+    kept.for_rows([&](int64_t begin, int64_t end) {
       k.atom_products(kept.atoms, rows, begin, end, to);
     });
   }

@@ -89,7 +89,16 @@ inline std::vector<int64_t> shape_with(const Tensor& x, std::initializer_list<in
 }
 
 inline Tensor new_tensor(const Tensor& like, const std::vector<int64_t>& shape, ScalarType type = ScalarType::Float) {
-  return torch::stable::new_empty(like, torch::headeronly::IntHeaderOnlyArrayRef(shape), type);
+  Tensor tensor = torch::stable::new_empty(like, torch::headeronly::IntHeaderOnlyArrayRef(shape), type);
+  prefer_large_pages(tensor.data_ptr(), tensor.numel() * static_cast<int64_t>(tensor.element_size()));
+  return tensor;
+}
+
+// As torch.empty_like: dense strides are kept.
+inline Tensor new_like(const Tensor& like) {
+  Tensor tensor = torch::stable::empty_like(like);
+  prefer_large_pages(tensor.data_ptr(), tensor.numel() * static_cast<int64_t>(tensor.element_size()));
+  return tensor;
 }
 
 struct Release {

@@ -31,8 +31,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> vector_quantize_fwd(
   const Rows rows = rows_of("x", x);
   STD_TORCH_CHECK(codebook.dim() == 2, "codebook has ", codebook.dim(), " dimensions; it needs [K, D]");
   STD_TORCH_CHECK(rows.features == codebook.size(1), "x has D = ", rows.features, "; it needs that of codebook, ", codebook.size(1));
-  const Tensor quantized = torch::stable::empty_like(x);
-  const Tensor error = need_error ? torch::stable::empty_like(x) : new_tensor(x, {0}, x.scalar_type());
+  const Tensor quantized = new_like(x);
+  const Tensor error = need_error ? new_like(x) : new_tensor(x, {0}, x.scalar_type());
   const Tensor indices = new_tensor(x, shape_with(x, {}), ScalarType::Long);
   const Tensor counts = new_tensor(x, {codebook.size(0)}, ScalarType::Long);
   const Tensor codebook_loss = new_tensor(x, {}), commitment_loss = new_tensor(x, {});
@@ -79,7 +79,7 @@ std::tuple<Tensor, Tensor> vector_quantize_bwd(
   if (need_x) {
     check_cpu("grad_quantized", grad_quantized);
     STD_TORCH_CHECK(shape_of(grad_quantized) == shape_of(error), "grad_quantized has a shape that is not that of error");
-    grad_x = torch::stable::empty_like(error);
+    grad_x = new_like(error);
     const std::vector<int64_t> order = memory_order(error);
     const Rows from = rows_of("grad_quantized", grad_quantized, order), less = rows_of("error", error, order);
     const Rows out = rows_of("grad_x", grad_x, order);

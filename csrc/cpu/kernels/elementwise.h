@@ -7,9 +7,6 @@
 
 namespace {
 
-// Bytes of rows that pass through scratch memory together.
-constexpr int64_t SCRATCH = 16384;
-
 // Some rows in float32: their own memory, or a copy.
 class Batch {
  public:
@@ -31,9 +28,29 @@ class Batch {
   Buffer<float> copy_;
 };
 
-inline int64_t batch_of(int64_t features) {
-  const int64_t rows = SCRATCH / ((int64_t)sizeof(float) * (features + 1));
-  return rows < 1 ? 1 : rows;
+// Rows that pass through scratch memory together: whole tiles of those that are turned.
+inline int64_t batch_of(int64_t features) { return features < 256 ? 64 : 16; }
+
+// Rows [begin, end) of to: those of `from` that indices name.
+inline void copy_rows(
+    const char* from, int64_t stride, const int64_t* indices, int64_t begin, int64_t end, int64_t row_bytes, char* to) {
+  constexpr int64_t STEP = sizeof(Floats), AHEAD = 8;
+  for (int64_t i = begin; i < end; ++i) {
+    const char* row = from + indices[i] * stride;
+    char* out = to + i * row_bytes;
+    if (i + AHEAD < end) {
+      const char* later = from + indices[i + AHEAD] * stride;
+      for (int64_t b = 0; b < row_bytes && b < 1024; b += 64) __builtin_prefetch(later + b);
+    }
+    int64_t b = 0;
+    for (; b + 4 * STEP <= row_bytes; b += 4 * STEP)
+      unroll<4>([&](auto v) {
+        constexpr int64_t at = decltype(v)::value * STEP;
+        store(out + b + at, load<Floats>(row + b + at));
+      });
+    for (; b + STEP <= row_bytes; b += STEP) store(out + b, load<Floats>(row + b));
+    if (b < row_bytes) memcpy(out + b, row + b, row_bytes - b);
+  }
 }
 
 inline void ema_rows(

@@ -3,6 +3,7 @@
 
 #include "../rows.h"
 #include "simd.h"
+#include "transpose.h"
 
 namespace {
 
@@ -91,6 +92,24 @@ DLVAE_INLINE void for_runs(const Rows& rows, int64_t begin, int64_t end, const F
   }
 }
 
+// WIDTH columns of as many elements, `stride` apart, to rows of float32.
+template <class T>
+DLVAE_INLINE void turn(const T* from, int64_t stride, float* to, int64_t ld) {
+  Floats tile[WIDTH];
+  unroll<WIDTH>([&](auto i) {
+    constexpr int d = decltype(i)::value;
+    if constexpr (sizeof(T) == sizeof(float)) {
+      tile[d] = load<Floats>(from + d * stride);
+    } else {
+      float wide[WIDTH];
+      widen_row(from + d * stride, WIDTH, wide);
+      tile[d] = load<Floats>(wide);
+    }
+  });
+  transpose(tile);
+  unroll<WIDTH>([&](auto i) { store(to + decltype(i)::value * ld, tile[decltype(i)::value]); });
+}
+
 template <class T>
 void load_rows_of(const Rows& rows, int64_t begin, int64_t end, float* to, int64_t ld) {
   for_runs(rows, begin, end, [&](int64_t first, int64_t count, int64_t offset, int64_t row_stride) {
@@ -106,6 +125,11 @@ void load_rows_of(const Rows& rows, int64_t begin, int64_t end, float* to, int64
       const int64_t r1 = r0 + TILE < count ? r0 + TILE : count;
       for (int64_t d0 = 0; d0 < rows.features; d0 += TILE) {
         const int64_t d1 = d0 + TILE < rows.features ? d0 + TILE : rows.features;
+        if (row_stride == 1 && r1 - r0 == TILE && d1 - d0 == TILE) {
+          for (int64_t r = r0; r < r1; r += WIDTH)
+            for (int64_t d = d0; d < d1; d += WIDTH) turn(from + r + d * rows.stride, rows.stride, out + r * ld + d, ld);
+          continue;
+        }
         for (int64_t d = d0; d < d1; ++d)
           for (int64_t r = r0; r < r1; ++r) out[r * ld + d] = to_float(from[r * row_stride + d * rows.stride]);
       }
@@ -128,6 +152,13 @@ void store_rows_of(const Rows& rows, int64_t begin, int64_t end, const float* so
       const int64_t r1 = r0 + TILE < count ? r0 + TILE : count;
       for (int64_t d0 = 0; d0 < rows.features; d0 += TILE) {
         const int64_t d1 = d0 + TILE < rows.features ? d0 + TILE : rows.features;
+        if constexpr (sizeof(T) == sizeof(float)) {
+          if (row_stride == 1 && r1 - r0 == TILE && d1 - d0 == TILE) {
+            for (int64_t r = r0; r < r1; r += WIDTH)
+              for (int64_t d = d0; d < d1; d += WIDTH) turn(from + r * ld + d, ld, to + r + d * rows.stride, rows.stride);
+            continue;
+          }
+        }
         for (int64_t d = d0; d < d1; ++d)
           for (int64_t r = r0; r < r1; ++r) from_float(from[r * ld + d], to + r * row_stride + d * rows.stride);
       }

@@ -28,6 +28,7 @@ dlvae::Kernels make_table(const char* name) {
   table.sum_segments = sum_segments;
   table.decode_rows = decode_rows;
   table.atom_products = atom_products;
+  table.copy_rows = copy_rows;
   table.ema_rows = ema_rows;
   table.subtract_scaled = subtract_scaled;
   table.square_codes = square_codes;

@@ -41,7 +41,7 @@ struct Terms {
 template <int V, class Index>
 DLVAE_INLINE void add_terms_to(const Terms<Index>& terms, int64_t feature, int64_t part, bool is_first, float* to) {
   constexpr int COUNT = V == 0 ? 1 : V;
-  constexpr int AHEAD = V > 8 ? 3 : V > 2 ? 6 : 12;
+  constexpr int AHEAD = 8;
   Floats sums[COUNT];
   unroll<COUNT>([&](auto v) {
     constexpr int i = decltype(v)::value;

@@ -1,0 +1,24 @@
+// A square of vectors, turned.
+#pragma once
+
+#include "simd.h"
+
+namespace {
+
+// Element j of vector i and element i of vector j change places.
+DLVAE_INLINE void transpose(Floats (&v)[WIDTH]) {
+  Ints low;
+  for (int i = 0; i < WIDTH; ++i) low[i] = i % 2 * WIDTH + i / 2;
+  // Each step makes the first bit of the vector's number the last of the element's, and the reverse.
+  for (int step = WIDTH; step > 1; step /= 2) {
+    Floats next[WIDTH];
+    unroll<WIDTH / 2>([&](auto pair) {
+      constexpr int i = decltype(pair)::value;
+      next[2 * i] = __builtin_shuffle(v[i], v[i + WIDTH / 2], low);
+      next[2 * i + 1] = __builtin_shuffle(v[i], v[i + WIDTH / 2], low + WIDTH / 2);
+    });
+    unroll<WIDTH>([&](auto i) { v[decltype(i)::value] = next[decltype(i)::value]; });
+  }
+}
+
+}  // namespace
