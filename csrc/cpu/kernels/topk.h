@@ -102,8 +102,12 @@ class TopkSearch {
     const double terms = (double)(chain + t_.features / CHAIN + 8);
     row.square = squared_norm(x, t_.features);
     row.is_exact = !(row.square < 0x1p180) || t_.packed == 0;
-    // What vanishes below the smallest normal number adds to it.
-    row.margin = (float)(1.01 * ROUNDING * terms * t_.norm * __builtin_sqrt(row.square) + (double)t_.features * 0x1p-120);
+    double margin = 1.01 * ROUNDING * terms * t_.norm * __builtin_sqrt(row.square);
+    // What vanishes below the smallest normal number adds to it; and codes beside which the row is so long that float64
+    // does not tell the distances apart have to tie.
+    margin += (double)t_.features * 0x1p-120;
+    if (!t_.is_product) margin += (double)(t_.features + 2) * 0x1p-53 * row.square * (double)t_.scale;
+    row.margin = (float)margin;
     row.count = 0;
     row.bound = LARGEST_SCORE;
   }
