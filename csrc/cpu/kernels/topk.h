@@ -15,7 +15,7 @@ namespace {
 using dlvae::Topk;
 
 constexpr int64_t CODES = 512;        // of one chunk, whole panels
-constexpr int64_t SORTED_BY_RANKS = 320;  // at most; beyond, digits are faster
+constexpr int64_t SORTED_BY_RANKS = 512;  // at most; beyond, digits are faster
 constexpr float LARGEST_SCORE = 0x1p100f;
 constexpr double ROUNDING = 0x1p-24;
 
