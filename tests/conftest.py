@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import pytest
 import torch
 
-from dlvae_kernels.backends import BACKENDS, use_backend, why_not
+from dlvae_kernels.backends import BACKENDS, native, use_backend, why_not
 from dlvae_kernels.backends.reference import __all__ as ALL_OPS
 
 _PLACES = [(backend, device) for backend in BACKENDS for device in ("cpu", "cuda")]
+# The best instruction set of a processor runs every test, the others those whose name holds one of these.
+_ON_EVERY_SET = ("equals", "strides", "ties", "nan", "finite", "statistics", "gradient", "by_hand")
 
 
 def _missing(backend: str, device: str, ops: tuple[str, ...]) -> list[str]:
@@ -19,6 +22,14 @@ def _missing(backend: str, device: str, ops: tuple[str, ...]) -> list[str]:
         return ["no CUDA device"] * len(ops)
     probe = torch.empty(0, device=device)
     return [reason for op in ops if (reason := why_not(backend, op, probe)) is not None]
+
+
+def _instruction_sets(backend: str, device: str, test: str) -> list[str]:
+    """Values of DLVAE_CPU to run a test with; where there are none to choose from, an empty one."""
+    if (backend, device) != ("native", "cpu") or os.environ.get("DLVAE_CPU"):
+        return [""]
+    sets = native.instruction_sets()
+    return sets if any(name in test for name in _ON_EVERY_SET) else sets[:1]
 
 
 def pytest_report_header() -> list[str]:
@@ -40,22 +51,27 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         ways = getattr(metafunc.module, "WAYS", {})
         places = [
             pytest.param(
-                (backend, device, way), id=f"{backend}-{device}{way}", marks=[pytest.mark.gpu] * (device == "cuda")
+                (backend, device, cpu, way),
+                id="-".join(filter(None, (backend, device, cpu))) + way,
+                marks=[pytest.mark.gpu] * (device == "cuda"),
             )
             for backend, device in _PLACES
             if not _missing(backend, device, metafunc.module.OPS)
+            for cpu in _instruction_sets(backend, device, metafunc.function.__name__)
             for way in ways.get(backend, ("",))
         ]
         metafunc.parametrize("device", places, indirect=True)
 
 
 @pytest.fixture
-def device(request: pytest.FixtureRequest) -> Iterator[torch.device]:
-    """A device, with the backend forced."""
-    backend, name, _ = request.param
+def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.device]:
+    """A device, with the backend and the instruction set forced."""
+    backend, name, cpu, _ = request.param
     takes_float64 = request.node.get_closest_marker("float64") or torch.float64 in request.node.callspec.params.values()
     if backend != "reference" and takes_float64:
         pytest.skip("float64 is the reference's alone")
+    if cpu:
+        monkeypatch.setenv("DLVAE_CPU", cpu)
     with use_backend(backend):
         yield torch.device(name)
 

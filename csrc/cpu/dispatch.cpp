@@ -1,45 +1,63 @@
 #include <cstdlib>
 #include <cstring>
+#include <new>
 #include <stdexcept>
 #include <string>
 
 #include "kernels.h"
 
+#if defined(DLVAE_X86) && defined(__linux__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace dlvae {
 namespace {
 
-struct Choice {
-  const char* name;
-  bool available;
-  const Kernels& (*table)();
-};
+// Whether there are tiles for bfloat16, and the system lets this process have them: it must be asked.
+bool has_tiles() {
+#if defined(DLVAE_EMULATE_TILES)
+  return __builtin_cpu_supports("avx512bf16");
+#elif defined(DLVAE_X86) && defined(__linux__)
+  unsigned a, b, c, d;
+  constexpr unsigned TILE = 1u << 24, BF16 = 1u << 22, AVX512_BF16 = 1u << 5;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & TILE) == 0 || (d & BF16) == 0) return false;
+  if (!__get_cpuid_count(7, 1, &a, &b, &c, &d) || (a & AVX512_BF16) == 0) return false;
+  constexpr long REQUEST_PERMISSION = 0x1023, TILE_DATA = 18;
+  return syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA) == 0;
+#else
+  return false;
+#endif
+}
 
-// From the best to the plainest.
-const Choice* choices(int* count) {
-#if defined(__x86_64__)
+}  // namespace
+
+const InstructionSet* instruction_sets(int* count) {
+#if defined(DLVAE_X86)
   __builtin_cpu_init();
   static const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   static const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                              __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   static const bool vnni = avx512 && __builtin_cpu_supports("avx512vnni");
-  static const Choice all[] = {
+  static const bool amx = vnni && has_tiles();
+  static const InstructionSet all[] = {
+      {"amx", amx, amx_kernels},
       {"vnni", vnni, vnni_kernels},
       {"avx512", avx512, avx512_kernels},
       {"avx2", avx2, avx2_kernels},
       {"portable", true, portable_kernels},
   };
 #else
-  static const Choice all[] = {{"portable", true, portable_kernels}};
+  static const InstructionSet all[] = {{"portable", true, portable_kernels}};
 #endif
   *count = sizeof(all) / sizeof(all[0]);
   return all;
 }
 
-}  // namespace
-
 const Kernels& kernels() {
   int count;
-  const Choice* all = choices(&count);
+  const InstructionSet* all = instruction_sets(&count);
   // Read at each call, as DLVAE_BACKEND is.
   const char* name = std::getenv("DLVAE_CPU");
   std::string known;
@@ -56,9 +74,9 @@ const Kernels& kernels() {
 }
 
 void* allocate(int64_t bytes) {
-  const size_t size = ((size_t)bytes + 63) / 64 * 64;
-  void* memory = std::aligned_alloc(64, size == 0 ? 64 : size);
-  if (memory == nullptr) throw std::bad_alloc();
+  void* memory = nullptr;
+  // Of just that size, so that the address sanitizer sees a byte beyond.
+  if (posix_memalign(&memory, 64, (size_t)bytes) != 0) throw std::bad_alloc();
   return memory;
 }
 

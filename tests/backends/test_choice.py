@@ -12,7 +12,7 @@ import torch
 
 import dlvae_kernels
 from dlvae_kernels import BackendUnavailable, backend_info, backends, nearest_code, use_backend
-from dlvae_kernels.backends import BACKENDS, choose, reference, why_not
+from dlvae_kernels.backends import BACKENDS, choose, native, reference, why_not
 
 ROOT = Path(__file__).parents[2]
 X, CODEBOOK = torch.zeros(2, 3), torch.zeros(4, 3)
@@ -24,13 +24,19 @@ def module(environment: dict[str, str], *arguments: str) -> subprocess.Completed
     )
 
 
+@pytest.fixture
+def not_built(monkeypatch):
+    """As on a machine without the C++ library, whether or not it is there."""
+    monkeypatch.setattr(native, "_load", lambda: "the C++ library was not built: no C++ compiler")
+
+
 def test_reference_runs_everything():
     assert set(backend_info()) == set(reference.__all__)
     assert all(reasons["reference"] is None for reasons in backend_info().values())
 
 
 @pytest.mark.parametrize("name", ["triton", "native"])
-def test_a_forced_backend_that_lacks_the_operation_raises_its_reason(name):
+def test_a_forced_backend_that_lacks_the_operation_raises_its_reason(name, not_built):
     reason = why_not(name, "nearest_code", X)
     assert reason
     with use_backend(name), pytest.raises(BackendUnavailable, match=f"nearest_code: the backend '{name}'.*") as caught:
@@ -80,7 +86,7 @@ def test_environment_variable(monkeypatch):
         nearest_code(X, CODEBOOK)
 
 
-def test_the_first_backend_that_can_is_chosen_and_the_others_are_named_once(monkeypatch, caplog):
+def test_the_first_backend_that_can_is_chosen_and_the_others_are_named_once(monkeypatch, caplog, not_built):
     calls = []
     able = SimpleNamespace(why_not=lambda op, *args: None, nearest_code=lambda *args: calls.append(args))
     monkeypatch.setattr(backends, "_logged", set())
@@ -88,7 +94,7 @@ def test_the_first_backend_that_can_is_chosen_and_the_others_are_named_once(monk
     for _ in range(2):
         assert choose("nearest_code", X) is reference.nearest_code
     assert len(caplog.records) == 1
-    assert "not native: this version has no compiled kernel" in caplog.text
+    assert "not native: the C++ library was not built: no C++ compiler" in caplog.text
     monkeypatch.setitem(BACKENDS, "native", able)
     assert choose("nearest_code", X) is able.nearest_code
 
@@ -104,17 +110,21 @@ def test_an_error_in_a_kernel_is_not_caught(monkeypatch):
         raise FloatingPointError("kernel")
 
     monkeypatch.setattr(reference, "nearest_code", fails)
-    with pytest.raises(FloatingPointError, match="kernel"):
+    with use_backend("reference"), pytest.raises(FloatingPointError, match="kernel"):
         nearest_code(X, CODEBOOK)
 
 
 def test_the_table_prints_every_operation_backend_and_reason():
     result = module({}, "-m", "dlvae_kernels")
     assert result.returncode == 0, result.stderr
-    for op, reasons in backend_info().items():
-        assert f"\n{op} " in result.stdout
-        for backend, reason in reasons.items():
-            assert (f"{op}, {backend}: {reason}" in result.stdout) == (reason is not None)
+    info = backend_info()
+    assert all(f"\n{op} " in result.stdout for op in info)
+    for backend in BACKENDS:
+        lines = [line for line in result.stdout.splitlines() if line.startswith(f"{backend}, ")]
+        for op, reasons in info.items():
+            mine = [line for line in lines if line.startswith(f"{backend}, all: ") or op in line.split(":")[0]]
+            assert len(mine) == (reasons[backend] is not None)
+            assert all(line.endswith(f": {reasons[backend]}".splitlines()[0]) for line in mine)
 
 
 def test_the_variable_from_a_shell():

@@ -80,7 +80,7 @@ def test_several_tiles_and_chunks(device, monkeypatch):
         *inputs, indices = case(600, 8300, 20, 3, device)
     else:
         module, name, few = {
-            "triton": ("triton.log_sum_exp", "WANTED_PROGRAMS", 1),
+            "triton": ("triton.tuning", "WANTED_PROGRAMS", 1),
             "reference": ("reference.kept_softmax", "_CHUNK_ELEMENTS", 3 * 130),
         }[forced_backend()]
         monkeypatch.setattr(importlib.import_module(f"dlvae_kernels.backends.{module}"), name, few)

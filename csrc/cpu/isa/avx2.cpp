@@ -1,5 +1,7 @@
 // AVX2 with FMA.
-#if defined(__x86_64__)
+#include "../kernels.h"
+
+#if defined(DLVAE_X86)
 #pragma GCC target("avx2,fma,f16c")
 // The compiler defines its own macros from options alone.
 #define DLVAE_AVX2

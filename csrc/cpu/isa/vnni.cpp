@@ -1,5 +1,7 @@
 // AVX-512 with sums of 16-bit products.
-#if defined(__x86_64__)
+#include "../kernels.h"
+
+#if defined(DLVAE_X86)
 #pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")
 // The compiler defines its own macros from options alone.
 #define DLVAE_AVX2

@@ -8,7 +8,12 @@
 #include <string.h>
 
 #if defined(__x86_64__)
+// Its undefined registers are meant to be.
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#pragma GCC diagnostic ignored "-Wuninitialized"
 #include <immintrin.h>
+#pragma GCC diagnostic pop
 #endif
 
 #define DLVAE_INLINE inline __attribute__((always_inline))
@@ -121,6 +126,14 @@ DLVAE_INLINE bool any(Ints mask) {
 #else
   return lowest(mask) != 0;
 #endif
+}
+
+DLVAE_INLINE float total(Floats v) {
+  unroll<4>([&](auto i) {
+    constexpr int step = 1 << decltype(i)::value;
+    if constexpr (step < WIDTH) v += __builtin_shuffle(v, counting() ^ step);
+  });
+  return v[0];
 }
 
 DLVAE_INLINE double total(Doubles v) {

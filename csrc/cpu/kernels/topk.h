@@ -8,7 +8,7 @@
 #include "../topk.h"
 #include "order.h"
 #include "product.h"
-#include "search.h"
+#include "distances.h"
 
 namespace {
 

@@ -1,0 +1,21 @@
+#pragma once
+
+#include "tensors.h"
+
+namespace dlvae {
+
+// A codebook [K, D], measured and packed for the searches of one call.
+class PackedCodebook {
+ public:
+  PackedCodebook(const Kernels& kernels, const Tensor& codebook);
+  const Codebook& book() const { return book_; }
+
+ private:
+  Matrix codes_;
+  Codebook book_{};
+  Array<float> peaks_, losses_, start_;
+  Array<double> norms_;
+  Array<uint32_t> words_;
+};
+
+}  // namespace dlvae

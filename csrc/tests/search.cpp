@@ -1,0 +1,182 @@
+// search_rows and quantize_rows against every distance in float64.
+#include <algorithm>
+#include <cmath>
+
+#include "check.h"
+
+namespace dlvae {
+namespace {
+
+using Numbers = std::vector<float>;
+
+// A codebook, measured and packed as the library does.
+struct Packed {
+  Packed(const Kernels& kernels, const Numbers& codes, int64_t count, int64_t features)
+      : peaks(count), losses(count), norms(count) {
+    const int64_t panels = (count + kernels.panel - 1) / kernels.panel;
+    book.codes = codes.data();
+    book.count = count;
+    book.features = features;
+    book.peaks = peaks.data();
+    book.losses = losses.data();
+    book.norms = norms.data();
+    kernels.measure_codes(book, 0, count);
+    float peak = 0;
+    double norm = 0;
+    for (int64_t k = 0; k < count; ++k) {
+      if (!std::isfinite(peaks[k])) continue;
+      book.any_finite = true;
+      peak = std::max(peak, peaks[k]);
+      norm = std::max(norm, norms[k]);
+    }
+    const bool needs_scale = peak != 0 && (peak < 0x1p-20f || peak > 0x1p20f);
+    book.scale = needs_scale ? std::ldexp(1.0f, std::clamp(-std::ilogb(peak), -100, 100)) : 1;
+    book.peak = peak * book.scale;
+    book.norm = (float)(norm * book.scale * (1 + 0x1p-22));
+    book.steps = kernels.packed_steps(book);
+    words.resize(panels * kernels.panel * book.steps);
+    words.shrink_to_fit();
+    start.resize(panels * kernels.panel);
+    start.shrink_to_fit();
+    book.words = words.data();
+    book.start = start.data();
+    kernels.pack_panels(book, 0, panels);
+    book.loss = *std::max_element(losses.begin(), losses.end());
+  }
+
+  Codebook book{};
+  Numbers peaks, losses, start;
+  std::vector<double> norms;
+  std::vector<uint32_t> words;
+};
+
+double distance_of(const float* x, const float* c, int64_t features) {
+  double sum = 0;
+  for (int64_t d = 0; d < features; ++d) sum += ((double)x[d] - c[d]) * ((double)x[d] - c[d]);
+  return sum;
+}
+
+bool has_nan(const float* v, int64_t features) {
+  return std::any_of(v, v + features, [](float value) { return std::isnan(value); });
+}
+
+void check_index(const Numbers& codes, int64_t count, const float* x, int64_t features, int64_t index, int64_t row) {
+  CHECK(index >= 0 && index < count, "row %ld has code %ld of %ld", (long)row, (long)index, (long)count);
+  if (has_nan(x, features)) {
+    CHECK(index == 0, "row %ld holds NaN and has code %ld", (long)row, (long)index);
+    return;
+  }
+  int64_t first = -1;
+  double best = INFINITY;
+  bool any_number = false;
+  for (int64_t k = 0; k < count; ++k) {
+    const double distance = distance_of(x, &codes[k * features], features);
+    any_number |= !has_nan(&codes[k * features], features);
+    if (distance < best) {
+      best = distance;
+      first = k;
+    }
+  }
+  const bool is_nan_code = has_nan(&codes[index * features], features);
+  CHECK(!any_number || !is_nan_code, "row %ld has the code %ld, which holds NaN", (long)row, (long)index);
+  if (first < 0) return;  // every distance is infinite
+  const double found = distance_of(x, &codes[index * features], features);
+  // Both sums are of float64, in another order.
+  const bool is_best = found == best ? index == first : found <= best * (1 + 1e-13);
+  CHECK(is_best, "row %ld has code %ld at %g, and not %ld at %g", (long)row, (long)index, found, (long)first, best);
+}
+
+void test_case(const Kernels& kernels, Numbers x, const Numbers& codes, int64_t n, int64_t count, int64_t features) {
+  const Packed packed(kernels, codes, count, features);
+  const Rows rows = adjacent_rows(x, n, features);
+  std::vector<int64_t> indices(n, -1), alone(n, -1), again(n, -1);
+  Numbers distances(n);
+  kernels.search_rows(packed.book, rows, 0, n, indices.data(), distances.data());
+  for (int64_t r = 0; r < n; ++r) {
+    check_index(codes, count, &x[r * features], features, indices[r], r);
+    const double exact = distance_of(&x[r * features], &codes[indices[r] * features], features);
+    const bool is_close = std::isnan(exact) ? std::isnan(distances[r]) : std::abs(distances[r] - exact) <= 1e-6 * exact || distances[r] == (float)exact;
+    CHECK(is_close, "distance %g, not %g", distances[r], exact);
+  }
+  kernels.search_rows(packed.book, rows, 0, std::min(n, BLOCK), alone.data(), nullptr);
+  if (n > BLOCK) kernels.search_rows(packed.book, rows, BLOCK, n, alone.data(), nullptr);
+  CHECK(alone == indices, "the parts of a search differ from the whole");
+
+  Numbers quantized(n * features), error(n * features);
+  std::vector<double> losses((n + BLOCK - 1) / BLOCK);
+  Rows none{};
+  const Rows to = adjacent_rows(quantized, n, features), error_rows = adjacent_rows(error, n, features);
+  kernels.quantize_rows(packed.book, rows, 0, n, again.data(), to, error_rows, losses.data());
+  CHECK(again == indices, "the codes of quantize_rows differ from those of search_rows");
+  for (size_t block = 0; block < losses.size(); ++block) {
+    double loss = 0;
+    for (int64_t r = (int64_t)block * BLOCK; r < std::min<int64_t>(n, (block + 1) * BLOCK); ++r)
+      for (int64_t d = 0; d < features; ++d) {
+        const float code = codes[indices[r] * features + d], difference = code - x[r * features + d];
+        const bool is_same_code = quantized[r * features + d] == code || std::isnan(code);
+        CHECK(is_same_code, "row %ld is %g, not %g", (long)r, quantized[r * features + d], code);
+        const bool is_same = error[r * features + d] == difference || std::isnan(difference);
+        CHECK(is_same, "the error of row %ld is %g, not %g", (long)r, error[r * features + d], difference);
+        loss += (double)difference * difference;
+      }
+    // Squares are of float32.
+    const bool is_finite = loss < 1e38;
+    CHECK(!is_finite || std::abs(losses[block] - loss) <= 1e-5 * loss + 1e-40, "a loss of %g, not %g", losses[block], loss);
+  }
+  kernels.quantize_rows(packed.book, rows, 0, n, again.data(), to, none, losses.data());
+  CHECK(again == indices, "the codes of quantize_rows differ without errors");
+}
+
+Numbers whole_numbers(Random& random, int64_t count, int64_t most) {
+  Numbers values(count);
+  for (float& value : values) value = (float)(random.below(2 * most + 1) - most);
+  return values;
+}
+
+Numbers times(Numbers values, float factor) {
+  for (float& value : values) value *= factor;
+  return values;
+}
+
+// Some rows or codes that are not finite, or far larger than all others.
+void spoil(Random& random, Numbers& values, int64_t features) {
+  const float odd[] = {NAN, INFINITY, -INFINITY, 1e30f, 3e38f, 1e-45f};
+  for (float value : odd) values[random.below((int64_t)values.size() / features) * features + random.below(features)] = value;
+}
+
+}  // namespace
+
+void test_search(const Kernels& kernels) {
+  Random random;
+  const int64_t p = kernels.panel;
+  // Codes beside the edges of a panel, of the panels that go together and of a group; many for few features.
+  const int64_t counts[] = {1, 2, p - 1, p, p + 1, 4 * p, 4 * p + 1, 8 * p - 1, 8 * p + 1};
+  for (int64_t d : {1, 2, 3, 7, 8, 9, 15, 16, 17, 33, 64})
+    for (int64_t count : counts)
+      for (int64_t n : {1, 9, 65}) test_case(kernels, numbers(random, n * d), numbers(random, count * d), n, count, d);
+  struct {
+    int64_t n, count, d;
+  } const sizes[] = {{130, 40, 5}, {70, 1300, 2}, {64, 1100, 1}, {66, 9 * p + 3, 12}, {20, 3 * p + 1, 2500}};
+  for (const auto& [n, count, d] : sizes) {
+    test_case(kernels, numbers(random, n * d), numbers(random, count * d), n, count, d);
+    // Exact ties, nearly everywhere.
+    test_case(kernels, whole_numbers(random, n * d, 1), whole_numbers(random, count * d, 1), n, count, d);
+    for (float factor : {1e-18f, 1e-3f, 1e18f})
+      test_case(kernels, times(numbers(random, n * d), factor), times(numbers(random, count * d), factor), n, count, d);
+    // Codes that differ far behind the point, and rows among them.
+    Numbers codes = numbers(random, count * d), x = numbers(random, n * d);
+    for (Numbers* values : {&codes, &x})
+      for (float& value : *values) value = 1000 + 1e-3f * value;
+    test_case(kernels, x, codes, n, count, d);
+    codes = numbers(random, count * d), x = numbers(random, n * d);
+    spoil(random, x, d);
+    test_case(kernels, x, codes, n, count, d);
+    spoil(random, codes, d);
+    test_case(kernels, x, codes, n, count, d);
+    test_case(kernels, x, Numbers(count * d, NAN), n, count, d);
+    test_case(kernels, x, Numbers(count * d, INFINITY), n, count, d);
+    test_case(kernels, x, Numbers(count * d, 0.0f), n, count, d);
+  }
+}
+
+}  // namespace dlvae

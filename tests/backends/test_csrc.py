@@ -1,0 +1,31 @@
+"""The C++ kernels without torch or Python: csrc/tests, under the sanitizers."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+MISSING = [name for name in ("make", "g++") if shutil.which(name) is None]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(bool(MISSING), reason=f"no {' and no '.join(MISSING)}")
+def test_kernels_under_sanitizers():
+    result = subprocess.run(["make", "-j2", "test-asan"], cwd=ROOT, capture_output=True, text=True)
+    if "cannot find -lasan" in result.stderr or "cannot find -lubsan" in result.stderr:
+        pytest.skip("the compiler has no sanitizers")
+    assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-4000:]
+    assert "portable: ok" in result.stdout
+    assert "error" not in result.stderr
+
+
+def test_kernels_use_nothing_that_instruction_sets_would_share():
+    """The linker keeps one copy of an inline function of a library, perhaps one that this processor cannot run."""
+    for file in (ROOT / "csrc/cpu/kernels").glob("*.h"):
+        included = {line.split()[1] for line in file.read_text().splitlines() if line.startswith("#include")}
+        assert {name for name in included if name[0] == "<"} <= {"<stdint.h>", "<string.h>", "<immintrin.h>"}, file
+        assert "std::" not in file.read_text(), file
