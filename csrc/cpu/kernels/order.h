@@ -93,7 +93,9 @@ inline void sort_by_digits(float* scores, int32_t* places, int64_t n, float* sor
   constexpr int DIGIT = 8;
   for (int shift = 0; shift < 32; shift += DIGIT) {
     int64_t starts[1 << DIGIT] = {};
-    const auto digit = [&](float score) { return ((uint32_t)ordered(score) ^ 0x80000000u) >> shift & ((1 << DIGIT) - 1); };
+    const auto digit = [&](float score) {
+      return ((uint32_t)ordered(score) ^ 0x80000000u) >> shift & ((1 << DIGIT) - 1);
+    };
     for (int64_t i = 0; i < n; ++i) ++starts[digit(scores[i])];
     int64_t start = 0;
     for (int64_t& each : starts) {
