@@ -7,7 +7,8 @@ STAMP := $(VENV)/.installed
 LIBRARY := dlvae_kernels/native_cpu.abi3.so
 # Address and bounds of every access, and what C++ leaves undefined; the first fault ends the program. The warnings that are
 # off see parameters for other instruction sets, and registers that the compiler's own headers leave without a value.
-ASAN := -std=c++17 -O1 -g -Wall -Wextra -Werror -Wno-unused-parameter -Wno-maybe-uninitialized -fsanitize=address,undefined -fno-sanitize-recover=all
+# Few machines have the tiles of AMX: here they are arrays.
+ASAN := -std=c++17 -O1 -g -Wall -Wextra -Werror -Wno-unused-parameter -Wno-maybe-uninitialized -DDLVAE_EMULATE_TILES -fsanitize=address,undefined -fno-sanitize-recover=all
 ASAN_OBJECTS := $(patsubst %.cpp,build/asan/%.o,$(wildcard csrc/tests/*.cpp csrc/cpu/isa/*.cpp) csrc/cpu/dispatch.cpp)
 
 setup: $(LIBRARY)

@@ -6,7 +6,32 @@
 
 #include "kernels.h"
 
+#if defined(DLVAE_X86) && defined(__linux__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace dlvae {
+namespace {
+
+// Whether there are tiles for bfloat16, and the system lets this process have them: it must be asked.
+bool has_tiles() {
+#if defined(DLVAE_EMULATE_TILES)
+  return __builtin_cpu_supports("avx512bf16");
+#elif defined(DLVAE_X86) && defined(__linux__)
+  unsigned a, b, c, d;
+  constexpr unsigned TILE = 1u << 24, BF16 = 1u << 22, AVX512_BF16 = 1u << 5;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & TILE) == 0 || (d & BF16) == 0) return false;
+  if (!__get_cpuid_count(7, 1, &a, &b, &c, &d) || (a & AVX512_BF16) == 0) return false;
+  constexpr long REQUEST_PERMISSION = 0x1023, TILE_DATA = 18;
+  return syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA) == 0;
+#else
+  return false;
+#endif
+}
+
+}  // namespace
 
 const InstructionSet* instruction_sets(int* count) {
 #if defined(DLVAE_X86)
@@ -15,7 +40,9 @@ const InstructionSet* instruction_sets(int* count) {
   static const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                              __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   static const bool vnni = avx512 && __builtin_cpu_supports("avx512vnni");
+  static const bool amx = vnni && has_tiles();
   static const InstructionSet all[] = {
+      {"amx", amx, amx_kernels},
       {"vnni", vnni, vnni_kernels},
       {"avx512", avx512, avx512_kernels},
       {"avx2", avx2, avx2_kernels},

@@ -5,17 +5,21 @@
 
 #include "codebook.h"
 #include "rows.h"
+#include "segments.h"
 
 // Clang does not know `#pragma GCC target`: what it compiles is portable alone.
 #if defined(__x86_64__) && !defined(__clang__)
 #define DLVAE_X86
 #endif
+#include "softmax.h"
+#include "topk.h"
 
 namespace dlvae {
 
 struct Kernels {
   const char* name;
   int panel;  // codes that are packed side by side
+  int rows;   // that one tile of a product holds
 
   // Rows [begin, end) to float32 at to[., ld], and back.
   void (*load_rows)(const Rows& rows, int64_t begin, int64_t end, float* to, int64_t ld);
@@ -25,13 +29,41 @@ struct Kernels {
   int64_t (*packed_steps)(const Codebook& book);
   void (*measure_codes)(const Codebook& book, int64_t begin, int64_t end);
   void (*pack_panels)(const Codebook& book, int64_t begin, int64_t end);
-  // Nearest codes of rows [begin, end), their squared distances unless that is null; begin is a multiple of BLOCK.
-  void (*search_rows)(
+  // Nearest codes of rows [begin, end), their squared distances unless that is null; begin is a multiple of BLOCK. Returns
+  // how many rows went through the codes a second time, since rounding might have hidden the nearest.
+  int64_t (*search_rows)(
       const Codebook& book, const Rows& x, int64_t begin, int64_t end, int64_t* indices, float* distances);
   // Besides, the codes themselves and, unless its data is null, c - x; the sum of (c - x)^2 of each block to losses[block].
   void (*quantize_rows)(
       const Codebook& book, const Rows& x, int64_t begin, int64_t end, int64_t* indices, const Rows& quantized,
       const Rows& error, double* losses);
+
+  // What a share has of the pairs of rows [begin, end), which lie at data[., data_ld], is added to sums[., ld]; where
+  // begin is 0, to nothing. is_far: rows come from beyond a core's cache. places: up to where each code has been summed.
+  void (*sum_segments)(
+      const Segments& segments, const Share& share, int64_t begin, int64_t end, const float* data, int64_t data_ld,
+      bool is_far, int64_t* places, float* sums, int64_t features, int64_t ld);
+  // Rows [begin, end) of out: sums of k atoms; and of values[., k]: inner products with them.
+  void (*decode_rows)(const Atoms& atoms, const float* values, int64_t begin, int64_t end, const Rows& out);
+  void (*atom_products)(const Atoms& atoms, const Rows& rows, int64_t begin, int64_t end, float* values);
+  // Codes [begin, end) of both by the statistics [K, D + 1]; a code goes to embed_sum / size where that is above 0.
+  void (*ema_rows)(
+      const Rows& codebook, const Rows& embed_sum, const Rows& statistics, const float* sizes, float weight,
+      int64_t begin, int64_t end);
+  // Rows [begin, end) of out = a - scale * b.
+  void (*subtract_scaled)(const Rows& a, const Rows& b, float scale, const Rows& out, int64_t begin, int64_t end);
+  // Squared lengths of codes [begin, end) of `features` each.
+  void (*square_codes)(const float* codes, int64_t begin, int64_t end, int64_t features, double* squares);
+  void (*pack_topk)(const Topk& topk, int64_t begin, int64_t end, float* panels);  // panels [begin, end)
+  void (*topk_rows)(const Topk& topk, int64_t begin, int64_t end);
+
+  void (*pack_weight)(const float* weight, int64_t codes, int64_t features, int64_t begin, int64_t end, float* panels);
+  void (*pack_weight_columns)(
+      const float* weight, int64_t codes, int64_t features, int64_t begin, int64_t end, float* panels);
+  void (*kept_softmax_rows)(const KeptSoftmax& softmax, int64_t begin, int64_t end);
+  void (*kept_softmax_grad_rows)(const KeptSoftmaxBackward& backward, int64_t origin, int64_t begin, int64_t end);
+  void (*kept_softmax_grad_codes)(const KeptSoftmaxBackward& backward, int64_t count, int64_t begin, int64_t end);
+  void (*unpack_weight)(const KeptSoftmaxBackward& backward, int64_t begin, int64_t end, float* weight);
 };
 
 // Those in use: the best that this machine has, or what DLVAE_CPU names. Throws where it names none that can run.
@@ -51,6 +83,7 @@ const Kernels& portable_kernels();
 const Kernels& avx2_kernels();
 const Kernels& avx512_kernels();
 const Kernels& vnni_kernels();
+const Kernels& amx_kernels();
 #endif
 
 // Of a thread's own, without initial values; beyond the kernels' reach of the C++ library.

@@ -21,4 +21,9 @@ struct Rows {
   int64_t strides[MAX_DIMS];
 };
 
+// Whether they are float32 with adjacent features and one stride from row to row.
+static inline bool is_dense(const Rows& rows) {
+  return rows.type == Type::float32 && rows.stride == 1 && rows.dims == 1;
+}
+
 }  // namespace dlvae

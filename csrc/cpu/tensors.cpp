@@ -2,9 +2,11 @@
 
 namespace dlvae {
 
-Matrix::Matrix(const char* name, const Tensor& tensor) : rows(tensor.size(0)), features(tensor.size(1)) {
+Matrix::Matrix(const char* name, const Tensor& tensor) {
   const Rows view = rows_of(name, tensor);
-  if (view.type == Type::float32 && view.stride == 1 && view.dims == 1 && (rows == 1 || view.strides[0] == features)) {
+  rows = view.count;
+  features = view.features;
+  if (is_dense(view) && (rows == 1 || view.strides[0] == features)) {
     copy_ = tensor;
     data = static_cast<const float*>(tensor.data_ptr());
     return;

@@ -8,7 +8,9 @@
 
 #include <algorithm>
 #include <exception>
+#include <memory>
 #include <mutex>
+#include <numeric>
 #include <vector>
 
 #include "kernels.h"
@@ -32,11 +34,11 @@ inline void check_cpu(const char* name, const Tensor& tensor) {
   STD_TORCH_CHECK(tensor.is_cpu(), name, " is not on the CPU");
 }
 
-// x [..., D], whatever its strides.
-inline Rows rows_of(const char* name, const Tensor& x) {
+// x [..., D], whatever its strides; its dimensions are taken in that order, the features last.
+inline Rows rows_of(const char* name, const Tensor& x, const std::vector<int64_t>& order) {
   check_cpu(name, x);
   STD_TORCH_CHECK(x.dim() >= 1, name, " has no dimensions; it needs [..., D]");
-  const int64_t last = x.dim() - 1;
+  const int64_t last = order.back();
   Rows rows{};
   rows.data = x.data_ptr();
   rows.type = type_of(name, x);
@@ -45,7 +47,8 @@ inline Rows rows_of(const char* name, const Tensor& x) {
   rows.stride = rows.features == 1 ? 1 : x.stride(last);
   rows.count = 1;
   rows.dims = 0;
-  for (int64_t i = 0; i < last; ++i) {
+  for (const int64_t i : order) {
+    if (i == last) break;
     const int64_t size = x.size(i), stride = x.stride(i);
     rows.count *= size;
     if (size == 1) continue;
@@ -66,6 +69,12 @@ inline Rows rows_of(const char* name, const Tensor& x) {
   return rows;
 }
 
+inline Rows rows_of(const char* name, const Tensor& x) {
+  std::vector<int64_t> order(x.dim());
+  std::iota(order.begin(), order.end(), 0);
+  return rows_of(name, x, order);
+}
+
 inline std::vector<int64_t> shape_of(const Tensor& tensor) {
   const auto sizes = tensor.sizes();
   return std::vector<int64_t>(sizes.begin(), sizes.end());
@@ -83,7 +92,18 @@ inline Tensor new_tensor(const Tensor& like, const std::vector<int64_t>& shape, 
   return torch::stable::new_empty(like, torch::headeronly::IntHeaderOnlyArrayRef(shape), type);
 }
 
-// Tensor [K, D] as adjacent float32 rows: the tensor itself where it is that.
+struct Release {
+  void operator()(void* memory) const { release(memory); }
+};
+// Numbers without initial values.
+template <class T>
+using Array = std::unique_ptr<T[], Release>;
+template <class T>
+Array<T> new_array(int64_t count) {
+  return Array<T>(static_cast<T*>(allocate(count * static_cast<int64_t>(sizeof(T)))));
+}
+
+// Tensor [..., D] as adjacent float32 rows: the tensor itself where it is that.
 class Matrix {
  public:
   Matrix(const char* name, const Tensor& tensor);

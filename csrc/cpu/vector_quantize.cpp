@@ -1,8 +1,30 @@
 // Search, codes, losses and counts in one pass over x; and their gradients.
 #include "operations.h"
 #include "packed_codebook.h"
+#include "segment_sum.h"
 
 namespace dlvae {
+namespace {
+
+float scalar_of(const char* name, const Tensor& tensor) {
+  STD_TORCH_CHECK(tensor.numel() == 1, name, " has ", tensor.numel(), " elements; it needs one");
+  float value;
+  kernels().load_rows(rows_of(name, torch::stable::unsqueeze(tensor, -1)), 0, 1, &value, 1);
+  return value;
+}
+
+// The dimensions of a tensor in the order in which they lie in memory, so that its last one has adjacent elements.
+std::vector<int64_t> memory_order(const Tensor& tensor) {
+  std::vector<int64_t> order(tensor.dim());
+  std::iota(order.begin(), order.end(), 0);
+  std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) {
+    const auto rank = [&](int64_t i) { return tensor.size(i) == 1 ? INT64_MAX : tensor.stride(i); };
+    return rank(a) > rank(b);
+  });
+  return order;
+}
+
+}  // namespace
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> vector_quantize_fwd(
     const Tensor& x, const Tensor& codebook, bool need_error, std::string precision) {
@@ -35,6 +57,39 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> vector_quantize_fwd(
   for (int64_t r = 0; r < rows.count; ++r) ++count[index[r]];
   *static_cast<float*>(codebook_loss.data_ptr()) = *static_cast<float*>(commitment_loss.data_ptr()) = static_cast<float>(loss);
   return {quantized, indices, codebook_loss, commitment_loss, counts, error};
+}
+
+std::tuple<Tensor, Tensor> vector_quantize_bwd(
+    const Tensor& grad_quantized, const Tensor& grad_codebook_loss, const Tensor& grad_commitment_loss,
+    const Tensor& error, const Tensor& indices, int64_t num_codes, bool need_x, bool need_codebook) {
+  const Rows rows = rows_of("error", error);
+  const Indices codes("indices", indices);
+  STD_TORCH_CHECK(codes.count == rows.count, "indices are ", codes.count, "; error has ", rows.count, " rows");
+  STD_TORCH_CHECK(num_codes >= 1, "num_codes is ", num_codes, "; it needs to be at least 1");
+  // d mean((q - x)^2) / d q = slope * error, before the factor of either loss.
+  const double slope = 2.0 / static_cast<double>(std::max<int64_t>(1, error.numel()));
+  Tensor grad_x = new_tensor(error, {0});
+  Tensor grad_codebook = new_tensor(error, {0});
+  if (need_codebook) {
+    grad_codebook = new_tensor(error, {num_codes, rows.features});
+    const SortedPairs pairs(codes, 1, num_codes, nullptr, nullptr);
+    const float weight = static_cast<float>(slope * scalar_of("grad_codebook_loss", grad_codebook_loss));
+    segment_sum(rows, pairs, 1, weight, static_cast<float*>(grad_codebook.data_ptr()), rows.features);
+  }
+  if (need_x) {
+    check_cpu("grad_quantized", grad_quantized);
+    STD_TORCH_CHECK(shape_of(grad_quantized) == shape_of(error), "grad_quantized has a shape that is not that of error");
+    grad_x = torch::stable::empty_like(error);
+    const std::vector<int64_t> order = memory_order(error);
+    const Rows from = rows_of("grad_quantized", grad_quantized, order), less = rows_of("error", error, order);
+    const Rows out = rows_of("grad_x", grad_x, order);
+    const float scale = static_cast<float>(slope * scalar_of("grad_commitment_loss", grad_commitment_loss));
+    const Kernels& k = kernels();
+    parallel(out.count, 1 + 32768 / std::max<int64_t>(1, out.features), [&](int64_t begin, int64_t end) {
+      k.subtract_scaled(from, less, scale, out, begin, end);
+    });
+  }
+  return {grad_x, grad_codebook};
 }
 
 }  // namespace dlvae

@@ -8,13 +8,14 @@
 
 #include "../codebook.h"
 #include "arithmetic.h"
+#include "bfloat16.h"
 #include "buffer.h"
+#include "distances.h"
+#include "int16.h"
 #include "rows.h"
 
 namespace {
 
-using dlvae::BLOCK;
-static_assert(BLOCK % ROWS == 0);
 // Words of packed codes that stay in the second cache while the rows of a block go by.
 constexpr int64_t CHUNK_WORDS = 65536;
 // Panels of one group, see `scan`.
@@ -23,28 +24,6 @@ constexpr int64_t GROUP = 8;
 constexpr float LARGEST_FEATURE = 0x1p40f;
 
 inline int64_t panels_of(const Codebook& book) { return (book.count + PANEL - 1) / PANEL; }
-
-DLVAE_INLINE bool is_finite(float value) { return value - value == 0; }
-
-// |x - c|^2.
-inline double squared_distance(const float* x, const float* c, int64_t features) {
-  constexpr int64_t STEP = WIDTH / 2;
-  Doubles sums[2] = {};
-  int64_t d = 0;
-  for (; d + 2 * STEP <= features; d += 2 * STEP) {
-    unroll<2>([&](auto i) {
-      const int64_t at = d + decltype(i)::value * STEP;
-      const Doubles difference = widen(x + at) - widen(c + at);
-      sums[decltype(i)::value] += difference * difference;
-    });
-  }
-  double rest = 0;
-  for (; d < features; ++d) {
-    const double difference = (double)x[d] - (double)c[d];
-    rest += difference * difference;
-  }
-  return total(sums[0] + sums[1]) + rest;
-}
 
 // The peaks and norms of codes [begin, end), both before any scaling.
 inline void measure_codes(const Codebook& book, int64_t begin, int64_t end) {
@@ -64,43 +43,22 @@ inline void measure_codes(const Codebook& book, int64_t begin, int64_t end) {
   }
 }
 
-// What one integer is worth in a packed code: as large a part of a code as of a row that is as long, if their product is
-// to stay below 2^31.
-inline float code_unit(const Codebook& book) {
-  const float unit = book.norm * 2.9e-5f, least = book.peak / 32767;
-  return unit > least ? unit : least > 0 ? least : 1;
-}
-
 // Packs panels [begin, end).
 template <class A>
 void pack_codes(const Codebook& book, int64_t begin, int64_t end) {
-  const float unit = code_unit(book), inverse = 1 / unit;
   for (int64_t panel = begin; panel < end; ++panel) {
     uint32_t* words = book.words + panel * book.steps * PANEL;
-    memset(words, 0, book.steps * PANEL * sizeof(uint32_t));
     for (int64_t j = 0; j < PANEL; ++j) {
       const int64_t k = panel * PANEL + j;
-      if (k >= book.count || !is_finite(book.peaks[k])) {
+      if (k < book.count && is_finite(book.peaks[k])) {
+        book.losses[k] = A::pack_code(book, book.codes + k * book.features, words + j);
+        const double norm = book.norms[k] * book.scale;
+        book.start[k] = (float)(0.5 * norm * norm);
+      } else {
+        for (int64_t s = 0; s < book.steps; ++s) words[s * PANEL + j] = 0;
         book.start[k] = InFloat32::LARGEST;
         if (k < book.count) book.losses[k] = 0;
-        continue;
       }
-      const float* code = book.codes + k * book.features;
-      float lost = 0;
-      for (int64_t d = 0; d < book.features; ++d) {
-        const float value = code[d] * book.scale;
-        if constexpr (__is_same(A, InFloat32)) {
-          words[d * PANEL + j] = as_bits(-value);
-        } else {
-          const float whole = __builtin_nearbyintf(value * inverse), difference = value - whole * unit;
-          lost += difference * difference;
-          const uint16_t bits = (uint16_t)(int16_t)-whole;
-          words[d / 2 * PANEL + j] |= (uint32_t)bits << d % 2 * 16;
-        }
-      }
-      const double norm = book.norms[k] * book.scale;
-      book.start[k] = (float)(0.5 * norm * norm);
-      book.losses[k] = __builtin_sqrtf(lost) * 1.0005f;
     }
   }
 }
@@ -122,25 +80,20 @@ struct Lanes {
 template <class A>
 struct Block {
   using Vector = typename A::Vector;
+  static_assert(BLOCK % A::BLOCK_ROWS == 0);
 
   explicit Block(const Codebook& book) : steps(book.steps), words(BLOCK * book.steps), lanes(BLOCK) {}
 
-  int64_t count;  // rows, padded with zeros to a multiple of ROWS
+  int64_t count;  // rows, padded with zeros to a multiple of A::BLOCK_ROWS
   int64_t steps;
-  Buffer<uint32_t> words;   // [BLOCK, steps]
+  Buffer<uint32_t> words;  // [BLOCK, steps]
   Buffer<Lanes<Vector>> lanes;
-  float per_unit;           // from scores in the scale of the codes to those of A
-  float margins[BLOCK];     // how much two scores of a row may differ by rounding, in the unit of A
-  bool is_slow[BLOCK];      // searched by differences
+  Measure measure;
+  float per_score;       // units of a score that make one in the scale of the codes
+  float margins[BLOCK];  // how far two scores of a row may be off together, in units of a score
 };
 
-// What the packing of rows must know of them, in the scale of the codes.
-struct Measure {
-  float peak = 0, norm = 0;  // the largest of all rows that are not slow
-  float norms[BLOCK];        // |x|, or more; 0 of a slow row
-};
-
-inline void measure_rows(const Codebook& book, const float* x, int64_t count, bool* is_slow, Measure& measure) {
+inline void measure_rows(const Codebook& book, const float* x, int64_t count, Measure& measure) {
   const int64_t features = book.features;
   Floats peaks = {};
   for (int64_t r = 0; r < count; ++r, x += features) {
@@ -159,54 +112,28 @@ inline void measure_rows(const Codebook& book, const float* x, int64_t count, bo
     }
     sum += total(sums);
     // NaN and infinity show in the sum alone.
-    is_slow[r] = !(sum < LARGEST_FEATURE * LARGEST_FEATURE);
-    measure.norms[r] = is_slow[r] ? 0 : __builtin_sqrtf(sum) * 1.0005f + 0x1p-60f;
-    if (is_slow[r]) continue;
+    measure.is_slow[r] = !(sum < LARGEST_FEATURE * LARGEST_FEATURE);
+    measure.norms[r] = measure.is_slow[r] ? 0 : __builtin_sqrtf(sum) * 1.0005f + 0x1p-60f;
+    if (measure.is_slow[r]) continue;
     peaks = larger(peaks, larger(highs, fill(high)));
     measure.norm = measure.norms[r] > measure.norm ? measure.norms[r] : measure.norm;
   }
   measure.peak = -lowest(-peaks);
 }
 
-// Features of rows x [count, D] as words, in the scale of the codes, and the bounds on the error of their scores.
+// Packs rows x [count, D].
 template <class A>
 void pack_rows(const Codebook& book, const float* x, int64_t count, Block<A>& block) {
-  const int64_t features = book.features, bytes = block.steps * sizeof(uint32_t);
-  Measure rows;
-  measure_rows(book, x, count, block.is_slow, rows);
-  block.count = (count + ROWS - 1) / ROWS * ROWS;
-  memset(block.words + count * block.steps, 0, (block.count - count) * bytes);
-  const float half_square = 0.5f * book.norm * book.norm;
-  if constexpr (__is_same(A, InFloat32)) {
-    block.per_unit = 1;
-    for (int64_t r = 0; r < count; ++r) {
-      float* words = (float*)(block.words + r * block.steps);
-      if (block.is_slow[r]) {
-        memset(words, 0, bytes);
-      } else {
-        for (int64_t d = 0; d < features; ++d) words[d] = x[r * features + d] * book.scale;
-      }
-      // D + 2 roundings of partial sums, in each of two scores.
-      block.margins[r] = (features + 2) * 0x1.2p-23f * (half_square + rows.norms[r] * book.norm) + 0x1p-120f;
-    }
-  } else {
-    // Scores and their partial sums stay below 2^31.
-    const float unit = code_unit(book);
-    float row_unit = (rows.norm * book.norm + half_square) / 1.8e9f / unit;
-    if (row_unit < rows.peak / 32767) row_unit = rows.peak / 32767;
-    if (!(row_unit > 0)) row_unit = 1;
-    block.per_unit = 1 / (row_unit * unit);
-    for (int64_t r = 0; r < count; ++r) {
-      uint32_t* words = block.words + r * block.steps;
-      if (block.is_slow[r]) {
-        memset(words, 0, bytes);
-        block.margins[r] = 0;
-        continue;
-      }
-      const float norm = rows.norms[r];
-      const float loss = A::pack_row(x + r * features, features, book.scale, row_unit, words) + 0x1p-21f * norm;
-      const float error = loss * book.norm + (norm + loss) * book.loss + 0x1p-21f * half_square;
-      block.margins[r] = 2.01f * error * block.per_unit + 4;
+  measure_rows(book, x, count, block.measure);
+  block.count = (count + A::BLOCK_ROWS - 1) / A::BLOCK_ROWS * A::BLOCK_ROWS;
+  const float unit = A::row_unit(book, block.measure);
+  block.per_score = A::per_score(book, unit);
+  for (int64_t r = 0; r < block.count; ++r) {
+    uint32_t* words = block.words + r * block.steps;
+    if (r < count && !block.measure.is_slow[r]) {
+      block.margins[r] = A::pack_row(book, x + r * book.features, unit, block.measure.norms[r], words);
+    } else {
+      memset(words, 0, block.steps * sizeof(uint32_t));
     }
   }
 }
@@ -214,64 +141,48 @@ void pack_rows(const Codebook& book, const float* x, int64_t count, Block<A>& bl
 // Whether telling the codes of a lane apart costs a row less than looking at each vector.
 inline bool prefers_groups(const Codebook& book) { return book.count > 32 * (book.features + 32); }
 
-// The starts of panels [begin, end) in the unit of A: those of the codebook, or converted to `converted`.
-template <class A>
-const typename A::Score* starts(
-    const Codebook& book, const Block<A>& block, int64_t begin, int64_t end, typename A::Score* converted) {
-  if constexpr (__is_same(A, InFloat32)) {
-    return book.start + begin * PANEL;
-  } else {
-    for (int64_t i = 0; i < (end - begin) * PANEL; i += WIDTH) {
-      const Floats start = load<Floats>(book.start + begin * PANEL + i);
-      const Ints whole = A::round(start * block.per_unit);
-      store(converted + i, start < InFloat32::LARGEST ? whole : fill(A::LARGEST));
-    }
-    return converted;
-  }
-}
-
 // Goes through all codes. Each vector of scores is looked at by itself, or, if GROUPED, the smallest scores of a group of
 // panels in each lane: that is less work for each, and leaves the codes of one lane of a group to be told apart.
 template <class A, bool GROUPED>
 void scan(const Codebook& book, Block<A>& block) {
   using Vector = typename A::Vector;
+  constexpr int R = A::BLOCK_ROWS;
   const int64_t panels = panels_of(book), steps = block.steps;
   const int64_t fitting = CHUNK_WORDS / (steps * PANEL) / GROUP * GROUP;
   const int64_t chunk = fitting > GROUP ? fitting : GROUP;
-  Buffer<typename A::Score> converted(__is_same(A, InFloat32) ? 0 : chunk * PANEL);
+  Buffer<typename A::Score> converted(chunk * PANEL);
   for (int64_t r = 0; r < block.count; ++r) block.lanes[r] = {fill(A::LARGEST), fill(A::LARGEST), fill(0)};
+  A::begin();
   for (int64_t p0 = 0; p0 < panels; p0 += chunk) {
     const int64_t p1 = p0 + chunk < panels ? p0 + chunk : panels;
-    const typename A::Score* start = starts<A>(book, block, p0, p1, converted);
+    const auto* start = A::starts(book.start + p0 * PANEL, (p1 - p0) * PANEL, block.per_score, converted);
     for (int64_t p = p0; p < p1; p += GROUPED ? GROUP : 1) {
-      for (int64_t r = 0; r < block.count; r += ROWS) {
+      for (int64_t r = 0; r < block.count; r += A::BLOCK_ROWS) {
         const uint32_t* rows = block.words + r * steps;
         Lanes<Vector>* lanes = block.lanes + r;
         if constexpr (GROUPED) {
-          Vector low[ROWS];
-          unroll<ROWS>([&](auto i) { low[decltype(i)::value] = fill(A::LARGEST); });
+          Vector low[R];
+          unroll<R>([&](auto i) { low[decltype(i)::value] = fill(A::LARGEST); });
           for (int64_t q = p; q < (p + GROUP < p1 ? p + GROUP : p1); ++q) {
-            Vector sums[ROWS][2];
-            begin_scores<A>(start + (q - p0) * PANEL, sums);
-            add_products<A>(rows, steps, book.words + q * steps * PANEL, steps, sums);
-            unroll<ROWS>([&](auto i) {
+            Vector sums[R][2];
+            A::scores(start + (q - p0) * PANEL, rows, steps, book.words + q * steps * PANEL, steps, sums);
+            unroll<R>([&](auto i) {
               constexpr int j = decltype(i)::value;
               low[j] = smaller(low[j], smaller(sums[j][0], sums[j][1]));
             });
           }
           const Ints id = fill((int32_t)(p / GROUP));
-          unroll<ROWS>([&](auto i) {
+          unroll<R>([&](auto i) {
             constexpr int j = decltype(i)::value;
             Lanes<Vector> kept = lanes[j];
             kept.track(low[j], id);
             lanes[j] = kept;
           });
         } else {
-          Vector sums[ROWS][2];
-          begin_scores<A>(start + (p - p0) * PANEL, sums);
-          add_products<A>(rows, steps, book.words + p * steps * PANEL, steps, sums);
+          Vector sums[R][2];
+          A::scores(start + (p - p0) * PANEL, rows, steps, book.words + p * steps * PANEL, steps, sums);
           const Ints id = fill((int32_t)(2 * p)), next = fill((int32_t)(2 * p + 1));
-          unroll<ROWS>([&](auto i) {
+          unroll<R>([&](auto i) {
             constexpr int j = decltype(i)::value;
             Lanes<Vector> kept = lanes[j];
             kept.track(sums[j][0], id);
@@ -282,6 +193,7 @@ void scan(const Codebook& book, Block<A>& block) {
       }
     }
   }
+  A::end();
 }
 
 // The nearest so far, by float64 distance; codes come in ascending order.
@@ -317,19 +229,16 @@ void compare_close(const Codebook& book, const Block<A>& block, int64_t row, typ
     const Ints is_close = score <= threshold;
     if (any(is_close)) compare_lanes(is_close, first, nearest);
   };
+  const auto go = [&](auto vectors, int64_t p) {
+    constexpr int V = decltype(vectors)::value;
+    Vector sums[1][V];
+    const auto* start = A::starts(book.start + p * PANEL, V * WIDTH, block.per_score, converted);
+    A::scores(start, words, steps, book.words + p * steps * PANEL, steps, sums);
+    unroll<V>([&](auto v) { compare(sums[0][decltype(v)::value], p * PANEL + decltype(v)::value * WIDTH); });
+  };
   int64_t p = 0;
-  for (; p + STRIDE <= panels; p += STRIDE) {
-    Vector sums[1][2 * STRIDE];
-    begin_scores<A>(starts<A>(book, block, p, p + STRIDE, converted), sums);
-    add_products<A>(words, steps, book.words + p * steps * PANEL, steps, sums);
-    unroll<2 * STRIDE>([&](auto v) { compare(sums[0][decltype(v)::value], p * PANEL + decltype(v)::value * WIDTH); });
-  }
-  for (; p < panels; ++p) {
-    Vector sums[1][2];
-    begin_scores<A>(starts<A>(book, block, p, p + 1, converted), sums);
-    add_products<A>(words, steps, book.words + p * steps * PANEL, steps, sums);
-    unroll<2>([&](auto v) { compare(sums[0][decltype(v)::value], p * PANEL + decltype(v)::value * WIDTH); });
-  }
+  for (; p + STRIDE <= panels; p += STRIDE) go(Constant<2 * STRIDE>{}, p);
+  for (; p < panels; ++p) go(Constant<2>{}, p);
 }
 
 // A row that is not finite or too large for any other way.
@@ -354,16 +263,18 @@ inline void search_slowly(const Codebook& book, Nearest& nearest) {
 }
 
 // The nearest codes of rows x [count, D], at most BLOCK; also their squared distances where `distances` is not null.
+// Returns how many rows went through the scores again.
 template <class A>
-void search_block(
+int64_t search_block(
     const Codebook& book, const float* x, int64_t count, Block<A>& block, int64_t* indices, float* distances) {
   const int64_t features = book.features;
   pack_rows<A>(book, x, count, block);
   const bool is_grouped = prefers_groups(book);
   if (book.any_finite) (is_grouped ? scan<A, true> : scan<A, false>)(book, block);
+  int64_t uncertain = 0;
   for (int64_t r = 0; r < count; ++r) {
     Nearest nearest{book, x + r * features};
-    if (block.is_slow[r] || !book.any_finite) {
+    if (block.measure.is_slow[r] || !book.any_finite) {
       search_slowly(book, nearest);
     } else {
       const Lanes<typename A::Vector> kept = block.lanes[r];
@@ -375,6 +286,7 @@ void search_block(
       const typename A::Score threshold = A::sum(best, block.margins[r]);
       if (second <= threshold) {
         compare_close<A>(book, block, r, threshold, nearest);
+        ++uncertain;
       } else if (is_grouped) {
         const int64_t lane = first % WIDTH, begin = first / WIDTH * GROUP * PANEL;
         const int64_t end = begin + GROUP * PANEL < book.count ? begin + GROUP * PANEL : book.count;
@@ -388,16 +300,20 @@ void search_block(
     if (distances)
       distances[r] = (float)squared_distance(nearest.x, book.codes + nearest.index * features, features);
   }
+  return uncertain;
 }
 
 // Calls f(an arithmetic) with the one in which this codebook is searched.
 template <class F>
-DLVAE_INLINE void in_arithmetic_of(const Codebook& book, const F& f) {
+DLVAE_INLINE void in_arithmetic_of([[maybe_unused]] const Codebook& book, const F& f) {
+#if defined(DLVAE_AMX)
+  f(InBFloat16{});
+#else
 #if defined(DLVAE_VNNI)
-  // Of longer rows the sums of what is rounded off might overflow.
-  if (book.features <= 8192) return f(InInt16{});
+  if (book.features <= InInt16::MOST_FEATURES) return f(InInt16{});
 #endif
   f(InFloat32{});
+#endif
 }
 
 inline int64_t packed_steps(const Codebook& book) {
@@ -410,10 +326,11 @@ inline void pack_panels(const Codebook& book, int64_t begin, int64_t end) {
   in_arithmetic_of(book, [&](auto arithmetic) { pack_codes<decltype(arithmetic)>(book, begin, end); });
 }
 
-// Calls f(first row, rows, x as adjacent float32, their indices) for each block of rows [begin, end), once searched.
+// Calls f(first row, rows, x as adjacent float32) for each block of rows [begin, end), once searched.
 template <class F>
-DLVAE_INLINE void for_searched_blocks(
+DLVAE_INLINE int64_t for_searched_blocks(
     const Codebook& book, const Rows& rows, int64_t begin, int64_t end, int64_t* indices, float* distances, const F& f) {
+  int64_t uncertain = 0;
   in_arithmetic_of(book, [&](auto arithmetic) {
     using A = decltype(arithmetic);
     Block<A> block(book);
@@ -425,16 +342,17 @@ DLVAE_INLINE void for_searched_blocks(
         load_rows(rows, r, r + count, copy, book.features);
         x = copy;
       }
-      search_block<A>(book, x, count, block, indices + r, distances ? distances + r : nullptr);
+      uncertain += search_block<A>(book, x, count, block, indices + r, distances ? distances + r : nullptr);
       f(r, count, x);
     }
   });
+  return uncertain;
 }
 
-// Indices and, unless null, squared distances of rows [begin, end).
-inline void search_rows(
+// Indices and, unless null, squared distances of rows [begin, end); returns how many of them were uncertain.
+inline int64_t search_rows(
     const Codebook& book, const Rows& rows, int64_t begin, int64_t end, int64_t* indices, float* distances) {
-  for_searched_blocks(book, rows, begin, end, indices, distances, [](int64_t, int64_t, const float*) {});
+  return for_searched_blocks(book, rows, begin, end, indices, distances, [](int64_t, int64_t, const float*) {});
 }
 
 }  // namespace

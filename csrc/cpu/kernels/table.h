@@ -2,9 +2,14 @@
 #pragma once
 
 #include "../kernels.h"
+#include "elementwise.h"
 #include "quantize.h"
 #include "rows.h"
 #include "search.h"
+#include "segment_sum.h"
+#include "sparse_decode.h"
+#include "softmax.h"
+#include "topk.h"
 
 namespace {
 
@@ -12,6 +17,7 @@ dlvae::Kernels make_table(const char* name) {
   dlvae::Kernels table{};
   table.name = name;
   table.panel = PANEL;
+  table.rows = ROWS;
   table.load_rows = load_rows;
   table.store_rows = store_rows;
   table.packed_steps = packed_steps;
@@ -19,6 +25,20 @@ dlvae::Kernels make_table(const char* name) {
   table.pack_panels = pack_panels;
   table.search_rows = search_rows;
   table.quantize_rows = quantize_rows;
+  table.sum_segments = sum_segments;
+  table.decode_rows = decode_rows;
+  table.atom_products = atom_products;
+  table.ema_rows = ema_rows;
+  table.subtract_scaled = subtract_scaled;
+  table.square_codes = square_codes;
+  table.pack_topk = pack_topk;
+  table.topk_rows = topk_rows;
+  table.pack_weight = pack_weight;
+  table.pack_weight_columns = pack_weight_columns;
+  table.kept_softmax_rows = kept_softmax_rows;
+  table.kept_softmax_grad_rows = kept_softmax_grad_rows;
+  table.kept_softmax_grad_codes = kept_softmax_grad_codes;
+  table.unpack_weight = unpack_weight;
   return table;
 }
 

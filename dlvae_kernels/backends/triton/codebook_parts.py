@@ -73,14 +73,6 @@ def split(x, scale):
 
 
 @triton.jit
-def product(x, c, acc, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
-    """acc + x c on the matrix units; in float32 where there are none."""
-    if UPCAST:
-        return acc + tl.dot(x.to(tl.float32), c.to(tl.float32), input_precision="ieee")
-    return tl.dot(x, c, acc=acc, input_precision=PRECISION)
-
-
-@triton.jit
 def codebook_shift(meta_ptr):
     """The power of two by which float32 codes are scaled."""
     return tl.minimum(-tl.load(meta_ptr) + TARGET_EXPONENT, _LARGEST_SHIFT)

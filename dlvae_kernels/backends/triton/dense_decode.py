@@ -14,7 +14,7 @@ from torch import Tensor
 from .k_hot import PADDED_ROWS, k_hot, pack_pairs
 from .products import multiply, multiply_sums, set_apart
 from .rows import Rows, load_codes, load_rows, unit
-from .tuning import INTERPRETED, WANTED_PROGRAMS, architecture, on_device
+from .tuning import INTERPRETED, WANTED_PROGRAMS, architecture, on_device, splits_of
 
 # Of an H200, a second: bytes from the L2 cache; comparisons, of three instructions; products of half precision.
 _BYTES, _COMPARISONS, _PRODUCTS = 5.5e12, 1e13, 2.5e14
@@ -197,8 +197,7 @@ def dense_decode_bwd_dictionary(rows: Rows, values: Tensor, indices: Tensor, num
         block_d = _block_d(num_features)
         blocks = triton.cdiv(num_atoms, block_k), triton.cdiv(num_features, block_d)
         tiles = triton.cdiv(rows.num_rows, block_n)
-        per_split = triton.cdiv(tiles, max(1, WANTED_PROGRAMS // (blocks[0] * blocks[1])))
-        splits = triton.cdiv(tiles, per_split)
+        splits, per_split = splits_of(blocks[0] * blocks[1], tiles)
         out = torch.empty(splits, num_atoms, num_features, dtype=torch.float32, device=x.device)
         _dense_decode_bwd_dictionary_kernel[(*blocks, splits)](
             x,

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .rows import as_rows, unit
-from .segment_sum import segment_sum
+from .segment_sum import segment_sum, valid_or_last
 from .tuning import on_device
 
 _BLOCK_N = 64
@@ -60,6 +60,4 @@ def gather_codes_fwd(codebook: Tensor, indices: Tensor) -> Tensor:
 
 
 def gather_codes_bwd(grad: Tensor, indices: Tensor, num_codes: int) -> Tensor:
-    codes = indices.flatten()
-    codes = torch.where((codes >= 0) & (codes < num_codes), codes, num_codes)
-    return segment_sum(as_rows(grad), codes, num_codes)[:, :-1].contiguous()
+    return segment_sum(as_rows(grad), valid_or_last(indices, num_codes), num_codes)[:, :-1].contiguous()

@@ -14,10 +14,10 @@ import triton.language as tl
 from torch import Tensor
 
 from .gather_codes import gather_codes_bwd
-from .log_sum_exp import inner_products, is_wide, log_sum_exp, splits_of
+from .log_sum_exp import inner_products, is_wide, log_sum_exp
 from .rows import Rows, as_rows, load_rows, unit
 from .sparse_decode import sparse_decode_bwd, sparse_decode_fwd
-from .tuning import on_device, softmax_sum_config
+from .tuning import on_device, softmax_sum_config, splits_of
 
 
 @triton.jit

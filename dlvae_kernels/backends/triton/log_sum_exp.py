@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .rows import Rows, load_rows, unit
-from .tuning import INTERPRETED, WANTED_PROGRAMS, log_sum_exp_config, on_device
+from .tuning import INTERPRETED, log_sum_exp_config, on_device, splits_of
 
 LOWEST = tl.constexpr(-3.4028234e38)
 
@@ -130,12 +130,6 @@ def _log_sum_exp_kernel(
     out = tl.program_id(1).to(tl.int64) * num_a + a
     tl.store(largest_ptr + out, largest, mask=a < num_a)
     tl.store(total_ptr + out, total, mask=a < num_a)
-
-
-def splits_of(blocks: int, tiles: int) -> tuple[int, int]:
-    """How many splits, of how many tiles each, give about the wanted programs."""
-    per_split = max(1, triton.cdiv(tiles, max(1, WANTED_PROGRAMS // max(1, blocks))))
-    return triton.cdiv(tiles, per_split), per_split
 
 
 def is_wide(x: Tensor, weight: Tensor) -> bool:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .products import sum_marked
 from .rows import Rows, load_rows
-from .tuning import INTERPRETED, WANTED_PROGRAMS, on_device
+from .tuning import INTERPRETED, on_device, splits_of
 
 _BLOCK_N, _BLOCK_K = 64, 128
 # Of products; about here a sort takes as long (an estimate). Beyond it, and for many codes, `segment_sum` sorts.
@@ -71,8 +71,7 @@ def one_hot_sum(rows: Rows, codes: Tensor, num_codes: int) -> Tensor:
     block_d = min(64, max(16, triton.next_power_of_2(rows.num_features)))
     blocks = triton.cdiv(num_codes, _BLOCK_K), triton.cdiv(rows.num_features, block_d)
     tiles = triton.cdiv(rows.num_rows, _BLOCK_N)
-    per_split = triton.cdiv(tiles, max(1, WANTED_PROGRAMS // (blocks[0] * blocks[1])))
-    splits = triton.cdiv(tiles, per_split)
+    splits, per_split = splits_of(blocks[0] * blocks[1], tiles)
     x = rows.tensor
     out = torch.empty(splits, num_codes, rows.num_features + 1, dtype=torch.float32, device=x.device)
     with on_device(x):

@@ -7,14 +7,20 @@ import triton.language as tl
 
 
 @triton.jit
+def product(x, c, acc, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
+    """acc + x c on the matrix units; in float32 where there are none."""
+    if UPCAST:
+        return acc + tl.dot(x.to(tl.float32), c.to(tl.float32), input_precision="ieee")
+    return tl.dot(x, c, acc=acc, input_precision=PRECISION)
+
+
+@triton.jit
 def multiply(a, b, total, HALF: tl.constexpr, UPCAST: tl.constexpr):
     """total + a @ b; HALF: b is of half precision, and so is what a holds."""
-    if UPCAST:
-        return total + tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
-    elif HALF:
-        return tl.dot(a.to(b.dtype), b, acc=total)
-    else:
-        return tl.dot(a.to(tl.float32), b.to(tl.float32), acc=total, input_precision="tf32x3")
+    if HALF and not UPCAST:
+        return product(a.to(b.dtype), b, total, "ieee", UPCAST)
+    # Three products of parts on the matrix units round as float32 does.
+    return product(a.to(tl.float32), b.to(tl.float32), total, "tf32x3", UPCAST)
 
 
 @triton.jit

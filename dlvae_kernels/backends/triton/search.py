@@ -22,12 +22,12 @@ from .codebook_parts import (
     codebook_parts,
     codebook_shift,
     power_of_two,
-    product,
     row_shift,
     split,
 )
 from .distances import squared_distances
 from .join_splits import join_splits
+from .products import product
 from .quantize_rows import Quantized, launch_quantize_rows, quantize_rows
 from .rescan import error_bound, rescan
 from .rows import Rows, as_rows, load_rows, unit

@@ -112,6 +112,12 @@ def _join_edges_kernel(
         tl.store(out_ptr + code.to(tl.int64) * width + d, total, mask=mask)
 
 
+def valid_or_last(indices: Tensor, num_codes: int) -> Tensor:
+    """Indices as `segment_sum` takes them: flat, and K for those out of [0, K)."""
+    codes = indices.flatten()
+    return torch.where((codes >= 0) & (codes < num_codes), codes, num_codes)
+
+
 def segment_sum(rows: Rows, codes: Tensor, num_codes: int, weights: Tensor | None = None) -> Tensor:
     """Sums and numbers [K, D + 1] float32 of rows by their codes; rows of code K are left out.
 

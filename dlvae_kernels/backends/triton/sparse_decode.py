@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .dense_decode import dense_decode_bwd_dictionary, dense_decode_bwd_values, dense_decode_fwd, suits
 from .rows import Rows, as_rows, load_codes, load_rows, unit
-from .segment_sum import segment_sum
+from .segment_sum import segment_sum, valid_or_last
 from .tuning import on_device
 
 # Elements of one block of rows and features, and blocks that are in flight at once.
@@ -142,8 +142,7 @@ def sparse_decode_bwd(
     if need_dictionary and is_dense:
         grad_dictionary = dense_decode_bwd_dictionary(rows, values, indices, num_atoms)
     elif need_dictionary:
-        atoms = indices.flatten()
-        atoms = torch.where((atoms >= 0) & (atoms < num_atoms), atoms, num_atoms)
+        atoms = valid_or_last(indices, num_atoms)
         grad_dictionary = segment_sum(rows, atoms, num_atoms, values.contiguous())[:, :-1].contiguous()
     return grad_values, grad_dictionary
 

@@ -14,8 +14,9 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .codebook_parts import CodebookParts, codebook_parts, codebook_shift, own_shift, power_of_two, product, split
+from .codebook_parts import CodebookParts, codebook_parts, codebook_shift, own_shift, power_of_two, split
 from .ordered import from_ordered, kth_largest, to_ordered
+from .products import product
 from .rescan import ERROR
 from .rows import Rows, load_rows, unit
 from .topk_rank import rank

@@ -186,6 +186,12 @@ def _softmax_block_d(wide: bool) -> int:
     return 64 if architecture() >= 90 else 32
 
 
+def splits_of(blocks: int, tiles: int) -> tuple[int, int]:
+    """How many splits, of how many tiles each, give about the wanted programs."""
+    per_split = max(1, triton.cdiv(tiles, max(1, WANTED_PROGRAMS // max(1, blocks))))
+    return triton.cdiv(tiles, per_split), per_split
+
+
 def on_device(tensor: Tensor) -> AbstractContextManager[object]:
     """Launch on the device of a tensor, whichever is current."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()

@@ -1,0 +1,43 @@
+#include <cstring>
+
+#include "indices.h"
+#include "operations.h"
+#include "segment_sum.h"
+
+namespace dlvae {
+
+Tensor gather_codes_fwd(const Tensor& codebook, const Tensor& indices) {
+  check_cpu("codebook", codebook);
+  type_of("codebook", codebook);
+  STD_TORCH_CHECK(codebook.dim() == 2, "codebook has ", codebook.dim(), " dimensions; it needs [K, D]");
+  const Indices which("indices", indices);
+  const int64_t num_codes = codebook.size(0), size = codebook.element_size(), row_bytes = codebook.size(1) * size;
+  const bool has_rows = codebook.size(1) == 1 || codebook.stride(1) == 1;
+  const Tensor codes = has_rows ? codebook : torch::stable::contiguous(codebook);
+  std::vector<int64_t> shape = shape_of(indices);
+  shape.push_back(codebook.size(1));
+  const Tensor out = new_tensor(codebook, shape, codebook.scalar_type());
+  const char* from = static_cast<const char*>(codes.data_ptr());
+  const int64_t stride = codes.stride(0) * size;
+  char* to = static_cast<char*>(out.data_ptr());
+  parallel(which.count, 1 + 32768 / std::max<int64_t>(1, row_bytes), [&](int64_t begin, int64_t end) {
+    which.check(begin, end, num_codes);
+    for (int64_t i = begin; i < end; ++i) {
+      std::memcpy(to + i * row_bytes, from + which.data[i] * stride, row_bytes);
+    }
+  });
+  return out;
+}
+
+Tensor gather_codes_bwd(const Tensor& grad, const Tensor& indices, int64_t num_codes) {
+  const Rows rows = rows_of("grad", grad);
+  const Indices codes("indices", indices);
+  STD_TORCH_CHECK(codes.count == rows.count, "indices are ", codes.count, "; grad has ", rows.count, " rows");
+  STD_TORCH_CHECK(num_codes >= 1, "num_codes is ", num_codes, "; it needs to be at least 1");
+  const Tensor sums = new_tensor(grad, {num_codes, rows.features});
+  const SortedPairs pairs(codes, 1, num_codes, nullptr, nullptr);
+  segment_sum(rows, pairs, 1, 1, static_cast<float*>(sums.data_ptr()), rows.features);
+  return sums;
+}
+
+}  // namespace dlvae

@@ -1,0 +1,39 @@
+// Indices that a caller gives, and numbers that go with them.
+#pragma once
+
+#include "tensors.h"
+
+namespace dlvae {
+
+// As adjacent numbers, in the order of the tensor's dimensions.
+class Indices {
+ public:
+  Indices(const char* name, const Tensor& tensor) : name_(name), tensor_(adjacent(name, tensor)) {
+    data = static_cast<const int64_t*>(tensor_.data_ptr());
+    count = tensor_.numel();
+  }
+  const int64_t* data;
+  int64_t count;
+
+  // Those at [begin, end) need to lie in [0, size).
+  void check(int64_t begin, int64_t end, int64_t size) const {
+    const auto leaves = [size](int64_t index) { return static_cast<uint64_t>(index) >= static_cast<uint64_t>(size); };
+    bool any = false;
+    for (int64_t i = begin; i < end; ++i) any |= leaves(data[i]);
+    if (!any) return;
+    const int64_t index = *std::find_if(data + begin, data + end, leaves);
+    STD_TORCH_CHECK(false, name_, " hold ", index, "; they need to lie in [0, ", size, ")");
+  }
+
+ private:
+  static Tensor adjacent(const char* name, const Tensor& tensor) {
+    check_cpu(name, tensor);
+    STD_TORCH_CHECK(tensor.scalar_type() == ScalarType::Long, name, " have a dtype that is not int64");
+    return torch::stable::contiguous(tensor);
+  }
+
+  const char* name_;
+  Tensor tensor_;
+};
+
+}  // namespace dlvae

@@ -1,0 +1,136 @@
+// Few scores out of many, and their order: by (score, place).
+#pragma once
+
+#include "buffer.h"
+#include "compare.h"
+
+namespace {
+
+// A bound that at least k of n scores do not exceed, and few more do; `limit` where fewer than k are that low. What
+// follows the n scores to a whole vector is NO_CODE.
+inline float bound_of(const float* scores, int64_t n, int64_t k, float limit) {
+  Floats low = load<Floats>(scores), high = fill(-limit);
+  for (int64_t i = 0; i < n; i += WIDTH) {
+    const Floats score = load<Floats>(scores + i);
+    low = smaller(low, score);
+    high = larger(high, score <= limit ? score : fill(-limit));
+  }
+  float most = -limit;
+  for (int i = 0; i < WIDTH; ++i) most = high[i] > most ? high[i] : most;
+  // Below: fewer than k scores. Above: at least k.
+  int32_t below = ordered(lowest(low)) - 1, above = ordered(most);
+  int64_t count_below = 0, count_above = count_within(scores, n, most);
+  if (count_above < k) return limit;
+  const int64_t enough = k + k / 16 + 4;
+  for (int step = 0; count_above > enough && above - (int64_t)below > 1; ++step) {
+    // Between them as if the scores were spread evenly, but each third time in the middle, so that it ends soon.
+    const float from = from_ordered(below), to = from_ordered(above);
+    const float share = ((float)(k - count_below) + (float)(enough - k) / 2) / (float)(count_above - count_below);
+    int32_t middle = ordered(from + (to - from) * share);
+    if (step % 3 == 2 || middle <= below || middle >= above) middle = (int32_t)(((int64_t)below + above) >> 1);
+    const int64_t count = count_within(scores, n, from_ordered(middle));
+    if (count < k) {
+      below = middle, count_below = count;
+    } else {
+      above = middle, count_above = count;
+    }
+  }
+  return from_ordered(above);
+}
+
+// Sorts n scores, followed to a whole block of 4 vectors by any others, by how many come before each. Places ascend.
+inline void sort_by_ranks(
+    const float* scores, const int32_t* places, int64_t n, float* sorted, int32_t* sorted_places) {
+  constexpr int64_t GROUP_SIZE = 4 * WIDTH;
+  int32_t ranks[GROUP_SIZE];
+  for (int64_t i = 0; i < n; i += GROUP_SIZE) {
+    Floats own[4];
+    Ints counts[4];
+    unroll<4>([&](auto v) {
+      own[decltype(v)::value] = load<Floats>(scores + i + decltype(v)::value * WIDTH);
+      counts[decltype(v)::value] = Ints{};
+    });
+    // Of equal scores those before come first.
+    for (int64_t j = 0; j < i; ++j) {
+      const Floats other = fill(scores[j]);
+      unroll<4>([&](auto v) {
+        counts[decltype(v)::value] = count_not_above(counts[decltype(v)::value], other, own[decltype(v)::value]);
+      });
+    }
+    const int64_t end = i + GROUP_SIZE < n ? i + GROUP_SIZE : n;
+    unroll<4>([&](auto u) {
+      constexpr int t = decltype(u)::value;
+      for (int lane = 0; lane < WIDTH && i + t * WIDTH + lane < end; ++lane) {
+        const Floats other = fill(scores[i + t * WIDTH + lane]);
+        unroll<4>([&](auto v) {
+          constexpr int w = decltype(v)::value;
+          if constexpr (w < t) counts[w] = count_below(counts[w], other, own[w]);
+          if constexpr (w == t) counts[w] = count_before(counts[w], other, own[w], lane);
+          if constexpr (w > t) counts[w] = count_not_above(counts[w], other, own[w]);
+        });
+      }
+    });
+    for (int64_t j = end; j < n; ++j) {
+      const Floats other = fill(scores[j]);
+      unroll<4>([&](auto v) {
+        counts[decltype(v)::value] = count_below(counts[decltype(v)::value], other, own[decltype(v)::value]);
+      });
+    }
+    unroll<4>([&](auto v) { store(ranks + decltype(v)::value * WIDTH, counts[decltype(v)::value]); });
+    for (int64_t j = i; j < end; ++j) {
+      sorted[ranks[j - i]] = scores[j];
+      sorted_places[ranks[j - i]] = places[j];
+    }
+  }
+}
+
+// The same digit by digit, for many scores; what it takes is overwritten.
+inline void sort_by_digits(float* scores, int32_t* places, int64_t n, float* sorted, int32_t* sorted_places) {
+  constexpr int DIGIT = 8;
+  for (int shift = 0; shift < 32; shift += DIGIT) {
+    int64_t starts[1 << DIGIT] = {};
+    const auto digit = [&](float score) { return ((uint32_t)ordered(score) ^ 0x80000000u) >> shift & ((1 << DIGIT) - 1); };
+    for (int64_t i = 0; i < n; ++i) ++starts[digit(scores[i])];
+    int64_t start = 0;
+    for (int64_t& each : starts) {
+      const int64_t count = each;
+      each = start;
+      start += count;
+    }
+    for (int64_t i = 0; i < n; ++i) {
+      const int64_t to = starts[digit(scores[i])]++;
+      sorted[to] = scores[i];
+      sorted_places[to] = places[i];
+    }
+    memcpy(scores, sorted, n * sizeof(float));
+    memcpy(places, sorted_places, n * sizeof(int32_t));
+  }
+}
+
+struct Exact {
+  double score;
+  int32_t place;
+};
+
+DLVAE_INLINE bool comes_before(const Exact& a, const Exact& b) {
+  return a.score < b.score || (a.score == b.score && a.place < b.place);
+}
+
+// Sorts n by (score, place): runs that double in length are merged between `all` and `other`, of n each.
+inline void sort_exact(Exact* all, Exact* other, int64_t n) {
+  Exact *from = all, *to = other;
+  for (int64_t length = 1; length < n; length *= 2) {
+    for (int64_t begin = 0; begin < n; begin += 2 * length) {
+      const int64_t middle = begin + length < n ? begin + length : n;
+      const int64_t end = middle + length < n ? middle + length : n;
+      int64_t a = begin, b = middle;
+      for (int64_t i = begin; i < end; ++i)
+        to[i] = b >= end || (a < middle && !comes_before(from[b], from[a])) ? from[a++] : from[b++];
+    }
+    Exact* swap = from;
+    from = to, to = swap;
+  }
+  if (from != all) memcpy(all, from, n * sizeof(Exact));
+}
+
+}  // namespace

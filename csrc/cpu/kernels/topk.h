@@ -1,0 +1,267 @@
+// The k best codes of each row.
+//
+// Scores are found in float32, a block of rows and a chunk of codes at a time. Each row keeps the codes whose score may
+// be among its k best: a bound on the rounding says how far above another score that is. They are sorted by score; only
+// where neighbours lie within that bound are they compared in float64, each pair of a row and a code by itself.
+#pragma once
+
+#include "../topk.h"
+#include "order.h"
+#include "product.h"
+#include "distances.h"
+
+namespace {
+
+using dlvae::Topk;
+
+constexpr int64_t CODES = 512;        // of one chunk, whole panels
+constexpr int64_t SORTED_BY_RANKS = 320;  // at most; beyond, digits are faster
+constexpr float LARGEST_SCORE = 0x1p100f;
+constexpr double ROUNDING = 0x1p-24;
+
+inline double product_of(const float* x, const float* c, int64_t features) {
+  constexpr int64_t STEP = WIDTH / 2;
+  Doubles sums[2] = {};
+  int64_t d = 0;
+  for (; d + 2 * STEP <= features; d += 2 * STEP) {
+    unroll<2>([&](auto i) {
+      const int64_t at = d + decltype(i)::value * STEP;
+      sums[decltype(i)::value] += widen(x + at) * widen(c + at);
+    });
+  }
+  double rest = 0;
+  for (; d < features; ++d) rest += (double)x[d] * (double)c[d];
+  return total(sums[0] + sums[1]) + rest;
+}
+
+// The squared distance or, the lower the better too, the negative product: in float64, equal for equal codes.
+inline double exact_score(const Topk& t, const float* x, int64_t code) {
+  const float* c = t.codes + code * t.features;
+  if (!t.is_product) return squared_distance(x, c, t.features);
+  const double product = product_of(x, c, t.features);
+  return -(t.bias == nullptr ? product : product + (double)t.bias[code]);
+}
+
+inline void square_codes(const float* codes, int64_t begin, int64_t end, int64_t features, double* squares) {
+  for (int64_t c = begin; c < end; ++c) squares[c] = squared_norm(codes + c * features, features);
+}
+
+inline void pack_topk(const Topk& t, int64_t begin, int64_t end, float* panels) {
+  pack_transposed(t.codes, t.ids, t.packed, t.features, -t.scale, begin, end, panels);
+}
+
+// Scratch of a thread, and the search of its rows.
+class TopkSearch {
+ public:
+  explicit TopkSearch(const Topk& t)
+      : t_(t),
+        wanted_(t.k < t.packed ? t.k : t.packed),
+        room_(wanted_ + wanted_ / 2 + 128),
+        capacity_((room_ + CODES + 8 * WIDTH) / WIDTH * WIDTH),
+        is_one_chunk_(t.packed <= CODES),
+        block_(rows_of_block(t)),
+        x_(block_ * t.features),
+        scores_(block_ * CODES),
+        kept_(block_),
+        found_(capacity_ * (is_one_chunk_ ? 1 : block_)),
+        places_(capacity_ * (is_one_chunk_ ? 1 : block_)),
+        sorted_(capacity_),
+        sorted_places_(capacity_),
+        exact_(t.count),
+        merged_(t.count) {}
+
+  void run(int64_t begin, int64_t end) {
+    for (int64_t r = begin; r < end; r += block_) search(r, r + block_ < end ? block_ : end - r);
+  }
+
+ private:
+  struct Kept {
+    int64_t count;
+    float bound;     // at least k scores are at most this
+    float margin;    // how far the score of a code may be from what it is for the share of the row in it
+    double square;   // |x|^2
+    bool is_exact;   // compared in float64 with all codes
+  };
+
+  static int64_t rows_of_block(const Topk& t) {
+    const int64_t fitting = 65536 / t.features / ROWS * ROWS;
+    return fitting < 2 * ROWS ? 2 * ROWS : fitting > 128 ? 128 : fitting;
+  }
+
+  // Beside the margin of a row, a score may err by this much of itself.
+  static DLVAE_INLINE float own_error(float score) { return 4 * (float)ROUNDING * __builtin_fabsf(score); }
+
+  // A code with a higher score than this is worse than one with the score `bound`.
+  static float reach(float bound, float margin) {
+    const float sum = bound + (2 * margin + 2 * own_error(bound));
+    return sum + 2 * own_error(sum);
+  }
+
+  void measure(const float* x, Kept& row) const {
+    const int64_t chain = t_.features < CHAIN ? t_.features : CHAIN;
+    const double terms = (double)(chain + t_.features / CHAIN + 8);
+    row.square = squared_norm(x, t_.features);
+    row.is_exact = !(row.square < 0x1p180) || t_.packed == 0;
+    // What vanishes below the smallest normal number adds to it.
+    row.margin = (float)(1.01 * ROUNDING * terms * t_.norm * __builtin_sqrt(row.square) + (double)t_.features * 0x1p-120);
+    row.count = 0;
+    row.bound = LARGEST_SCORE;
+  }
+
+  void search(int64_t first, int64_t count) {
+    const int64_t features = t_.features;
+    load_rows(t_.x, first, first + count, x_, features);
+    const int64_t whole = whole_tiles(count);
+    for (int64_t i = count * features; i < whole * features; ++i) x_[i] = 0;
+    for (int64_t r = 0; r < count; ++r) measure(x_ + r * features, kept_[r]);
+    for (int64_t c = 0; c < t_.packed; c += CODES) {
+      const int64_t n = c + CODES < t_.packed ? CODES : t_.packed - c;
+      multiply(
+          (const float*)x_, RowMajor{features}, count, t_.panels + c * features, features * PANEL, panels_of(n), features,
+          scores_, CODES, t_.start + c, false);
+      for (int64_t r = 0; r < count; ++r) {
+        if (kept_[r].is_exact) continue;
+        const int64_t at = is_one_chunk_ ? 0 : r * capacity_;
+        collect(kept_[r], scores_ + r * CODES, n, (int32_t)c, found_ + at, places_ + at);
+        if (is_one_chunk_ && !kept_[r].is_exact) finish(first + r, kept_[r], x_ + r * features, found_, places_);
+      }
+    }
+    for (int64_t r = 0; r < count; ++r) {
+      if (kept_[r].is_exact) {
+        search_exactly(first + r, x_ + r * features);
+      } else if (!is_one_chunk_) {
+        finish(first + r, kept_[r], x_ + r * features, found_ + r * capacity_, places_ + r * capacity_);
+      }
+    }
+  }
+
+  // Adds the codes of a chunk that may be among the k best.
+  void collect(Kept& row, const float* scores, int64_t n, int32_t first, float* found, int32_t* places) const {
+    if (row.count == 0 && n >= wanted_) row.bound = bound_of(scores, n, wanted_, LARGEST_SCORE);
+    const float limit = reach(row.bound, row.margin);
+    row.count += keep_within<false>(scores, nullptr, first, n, limit, found + row.count, places + row.count);
+    if (row.count > room_) tighten(row, found, places);
+    // So many tie that all are compared.
+    row.is_exact = row.count > room_;
+  }
+
+  void tighten(Kept& row, float* found, int32_t* places) const {
+    end_vector(found, row.count);
+    const float bound = bound_of(found, row.count, wanted_, LARGEST_SCORE);
+    if (bound < row.bound) row.bound = bound;
+    row.count = keep_within<true>(found, places, 0, row.count, reach(row.bound, row.margin), found, places);
+  }
+
+  static void end_vector(float* found, int64_t n) {
+    for (int64_t i = n; i % WIDTH != 0; ++i) found[i] = dlvae::NO_CODE;
+  }
+
+  void finish(int64_t row, Kept& kept, const float* x, float* found, int32_t* places) {
+    if (!is_one_chunk_ && kept.count > wanted_ + wanted_ / 8 + 8) tighten(kept, found, places);
+    const int64_t n = kept.count;
+    const float* scores = sorted_;
+    if (n <= SORTED_BY_RANKS) {
+      sort_by_ranks(found, places, n, sorted_, sorted_places_);
+    } else {
+      sort_by_digits(found, places, n, sorted_, sorted_places_);
+    }
+    if (n < wanted_ || scores[0] <= -LARGEST_SCORE || scores[wanted_ - 1] >= LARGEST_SCORE) return search_exactly(row, x);
+    int64_t* indices = t_.indices + row * t_.k;
+    float* values = t_.values + row * t_.k;
+    const double unit = (t_.is_product ? -1.0 : 2.0) / (double)t_.scale, offset = t_.is_product ? 0 : kept.square;
+    for (int64_t i = 0; i < wanted_; ++i) values[i] = (float)((double)scores[i] * unit + offset);
+    for (int64_t i = 0; i < wanted_; ++i) indices[i] = sorted_places_[i];
+    if (t_.ids != nullptr)
+      for (int64_t i = 0; i < wanted_; ++i) indices[i] = t_.ids[indices[i]];
+    // Where little is left of |x|^2 and the score, the distance is found by differences.
+    if (!t_.is_product) {
+      const double certain = 0x1p12 * unit * ((double)kept.margin + (double)own_error(scores[0]));
+      for (int64_t i = 0; i < wanted_ && !((double)values[i] > certain); ++i)
+        values[i] = (float)squared_distance(x, t_.codes + indices[i] * t_.features, t_.features);
+    }
+    compare_near(kept, x, n, indices, values);
+    for (int64_t i = wanted_; i < t_.k; ++i) set_exactly(x, t_.others[i - wanted_], indices + i, values + i);
+  }
+
+  // Runs of codes, each within the reach of the next, go by exact scores.
+  void compare_near(const Kept& kept, const float* x, int64_t n, int64_t* indices, float* values) {
+    float* scores = sorted_;
+    const float last = reach(scores[wanted_ - 1], kept.margin);
+    while (n > wanted_ && scores[n - 1] > last) --n;
+    for (int64_t i = n; i < n + WIDTH + 1; ++i) scores[i] = dlvae::NO_CODE;
+    const Floats margin = fill(2 * kept.margin);
+    int64_t done = 0;
+    for (int64_t i = 0; i < wanted_; i += WIDTH) {
+      const Floats score = load<Floats>(scores + i), next = load<Floats>(scores + i + 1);
+      const Floats reached = margin + 4 * (float)ROUNDING * (magnitude(score) + magnitude(next));
+      uint32_t bits = not_above(next - score, reached);
+      for (; bits != 0; bits &= bits - 1) {
+        const int64_t begin = i + __builtin_ctz(bits);
+        if (begin < done || begin >= wanted_) continue;
+        done = compare_run(kept, x, begin, n, indices, values);
+      }
+    }
+  }
+
+  // The run that begins there; returns its end.
+  int64_t compare_run(const Kept& kept, const float* x, int64_t begin, int64_t n, int64_t* indices, float* values) {
+    const float* scores = sorted_;
+    int64_t end = begin;
+    do {
+      const int64_t code = t_.ids == nullptr ? sorted_places_[end] : t_.ids[sorted_places_[end]];
+      exact_[end - begin] = {exact_score(t_, x, code), (int32_t)code};
+      ++end;
+    } while (end < n && scores[end] - scores[end - 1] <= 2 * kept.margin + own_error(scores[end]) + own_error(scores[end - 1]));
+    sort_exact(exact_, merged_, end - begin);
+    for (int64_t i = begin; i < end && i < wanted_; ++i) {
+      indices[i] = exact_[i - begin].place;
+      values[i] = (float)(t_.is_product ? -exact_[i - begin].score : exact_[i - begin].score);
+    }
+    return end;
+  }
+
+  // All scores in float64. Those that are not finite follow by index, and after them codes that hold NaN.
+  void search_exactly(int64_t row, const float* x) {
+    int64_t* indices = t_.indices + row * t_.k;
+    float* values = t_.values + row * t_.k;
+    const double square = squared_norm(x, t_.features);
+    if (square != square) {
+      for (int64_t i = 0; i < t_.k; ++i) indices[i] = i, values[i] = __builtin_nanf("");
+      return;
+    }
+    for (int64_t i = 0; i < t_.packed; ++i) {
+      const int32_t code = t_.ids == nullptr ? (int32_t)i : t_.ids[i];
+      const double score = exact_score(t_, x, code);
+      exact_[i] = {score - score == 0 ? score : __DBL_MAX__, code};
+    }
+    for (int64_t i = 0; i < t_.count - t_.packed; ++i)
+      exact_[t_.packed + i] = {i < t_.infinite ? __DBL_MAX__ : __builtin_inf(), t_.others[i]};
+    sort_exact(exact_, merged_, t_.count);
+    for (int64_t i = 0; i < t_.k; ++i) set_exactly(x, exact_[i].place, indices + i, values + i);
+  }
+
+  void set_exactly(const float* x, int32_t code, int64_t* index, float* value) const {
+    const double score = exact_score(t_, x, code);
+    *index = code;
+    *value = (float)(t_.is_product ? -score : score);
+  }
+
+  const Topk& t_;
+  const int64_t wanted_;    // of the packed codes
+  const int64_t room_;      // of candidates that a row carries on to the next chunk
+  const int64_t capacity_;  // with all of one chunk, and what vectors touch beyond
+  const bool is_one_chunk_;
+  const int64_t block_;
+  Buffer<float> x_;       // [block, D]
+  Buffer<float> scores_;  // [block, CODES]
+  Buffer<Kept> kept_;
+  Buffer<float> found_;  // [block or 1, capacity]
+  Buffer<int32_t> places_;
+  Buffer<float> sorted_;
+  Buffer<int32_t> sorted_places_;
+  Buffer<Exact> exact_, merged_;  // [K]
+};
+
+inline void topk_rows(const Topk& t, int64_t begin, int64_t end) { TopkSearch(t).run(begin, end); }
+
+}  // namespace

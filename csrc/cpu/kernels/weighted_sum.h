@@ -1,0 +1,96 @@
+// Sums of weighted rows that are found by number.
+#pragma once
+
+#include "simd.h"
+
+namespace {
+
+// The first `count` floats of a vector, of less than WIDTH; zeros behind them.
+DLVAE_INLINE Floats load_part(const float* from, int64_t count) {
+#if defined(DLVAE_AVX512)
+  return _mm512_maskz_loadu_ps((__mmask16)((1u << count) - 1), from);
+#else
+  Floats v{};
+  for (int64_t i = 0; i < count; ++i) v[i] = from[i];
+  return v;
+#endif
+}
+DLVAE_INLINE void store_part(float* to, int64_t count, Floats v) {
+#if defined(DLVAE_AVX512)
+  _mm512_mask_storeu_ps(to, (__mmask16)((1u << count) - 1), v);
+#else
+  for (int64_t i = 0; i < count; ++i) to[i] = v[i];
+#endif
+}
+
+// weights[i] * row which[i], i in [0, count).
+template <class Index>
+struct Terms {
+  const Index* which;
+  const Index* which_end;  // how far numbers are known: rows that come later are fetched ahead
+  const float* weights;    // or null where each is `weight`
+  float weight;
+  int64_t count;
+  const float* rows;
+  int64_t first;  // number of the row at `rows`
+  int64_t ld;
+  bool is_far;
+};
+
+// V vectors at to, or of the last `part` floats where V is 0: the terms are added to them, in turn.
+template <int V, class Index>
+DLVAE_INLINE void add_terms_to(const Terms<Index>& terms, int64_t feature, int64_t part, bool is_first, float* to) {
+  constexpr int COUNT = V == 0 ? 1 : V;
+  constexpr int AHEAD = V > 8 ? 3 : V > 2 ? 6 : 12;
+  Floats sums[COUNT];
+  unroll<COUNT>([&](auto v) {
+    constexpr int i = decltype(v)::value;
+    if (is_first) {
+      sums[i] = Floats{};
+    } else {
+      sums[i] = V == 0 ? load_part(to, part) : load<Floats>(to + i * WIDTH);
+    }
+  });
+  const float* base = terms.rows + feature;
+  for (int64_t t = 0; t < terms.count; ++t) {
+    const float* row = base + ((int64_t)terms.which[t] - terms.first) * terms.ld;
+    if (terms.is_far && terms.which + t + AHEAD < terms.which_end) {
+      const float* later = base + ((int64_t)terms.which[t + AHEAD] - terms.first) * terms.ld;
+      unroll<(COUNT * WIDTH + 15) / 16>([&](auto v) { __builtin_prefetch(later + decltype(v)::value * 16); });
+    }
+    const Floats weight = fill(terms.weights == nullptr ? terms.weight : terms.weights[t]);
+    unroll<COUNT>([&](auto v) {
+      constexpr int i = decltype(v)::value;
+      sums[i] += weight * (V == 0 ? load_part(row, part) : load<Floats>(row + i * WIDTH));
+    });
+  }
+  unroll<COUNT>([&](auto v) {
+    constexpr int i = decltype(v)::value;
+    if (V == 0) {
+      store_part(to, part, sums[i]);
+    } else {
+      store(to + i * WIDTH, sums[i]);
+    }
+  });
+}
+
+// Features [begin, end) of the sum, at `to` + feature: what is there plus the terms, or these alone.
+template <class Index>
+inline void add_terms(const Terms<Index>& terms, int64_t begin, int64_t end, bool is_first, float* to) {
+  int64_t d = begin;
+  for (; d + 2 * ROWS * WIDTH <= end; d += 2 * ROWS * WIDTH)
+    add_terms_to<2 * ROWS>(terms, d, 0, is_first, to + d);
+  const auto one = [&](auto v) {
+    constexpr int V = decltype(v)::value;
+    if (d + V * WIDTH > end) return;
+    add_terms_to<V>(terms, d, 0, is_first, to + d);
+    d += V * WIDTH;
+  };
+  if constexpr (ROWS == 8) one(Constant<8>{});
+  one(Constant<4>{});
+  one(Constant<2>{});
+  one(Constant<1>{});
+  if (d < end) add_terms_to<0>(terms, d, end - d, is_first, to + d);
+}
+
+}  // namespace

@@ -1,0 +1,106 @@
+#include "operations.h"
+#include "segment_sum.h"
+
+namespace dlvae {
+namespace {
+
+// What stays in a core's cache.
+constexpr int64_t NEAR_BYTES = 1 << 20;
+
+// The dictionary in float32; where it is of another kind, and atoms are many for so few rows, those that occur alone.
+class Kept {
+ public:
+  Kept(const Tensor& dictionary, const Indices& indices, int64_t k)
+      : rows_(rows_of("dictionary", dictionary)),
+        is_packed_(!is_dense(rows_) && indices.count < rows_.count),
+        numbers_(new_array<int64_t>(is_packed_ ? indices.count : 0)),
+        packed_(new_array<float>(is_packed_ ? indices.count * rows_.features : 0)) {
+    indices.check(0, indices.count, rows_.count);
+    atoms.features = rows_.features;
+    atoms.rows = k == 0 ? 0 : indices.count / k;
+    atoms.k = k;
+    if (!is_packed_) {
+      whole_.emplace("dictionary", dictionary);
+      atoms.dictionary = whole_->data;
+      atoms.indices = indices.data;
+      atoms.is_far = rows_.count * rows_.features * (int64_t)sizeof(float) > NEAR_BYTES;
+      return;
+    }
+    const Kernels& table = kernels();
+    parallel(indices.count, 1 + 16384 / rows_.features, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        numbers_[i] = i;
+        table.load_rows(rows_, indices.data[i], indices.data[i] + 1, packed_.get() + i * rows_.features, rows_.features);
+      }
+    });
+    atoms.dictionary = packed_.get();
+    atoms.indices = numbers_.get();
+    atoms.is_far = false;
+  }
+  Atoms atoms{};
+
+ private:
+  Rows rows_;
+  bool is_packed_;
+  Array<int64_t> numbers_;
+  Array<float> packed_;
+  std::optional<Matrix> whole_;
+};
+
+void check_sizes(const Tensor& values, const Tensor& indices, const Tensor& dictionary) {
+  STD_TORCH_CHECK(
+      values.dim() >= 1 && shape_of(values) == shape_of(indices), "values and indices need one shape [..., k]");
+  STD_TORCH_CHECK(
+      dictionary.dim() == 2 && dictionary.size(0) >= 1 && dictionary.size(1) >= 1,
+      "dictionary needs [K, D] with K >= 1 and D >= 1");
+}
+
+// Rows with k atoms each that a thread takes at least.
+int64_t grain_of(const Atoms& atoms) { return 1 + 32768 / std::max<int64_t>(1, atoms.features * atoms.k); }
+
+}  // namespace
+
+Tensor sparse_decode_fwd(const Tensor& values, const Tensor& indices, const Tensor& dictionary) {
+  check_sizes(values, indices, dictionary);
+  const Indices which("indices", indices);
+  const Matrix coefficients("values", values);
+  const Kept kept(dictionary, which, coefficients.features);
+  const ScalarType type = values.scalar_type() == dictionary.scalar_type() ? values.scalar_type() : ScalarType::Float;
+  const Tensor out = new_tensor(values, shape_with(values, {dictionary.size(1)}), type);
+  const Rows out_rows = rows_of("out", out);
+  const Kernels& k = kernels();
+  parallel(kept.atoms.rows, grain_of(kept.atoms), [&](int64_t begin, int64_t end) {
+    k.decode_rows(kept.atoms, coefficients.data, begin, end, out_rows);
+  });
+  return out;
+}
+
+std::tuple<Tensor, Tensor> sparse_decode_bwd(
+    const Tensor& grad, const Tensor& values, const Tensor& indices, const Tensor& dictionary, bool need_values,
+    bool need_dictionary) {
+  check_sizes(values, indices, dictionary);
+  const Rows rows = rows_of("grad", grad);
+  const Indices which("indices", indices);
+  const int64_t per_row = indices.size(indices.dim() - 1);
+  STD_TORCH_CHECK(
+      rows.features == dictionary.size(1) && rows.count * per_row == which.count,
+      "grad needs [..., D] with the rows of indices and the D of dictionary");
+  const Tensor grad_values = new_tensor(grad, need_values ? shape_of(values) : std::vector<int64_t>{0});
+  const Tensor grad_dictionary = new_tensor(grad, need_dictionary ? shape_of(dictionary) : std::vector<int64_t>{0});
+  if (need_values) {
+    const Kept kept(dictionary, which, per_row);
+    const Kernels& k = kernels();
+    float* to = static_cast<float*>(grad_values.data_ptr());
+    parallel(rows.count, grain_of(kept.atoms), [&](int64_t begin, int64_t end) {
+      k.atom_products(kept.atoms, rows, begin, end, to);
+    });
+  }
+  if (need_dictionary) {
+    const Matrix coefficients("values", values);
+    const SortedPairs pairs(which, per_row, dictionary.size(0), coefficients.data, nullptr);
+    segment_sum(rows, pairs, per_row, 1, static_cast<float*>(grad_dictionary.data_ptr()), rows.features);
+  }
+  return {grad_values, grad_dictionary};
+}
+
+}  // namespace dlvae
