@@ -22,7 +22,7 @@ $(STAMP): pyproject.toml constraints.txt
 
 # And the library again when csrc changed, which takes no installation.
 $(LIBRARY): $(STAMP) setup.py $(shell find csrc -name '*.cpp' -o -name '*.h')
-	DLVAE_BUILD_EXT=1 $(PYTHON) setup.py --quiet build_ext --inplace
+	$(PYTHON) setup.py --quiet build_ext --inplace
 	touch $@
 
 train: setup

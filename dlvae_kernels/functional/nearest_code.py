@@ -33,7 +33,7 @@ def nearest_code(
         return_distance: also give the squared distances.
         precision: of the search. "float32": the index is that of float64 wherever the two best distances differ by more
             than float32 rounding; "exact": rows whose two best codes are closer than that are searched again by
-            differences; "tf32": with ten bits of each feature. The reference is always exact.
+            differences; "tf32": with ten bits of each feature. On the CPU the search is always exact.
     Returns:
         [...] int64; ties take the lowest index, a row holding NaN gets 0, a NaN code is taken only if all are.
         With `return_distance`, also the squared distances, [...] float32 (float64 for float64). No gradient.
