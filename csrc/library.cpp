@@ -7,6 +7,7 @@ STABLE_TORCH_LIBRARY(dlvae_native, m) {
   m.def("cpu_name() -> str");
   m.def("cpu_names(bool all) -> str");
   m.def("nearest_code(Tensor x, Tensor codebook, bool return_distance, str precision) -> (Tensor, Tensor)");
+  m.def("search_rate() -> float");
   m.def("uncertain_rows(Tensor x, Tensor codebook) -> int");
   m.def(
       "vector_quantize_fwd(Tensor x, Tensor codebook, bool need_error, str precision)"
@@ -35,6 +36,7 @@ STABLE_TORCH_LIBRARY(dlvae_native, m) {
 STABLE_TORCH_LIBRARY_IMPL(dlvae_native, CompositeExplicitAutograd, m) {
   m.impl("cpu_name", TORCH_BOX(&dlvae::cpu_name));
   m.impl("cpu_names", TORCH_BOX(&dlvae::cpu_names));
+  m.impl("search_rate", TORCH_BOX(&dlvae::search_rate));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(dlvae_native, CPU, m) {

@@ -13,6 +13,9 @@ namespace dlvae {
 std::string cpu_name();
 std::string cpu_names(bool all);
 
+// Products of two features a second, of scores in the arithmetic of the search on all threads: what no search exceeds.
+double search_rate();
+
 // How many rows `nearest_code` searches a second time, since rounding might have hidden the nearest code: for tests.
 int64_t uncertain_rows(const Tensor& x, const Tensor& codebook);
 

@@ -355,4 +355,33 @@ inline int64_t search_rows(
   return for_searched_blocks(book, rows, begin, end, indices, distances, [](int64_t, int64_t, const float*) {});
 }
 
+// Scores of the same few rows and codes, which stay in the first cache, again and again; returns how many products of two
+// features that took. For measuring what a core can do at best.
+inline int64_t repeat_scores(int64_t rounds) {
+  constexpr int64_t FEATURES = 128;
+  Codebook book{};
+  book.features = FEATURES;
+  int64_t products = 0;
+  in_arithmetic_of(book, [&](auto arithmetic) {
+    using A = decltype(arithmetic);
+    const int64_t steps = A::steps(FEATURES);
+    Buffer<uint32_t> rows(A::BLOCK_ROWS * steps), codes(PANEL * steps);
+    Buffer<typename A::Score> start(PANEL);
+    memset(rows, 0, A::BLOCK_ROWS * steps * sizeof(uint32_t));
+    memset(codes, 0, PANEL * steps * sizeof(uint32_t));
+    memset(start, 0, PANEL * sizeof(typename A::Score));
+    A::begin();
+    for (int64_t i = 0; i < rounds; ++i) {
+      typename A::Vector sums[A::BLOCK_ROWS][2];
+      A::scores(start, rows, steps, codes, steps, sums);
+      unroll<A::BLOCK_ROWS>([&](auto r) {
+        asm volatile("" ::"m"(sums[decltype(r)::value][0]), "m"(sums[decltype(r)::value][1]));
+      });
+    }
+    A::end();
+    products = rounds * A::BLOCK_ROWS * PANEL * FEATURES;
+  });
+  return products;
+}
+
 }  // namespace

@@ -24,6 +24,7 @@ dlvae::Kernels make_table(const char* name) {
   table.measure_codes = measure_codes;
   table.pack_panels = pack_panels;
   table.search_rows = search_rows;
+  table.repeat_scores = repeat_scores;
   table.quantize_rows = quantize_rows;
   table.sum_segments = sum_segments;
   table.decode_rows = decode_rows;
