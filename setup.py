@@ -48,15 +48,7 @@ def native_cpu() -> CppExtension:
         depends=files("csrc/*.h", "csrc/cpu/**/*.h"),
         py_limited_api=True,
         define_macros=[("TORCH_TARGET_VERSION", "0x020a000000000000")],
-        extra_compile_args=[
-            "-O3",
-            "-g0",
-            "-std=c++17",
-            "-fvisibility=hidden",
-            "-Wall",
-            "-Wextra",
-            "-Wno-unused-parameter",
-        ],
+        extra_compile_args=["-O3", "-g0", "-std=c++17", "-fvisibility=hidden", *WARNINGS],
     )
 
 
