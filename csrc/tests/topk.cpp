@@ -70,7 +70,7 @@ void test_case(const Kernels& kernels, const Case& c, Numbers x, Numbers codes, 
       const double found = score_of(t, &x[r * c.features], index), best = all[j].first;
       // Both sums are of float64, in another order.
       const bool is_best = found == best ? index == all[j].second : std::abs(found - best) <= 1e-13 * c.features;
-      CHECK(is_best, "row %ld has code %ld at %g, and not %ld at %g", (long)r, (long)index, found, (long)all[j].second, best);
+      CHECK(is_best, "row %ld has code %ld at %g, not %ld", (long)r, (long)index, found, (long)all[j].second);
       const double value = t.is_product ? -values[r * c.k + j] : values[r * c.k + j];
       CHECK(best == 1e300 || std::abs(value - best) <= 1e-5 * c.features, "a value of %g, not %g", value, best);
     }
