@@ -58,5 +58,7 @@ inline Rows adjacent_rows(std::vector<float>& values, int64_t count, int64_t fea
 
 void test_rows(const Kernels& kernels);
 void test_search(const Kernels& kernels);
+void test_softmax(const Kernels& kernels);
+void test_topk(const Kernels& kernels);
 
 }  // namespace dlvae

@@ -12,6 +12,8 @@ int main() {
     const dlvae::Kernels& kernels = sets[i].table();
     dlvae::test_rows(kernels);
     dlvae::test_search(kernels);
+    dlvae::test_softmax(kernels);
+    dlvae::test_topk(kernels);
     std::printf("%s: ok\n", sets[i].name);
   }
   return 0;
