@@ -127,6 +127,23 @@ void test_case(const Kernels& kernels, Numbers x, const Numbers& codes, int64_t 
   CHECK(again == indices, "the codes of quantize_rows differ without errors");
 }
 
+// Each code has a neighbour that is farther off by less than any arithmetic can tell: every row goes through the codes twice.
+void test_uncertain(const Kernels& kernels, Random& random, int64_t n, int64_t count, int64_t d) {
+  const Numbers x = numbers(random, n * d), apart = numbers(random, count * d);
+  Numbers codes(2 * count * d);
+  for (int64_t k = 0; k < 2 * count; ++k) {
+    std::copy_n(&apart[k / 2 * d], d, &codes[k * d]);
+    if (k % 2 == 1) codes[k * d] += 1e-6f;
+  }
+  const Packed packed(kernels, codes, 2 * count, d);
+  Numbers copy = x;
+  const Rows rows = adjacent_rows(copy, n, d);
+  std::vector<int64_t> indices(n, -1);
+  const int64_t uncertain = kernels.search_rows(packed.book, rows, 0, n, indices.data(), nullptr);
+  CHECK(uncertain == n, "%ld of %ld rows were searched twice", (long)uncertain, (long)n);
+  for (int64_t r = 0; r < n; ++r) check_index(codes, 2 * count, &x[r * d], d, indices[r], r);
+}
+
 Numbers whole_numbers(Random& random, int64_t count, int64_t most) {
   Numbers values(count);
   for (float& value : values) value = (float)(random.below(2 * most + 1) - most);
@@ -154,6 +171,8 @@ void test_search(const Kernels& kernels) {
   for (int64_t d : {1, 2, 3, 7, 8, 9, 15, 16, 17, 33, 64})
     for (int64_t count : counts)
       for (int64_t n : {1, 9, 65}) test_case(kernels, numbers(random, n * d), numbers(random, count * d), n, count, d);
+  test_uncertain(kernels, random, 70, 5 * p + 1, 64);
+  test_uncertain(kernels, random, 33, 600, 8);
   struct {
     int64_t n, count, d;
   } const sizes[] = {{130, 40, 5}, {70, 1300, 2}, {64, 1100, 1}, {66, 9 * p + 3, 12}, {20, 3 * p + 1, 2500}};
