@@ -32,6 +32,8 @@ ROOT = Path(__file__).parent
 LIBRARY, REASON = "native_cpu.abi3.so", "native_cpu.reason.txt"
 WANTED = os.environ.get("DLVAE_BUILD_EXT", "")
 COMPILERS = ("c++", "g++", "clang++")
+# Parameters are unused in torch's headers and on some instruction sets; registers lack a value in GCC's own headers.
+WARNINGS = ("-Wall", "-Wextra", "-Wno-unused-parameter", "-Wno-maybe-uninitialized", "-Wno-unknown-warning-option")
 
 
 def files(*patterns: str) -> list[str]:

@@ -17,7 +17,7 @@ import torch
 
 from models.build import pick_device
 
-from . import gpu, plot, readme, results, run, verify
+from . import gpu, plot, readme, results, run, targets, verify
 from .registry import ENTRIES
 
 
@@ -120,7 +120,9 @@ def _run(arguments: argparse.Namespace) -> int:
     if arguments.command == "compare":
         return _compare(arguments)
     if arguments.command == "cpu":
-        return run.standard(torch.device("cpu"), results.FOLDER / "cpu.csv")
+        status = run.standard(torch.device("cpu"), results.FOLDER / "cpu.csv")
+        print(*targets.check(results.read(results.FOLDER / "cpu.csv"), "cpu"), sep="\n")
+        return status
     if arguments.command == "train":
         results.write_training(arguments.runs, results.FOLDER / "training-cpu.csv", torch.device("cpu"))
     elif arguments.command == "plot":

@@ -27,7 +27,7 @@ class Ceilings:
 
     def seconds(self, work: Work, precision: str) -> float:
         """The time under which no implementation comes."""
-        return max(work.flops / self.flops[precision], work.bytes / self.bytes)
+        return max(work.flops / self.flops.get(precision, self.flops["float32"]), work.bytes / self.bytes)
 
     def rows(self) -> list[dict[str, Any]]:
         """Rows that say what was measured."""
@@ -47,9 +47,11 @@ def measure(device: torch.device) -> Ceilings:
     target = torch.empty_like(source)
     copied = 2 * source.nbytes / _best(lambda: target.copy_(source), device)
     flops = {"float32": gemm(torch.float32)}
-    # Where the machine has no matrix unit for them, torch's own products in these take minutes.
-    if device.type == "cuda" or torch.cpu._is_avx512_bf16_supported():
-        flops |= {"bfloat16": gemm(torch.bfloat16), "float16": gemm(torch.float16)}
+    # Where oneDNN has no product in these, torch's own takes minutes.
+    if device.type == "cuda" or torch.ops.mkldnn._is_mkldnn_fp16_supported():
+        flops["float16"] = gemm(torch.float16)
+    if device.type == "cuda" or torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        flops["bfloat16"] = gemm(torch.bfloat16)
         flops["float32"] = max(flops["float32"], flops["bfloat16"] / _TERMS)
         flops["tf32"] = flops["bfloat16"] / 2
     return Ceilings(flops, copied)

@@ -39,7 +39,7 @@ def main() -> int:
             "benchmark": run.standard(device, out / "gpu.csv", seconds=1.0, deadline=time.monotonic() + _BENCHMARK),
             "training": train(out, device),
         }
-    print(*targets.check(results.read(out / "gpu.csv")), sep="\n")
+    print(*targets.check(results.read(out / "gpu.csv"), "cuda"), sep="\n")
     print(", ".join(f"{name}: {'ok' if status == 0 else f'failed ({status})'}" for name, status in outcomes.items()))
     return max(outcomes.values())
 

@@ -14,7 +14,7 @@ import dlvae_kernels as dlvae
 
 from . import baselines, judge, notebook
 from .entry import Call, Contender, Entry, Inputs, Size, Tolerance, Verdict, Work, to_map, to_rows
-from .sizes import CIFAR, DICTIONARY, ENCODEC, LASER, LLAMAGEN, VQGAN, VQVAE2
+from .sizes import CIFAR, DICTIONARY, ENCODEC, FINE, LASER, LLAMAGEN, VQGAN, VQVAE2
 
 _DECAY, _EPSILON = 0.99, 1e-5
 _EMA_COMMITMENT = 0.25
@@ -38,6 +38,21 @@ def _pass_through(layer: nn.Module, inputs: Inputs, read: Callable[[Any], tuple[
     return Call(lambda: layer(x), backward, answer)
 
 
+def _in_eval(prepare: Callable[[Inputs], Call]) -> Callable[[Inputs], Call]:
+    """The forward alone, of a layer that has learned, where nothing needs a gradient."""
+
+    def prepare_eval(inputs: Inputs) -> Call:
+        call = prepare(inputs)
+
+        def forward() -> Any:
+            with torch.inference_mode():
+                return call.forward()
+
+        return Call(forward, answer=call.answer)
+
+    return prepare_eval
+
+
 def _give(layer: Any, inputs: Inputs) -> Any:
     """Start a layer of ours at the codes of the inputs."""
     key = "_embedding.weight"
@@ -54,11 +69,11 @@ def _vector_quantizer(inputs: Inputs) -> Call:
     return _pass_through(_give(layer, inputs), inputs, lambda out: (out[0], out[1], out[3]))
 
 
-def _vector_quantizer_ema(inputs: Inputs) -> Call:
+def _vector_quantizer_ema(inputs: Inputs, training: bool = True) -> Call:
     layer = dlvae.VectorQuantizerEMA(
         inputs.size.k, inputs.size.d, _EMA_COMMITMENT, _DECAY, _EPSILON, encodings="indices"
     )
-    return _pass_through(_give(layer, inputs), inputs, lambda out: (out[0], out[1], out[3]))
+    return _pass_through(_give(layer, inputs).train(training), inputs, lambda out: (out[0], out[1], out[3]))
 
 
 def _of_one_hot(out: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
@@ -74,7 +89,7 @@ def _notebook_ema(inputs: Inputs) -> Call:
     return _pass_through(layer, inputs, _of_one_hot)
 
 
-def _lucidrains(**options: Any) -> Callable[[Inputs], Call]:
+def _lucidrains(training: bool = True, **options: Any) -> Callable[[Inputs], Call]:
     """vector-quantize-pytorch, straight through as ours and without revival of codes: what it does fastest."""
 
     def prepare(inputs: Inputs) -> Call:
@@ -85,7 +100,8 @@ def _lucidrains(**options: Any) -> Callable[[Inputs], Call]:
         with torch.no_grad():
             layer.codebook = inputs.codes.float().cpu()
             layer._codebook.embed_avg.copy_(layer._codebook.embed)
-        return _pass_through(layer.to(inputs.x.device), inputs, lambda out: (out[2], out[0], out[1]))
+        layer.to(inputs.x.device).train(training)
+        return _pass_through(layer, inputs, lambda out: (out[2], out[0], out[1]))
 
     return prepare
 
@@ -126,7 +142,7 @@ VECTOR_QUANTIZER_EMA = Entry(
     "VectorQuantizerEMA",
     "tests/layers/test_vector_quantizer_ema.py",
     ("vector_quantize_fwd", "vector_quantize_bwd", "ema_statistics", "ema_step"),
-    {"cpu": (CIFAR, VQGAN), "cuda": (CIFAR, VQVAE2, VQGAN, LLAMAGEN)},
+    {"cpu": (CIFAR, FINE, VQGAN), "cuda": (CIFAR, VQVAE2, VQGAN, LLAMAGEN)},
     (
         Contender("dlvae_kernels", _vector_quantizer_ema, exact=True),
         Contender("notebook", _notebook_ema),
@@ -146,6 +162,21 @@ VECTOR_QUANTIZER_EMA = Entry(
     {"forward": _search_and_average, "backward": _move_back},
     # Rows and codes of length 1, where the cosine finds the codes that the distance finds.
     unit=True,
+)
+
+VECTOR_QUANTIZER_EMA_EVAL = Entry(
+    "VectorQuantizerEMA eval",
+    "tests/layers/test_vector_quantizer_ema.py",
+    ("vector_quantize_fwd",),
+    {"cpu": (CIFAR, FINE), "cuda": (CIFAR, VQGAN)},
+    (
+        Contender("dlvae_kernels", _in_eval(partial(_vector_quantizer_ema, training=False)), exact=True),
+        Contender(
+            "vector-quantize-pytorch", _in_eval(_lucidrains(training=False)), package="vector-quantize-pytorch"
+        ),
+    ),
+    judge.quantized,
+    {"forward": _search_and_move},
 )
 
 
@@ -221,4 +252,4 @@ DICTIONARY_LEARNING = Entry(
     },
 )
 
-LAYERS = (VECTOR_QUANTIZER, VECTOR_QUANTIZER_EMA, DICTIONARY_LEARNING)
+LAYERS = (VECTOR_QUANTIZER, VECTOR_QUANTIZER_EMA, VECTOR_QUANTIZER_EMA_EVAL, DICTIONARY_LEARNING)

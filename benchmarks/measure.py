@@ -255,7 +255,9 @@ def rows(results: list[Result], entry: Entry, size: Size, ceilings: Ceilings) ->
 def _backend_of(entry: Entry, device: torch.device) -> str:
     """The backends that ours runs on for this entry."""
     probe = torch.empty(0, device=device)
-    names = [choose(op, probe).__module__.split(".")[2] for op in entry.ops]
+    modules = [choose(op, probe).__module__ for op in entry.ops]
+    # Compiled operations are torch's own objects.
+    names = [name.split(".")[2] if name.startswith("dlvae_kernels.") else "native" for name in modules]
     return "+".join(dict.fromkeys(names))
 
 

@@ -19,6 +19,8 @@ from .sizes import (
     DAC,
     DICTIONARY,
     ENCODEC,
+    FEATURES,
+    FINE,
     GROWTH,
     IBQ,
     KMEANS,
@@ -32,6 +34,7 @@ from .sizes import (
     VQGAN,
     VQVAE2,
     WIDE,
+    WIDE_SMALL,
     half,
 )
 from .sparse_coding import SPARSE_AUTOENCODER, TOPK_PRODUCTS
@@ -68,7 +71,10 @@ NEAREST_CODE = Entry(
     "tests/functional/test_nearest_code.py",
     ("nearest_code",),
     {
-        "cpu": (CIFAR, VQGAN, LLAMAGEN, VAR, ENCODEC, DAC, MIMI, SEMANTIC, *GROWTH["cpu"]),
+        "cpu": (
+            *(CIFAR, FEATURES, WIDE_SMALL, FINE, VQGAN, LLAMAGEN, VAR, ENCODEC, DAC, MIMI, SEMANTIC),
+            *GROWTH["cpu"],
+        ),
         "cuda": (
             *(CIFAR, WIDE, VQGAN, LLAMAGEN, half(WIDE), ENCODEC, MIMI, KMEANS, half(KMEANS), IBQ, VAR, DAC, SEMANTIC),
             *(VQVAE2, *GROWTH["cuda"], LARGEST),

@@ -24,6 +24,9 @@ SAE = Size("sparse autoencoder", 16_384, 32_768, 768, 32)
 SAE_SMALL = Size("sparse autoencoder, small", 1_024, 4_096, 256, 32)
 KMEANS = Size("k-means", 1_000_000, 8_192, 64)
 WIDE = Size("large codebook", 16_384, 8_192, 256)
+FEATURES = Size("many features", 16_384, 512, 256)
+WIDE_SMALL = Size("large codebook, small batch", 4_096, 8_192, 256)
+FINE = Size("large codebook, few features", 16_384, 16_384, 8)
 LARGEST = Size("largest", 1_048_576, 262_144, 8)
 
 

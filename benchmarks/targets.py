@@ -1,4 +1,4 @@
-"""What the kernels are to reach on a GPU, held against the rows that a run measured."""
+"""What the kernels are to reach, on a GPU and on two CPU cores, held against the rows that a run measured."""
 
 from __future__ import annotations
 
@@ -8,7 +8,21 @@ from dataclasses import dataclass
 
 from .entry import Size
 from .results import Row
-from .sizes import CIFAR, DICTIONARY, GROWTH, KMEANS, LARGEST, SAE, VQGAN, VQVAE2, WIDE, half
+from .sizes import (
+    CIFAR,
+    DICTIONARY,
+    FEATURES,
+    FINE,
+    GROWTH,
+    KMEANS,
+    LARGEST,
+    SAE,
+    VQGAN,
+    VQVAE2,
+    WIDE,
+    WIDE_SMALL,
+    half,
+)
 
 OURS = "dlvae_kernels"
 _MIDDLE = GROWTH["cuda"][0]
@@ -53,7 +67,9 @@ class Memory:
         return (max(found) < self.most, f"{max(found):.4g} MB") if found else None
 
 
-TARGETS: tuple[Speed | Memory, ...] = (
+Target = Speed | Memory
+
+_CUDA: tuple[Target, ...] = (
     *(
         Speed("nearest_code", size, name, least)
         for size in (_MIDDLE, WIDE)
@@ -75,11 +91,26 @@ TARGETS: tuple[Speed | Memory, ...] = (
     Memory("nearest_code", LARGEST, 200),
 )
 
+_CPU: tuple[Target, ...] = (
+    *(Speed("nearest_code", size, "faiss-cpu", 1.5) for size in (CIFAR, FEATURES, WIDE_SMALL)),
+    Speed("nearest_code", FINE, "faiss-cpu", 1.2),
+    *(
+        Speed("nearest_code", size, "plain PyTorch", least)
+        for size, least in ((CIFAR, 5), (FEATURES, 2.5), (WIDE_SMALL, 3), (FINE, 25))
+    ),
+    Speed("VectorQuantizerEMA", CIFAR, "vector-quantize-pytorch", 12),
+    Speed("VectorQuantizerEMA", FINE, "vector-quantize-pytorch", 50),
+    *(Speed("VectorQuantizerEMA eval", size, "vector-quantize-pytorch", 12) for size in (CIFAR, FINE)),
+    Speed("DictionaryLearning", DICTIONARY, "notebook", 3),
+)
 
-def check(rows: list[Row]) -> list[str]:
-    """A line for each target: held, missed or not measured, with the figures."""
+TARGETS = {"cpu": _CPU, "cuda": _CUDA}
+
+
+def check(rows: list[Row], device: str) -> list[str]:
+    """A line for each target of a type of device: held, missed or not measured, with the figures."""
     lines = []
-    for target in TARGETS:
+    for target in TARGETS[device]:
         outcome = target.reached(rows)
         if outcome is None:
             lines.append(f"not measured: {target}")

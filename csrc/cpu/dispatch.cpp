@@ -19,11 +19,12 @@
 namespace dlvae {
 namespace {
 
+#if defined(DLVAE_X86)
 // Whether there are tiles for bfloat16, and the system lets this process have them: it must be asked.
 bool has_tiles() {
 #if defined(DLVAE_EMULATE_TILES)
   return __builtin_cpu_supports("avx512bf16");
-#elif defined(DLVAE_X86) && defined(__linux__)
+#elif defined(__linux__)
   unsigned a, b, c, d;
   constexpr unsigned TILE = 1u << 24, BF16 = 1u << 22, AVX512_BF16 = 1u << 5;
   if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & TILE) == 0 || (d & BF16) == 0) return false;
@@ -34,6 +35,7 @@ bool has_tiles() {
   return false;
 #endif
 }
+#endif
 
 }  // namespace
 

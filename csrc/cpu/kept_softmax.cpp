@@ -27,7 +27,8 @@ class Inputs {
         s.x.features == s.features, "x has ", s.x.features, " features; it needs the D = ", s.features, " of weight");
     check_cpu("indices", indices);
     STD_TORCH_CHECK(indices.scalar_type() == ScalarType::Long, "indices have a dtype that is not int64");
-    STD_TORCH_CHECK(indices.dim() == x.dim(), "indices have ", indices.dim(), " dimensions; they need the ", x.dim(), " of x");
+    STD_TORCH_CHECK(
+        indices.dim() == x.dim(), "indices have ", indices.dim(), " dimensions; they need the ", x.dim(), " of x");
     s.k = indices.size(indices.dim() - 1);
     STD_TORCH_CHECK(
         indices.numel() == s.x.count * s.k, "indices have other rows than x; they need [..., k] with its ", s.x.count);
@@ -38,7 +39,8 @@ class Inputs {
     std::fill_n(start_.begin(), s.codes, 0.0f);
     if (bias.has_value()) {
       STD_TORCH_CHECK(
-          bias->dim() == 1 && bias->size(0) == s.codes, "bias has another shape; it needs [K] with the K = ", s.codes, " of weight");
+          bias->dim() == 1 && bias->size(0) == s.codes, "bias has another shape; it needs [K] with the K = ", s.codes,
+          " of weight");
       const Matrix column("bias", torch::stable::unsqueeze(*bias, 1));
       std::copy_n(column.data, s.codes, start_.begin());
     }

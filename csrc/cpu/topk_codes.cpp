@@ -1,5 +1,4 @@
 #include <cmath>
-#include <limits>
 #include <string>
 #include <tuple>
 
@@ -48,10 +47,10 @@ std::tuple<Tensor, Tensor> topk_codes(
   Topk t{};
   t.x = rows_of("x", x);
   STD_TORCH_CHECK(
-      t.x.features == codes.features, "x has ", t.x.features, " features; it needs the D = ", codes.features, " of dictionary");
+      t.x.features == codes.features, "x has ", t.x.features, " features; it needs the D = ", codes.features,
+      " of dictionary");
   STD_TORCH_CHECK(k >= 1 && k <= codes.rows, "k is ", k, "; it needs to be in [1, ", codes.rows, "]");
-  STD_TORCH_CHECK(
-      codes.rows <= std::numeric_limits<int32_t>::max() / 2, "dictionary has ", codes.rows, " rows; it needs fewer than 2^30");
+  STD_TORCH_CHECK(codes.rows < 1 << 30, "dictionary has ", codes.rows, " rows; it needs fewer than 2^30");
   t.codes = codes.data;
   t.count = codes.rows;
   t.features = codes.features;
@@ -61,11 +60,13 @@ std::tuple<Tensor, Tensor> topk_codes(
   if (bias.has_value()) {
     STD_TORCH_CHECK(t.is_product, "bias is given; it needs to be None with the metric 'l2'");
     STD_TORCH_CHECK(
-        bias->dim() == 1 && bias->size(0) == t.count, "bias has another shape; it needs [K] with the K = ", t.count, " of dictionary");
+        bias->dim() == 1 && bias->size(0) == t.count, "bias has another shape; it needs [K] with the K = ", t.count,
+        " of dictionary");
     biases.emplace("bias", torch::stable::unsqueeze(*bias, 1));
     t.bias = biases->data;
   }
-  const Tensor indices = new_tensor(x, shape_with(x, {k}), ScalarType::Long), values = new_tensor(x, shape_with(x, {k}));
+  const Tensor indices = new_tensor(x, shape_with(x, {k}), ScalarType::Long);
+  const Tensor values = new_tensor(x, shape_with(x, {k}));
   t.indices = static_cast<int64_t*>(indices.data_ptr());
   t.values = static_cast<float*>(values.data_ptr());
   if (t.x.count == 0) return {indices, values};

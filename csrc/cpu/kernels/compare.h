@@ -61,6 +61,8 @@ DLVAE_INLINE Ints count_before(Ints counts, Floats a, Floats b, int lane) {
 
 DLVAE_INLINE Floats magnitude(Floats v) { return (Floats)((Ints)v & 0x7fffffff); }
 
+DLVAE_INLINE float highest(Floats v) { return -lowest(-v); }
+
 // Integers in the order of the floats, and back.
 DLVAE_INLINE int32_t ordered(float value) {
   const int32_t bits = (int32_t)as_bits(value);

@@ -9,19 +9,23 @@ namespace {
 // A bound that at least k of n scores do not exceed, and few more do; `limit` where fewer than k are that low. What
 // follows the n scores to a whole vector is NO_CODE.
 inline float bound_of(const float* scores, int64_t n, int64_t k, float limit) {
-  Floats low = load<Floats>(scores), high = fill(-limit);
+  Floats low[2] = {fill(dlvae::NO_CODE), fill(dlvae::NO_CODE)}, high = fill(-limit);
   for (int64_t i = 0; i < n; i += WIDTH) {
     const Floats score = load<Floats>(scores + i);
-    low = smaller(low, score);
+    low[1] = smaller(low[1], score);
     high = larger(high, score <= limit ? score : fill(-limit));
+    const Floats swap = low[0];
+    low[0] = low[1], low[1] = swap;
   }
-  float most = -limit;
-  for (int i = 0; i < WIDTH; ++i) most = high[i] > most ? high[i] : most;
+  const float least = lowest(smaller(low[0], low[1]));
+  float most = highest(larger(low[0], low[1]));
+  // At least as many scores as there are lanes do not exceed the largest of what is the lowest in its lane.
+  if (k > PANEL || most > limit) most = highest(high);
   // Below: fewer than k scores. Above: at least k.
-  int32_t below = ordered(lowest(low)) - 1, above = ordered(most);
+  int32_t below = ordered(least) - 1, above = ordered(most);
   int64_t count_below = 0, count_above = count_within(scores, n, most);
   if (count_above < k) return limit;
-  const int64_t enough = k + k / 16 + 4;
+  const int64_t enough = k + k / 8 + 12;
   for (int step = 0; count_above > enough && above - (int64_t)below > 1; ++step) {
     // Between them as if the scores were spread evenly, but each third time in the middle, so that it ends soon.
     const float from = from_ordered(below), to = from_ordered(above);
@@ -89,7 +93,9 @@ inline void sort_by_digits(float* scores, int32_t* places, int64_t n, float* sor
   constexpr int DIGIT = 8;
   for (int shift = 0; shift < 32; shift += DIGIT) {
     int64_t starts[1 << DIGIT] = {};
-    const auto digit = [&](float score) { return ((uint32_t)ordered(score) ^ 0x80000000u) >> shift & ((1 << DIGIT) - 1); };
+    const auto digit = [&](float score) {
+      return ((uint32_t)ordered(score) ^ 0x80000000u) >> shift & ((1 << DIGIT) - 1);
+    };
     for (int64_t i = 0; i < n; ++i) ++starts[digit(scores[i])];
     int64_t start = 0;
     for (int64_t& each : starts) {

@@ -32,7 +32,8 @@ struct Tiled {
 // One tile of ROWS x PANEL; `start` (or null) is added after the last step.
 template <class Layout>
 DLVAE_INLINE void multiply_tile(
-    const float* x, Layout layout, const float* panel, int64_t steps, float* out, int64_t ld, const float* start, bool adds) {
+    const float* x, Layout layout, const float* panel, int64_t steps, float* out, int64_t ld, const float* start,
+    bool adds) {
   for (int64_t s0 = 0; s0 < steps; s0 += CHAIN) {
     const int64_t s1 = s0 + CHAIN < steps ? s0 + CHAIN : steps;
     Floats sums[ROWS][2];
@@ -66,8 +67,8 @@ DLVAE_INLINE void multiply_tile(
 // what is there where it adds. All tiles are whole: of x and out there are whole_tiles(rows) rows.
 template <class Layout>
 inline void multiply(
-    const float* x, Layout layout, int64_t rows, const float* panels, int64_t panel_stride, int64_t count, int64_t steps,
-    float* out, int64_t ld, const float* start, bool adds) {
+    const float* x, Layout layout, int64_t rows, const float* panels, int64_t panel_stride, int64_t count,
+    int64_t steps, float* out, int64_t ld, const float* start, bool adds) {
   for (int64_t p = 0; p < count; ++p) {
     for (int64_t s0 = 0; s0 == 0 || s0 < steps; s0 += SLICE) {
       const bool is_last = s0 + SLICE >= steps;
@@ -82,8 +83,8 @@ inline void multiply(
   }
 }
 
-// Panels [begin, end) of the transpose of rows [count, features] times factor: the columns are the rows, all or those of
-// `ids`. Columns beyond the last are zero.
+// Panels [begin, end) of the transpose of rows [count, features] times factor: the columns are the rows, all or those
+// of `ids`. Columns beyond the last are zero.
 inline void pack_transposed(
     const float* rows, const int32_t* ids, int64_t count, int64_t features, float factor, int64_t begin, int64_t end,
     float* panels) {

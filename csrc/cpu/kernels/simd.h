@@ -108,11 +108,33 @@ DLVAE_INLINE Ints counting() {
   return v;
 }
 
+// Elements of v by number; or of a and b, whose elements follow those of a.
+template <class V>
+DLVAE_INLINE V shuffle(V v, Ints places) {
+#if defined(__clang__)
+  V out;
+  for (int i = 0; i < WIDTH; ++i) out[i] = v[places[i] % WIDTH];
+  return out;
+#else
+  return __builtin_shuffle(v, places);
+#endif
+}
+template <class V>
+DLVAE_INLINE V shuffle(V a, V b, Ints places) {
+#if defined(__clang__)
+  V out;
+  for (int i = 0; i < WIDTH; ++i) out[i] = places[i] < WIDTH ? a[places[i]] : b[places[i] - WIDTH];
+  return out;
+#else
+  return __builtin_shuffle(a, b, places);
+#endif
+}
+
 template <class V>
 DLVAE_INLINE auto lowest(V v) {
   unroll<4>([&](auto i) {
     constexpr int step = 1 << decltype(i)::value;
-    if constexpr (step < WIDTH) v = smaller(v, __builtin_shuffle(v, counting() ^ step));
+    if constexpr (step < WIDTH) v = smaller(v, shuffle(v, counting() ^ step));
   });
   return v[0];
 }
@@ -131,7 +153,7 @@ DLVAE_INLINE bool any(Ints mask) {
 DLVAE_INLINE float total(Floats v) {
   unroll<4>([&](auto i) {
     constexpr int step = 1 << decltype(i)::value;
-    if constexpr (step < WIDTH) v += __builtin_shuffle(v, counting() ^ step);
+    if constexpr (step < WIDTH) v += shuffle(v, counting() ^ step);
   });
   return v[0];
 }

@@ -143,8 +143,8 @@ inline void kept_softmax_grad_rows(const KeptSoftmaxBackward& b, int64_t origin,
       }
       if (needs_x)
         multiply(
-            (const float*)block.logits, RowMajor{LOGITS}, count, b.columns + c * PANEL, s.codes * PANEL, panels, n, grad_x,
-            ld, nullptr, c > 0);
+            (const float*)block.logits, RowMajor{LOGITS}, count, b.columns + c * PANEL, s.codes * PANEL, panels, n,
+            grad_x, ld, nullptr, c > 0);
     }
     if (needs_x) store_rows(b.grad_x, first, first + count, grad_x, ld);
   }
@@ -189,7 +189,8 @@ inline void unpack_weight(const KeptSoftmaxBackward& b, int64_t begin, int64_t e
   }
 }
 
-inline void pack_weight(const float* weight, int64_t codes, int64_t features, int64_t begin, int64_t end, float* panels) {
+inline void pack_weight(
+    const float* weight, int64_t codes, int64_t features, int64_t begin, int64_t end, float* panels) {
   pack_transposed(weight, nullptr, codes, features, 1, begin, end, panels);
 }
 

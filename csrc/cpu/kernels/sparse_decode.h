@@ -35,7 +35,7 @@ template <int SIZE>
 DLVAE_INLINE Floats halve(Floats x, Floats y) {
   Ints low;
   for (int i = 0; i < WIDTH; ++i) low[i] = i / (SIZE / 2) * SIZE + i % (SIZE / 2);
-  return __builtin_shuffle(x, y, low) + __builtin_shuffle(x, y, low + SIZE / 2);
+  return shuffle(x, y, low) + shuffle(x, y, low + SIZE / 2);
 }
 
 // The sum of each of the vectors, from the COUNT at v.

@@ -6,16 +6,16 @@
 #pragma once
 
 #include "../topk.h"
+#include "distances.h"
 #include "order.h"
 #include "product.h"
-#include "distances.h"
 
 namespace {
 
 using dlvae::Topk;
 
 constexpr int64_t CODES = 512;        // of one chunk, whole panels
-constexpr int64_t SORTED_BY_RANKS = 320;  // at most; beyond, digits are faster
+constexpr int64_t SORTED_BY_RANKS = 512;  // at most; beyond, digits are faster
 constexpr float LARGEST_SCORE = 0x1p100f;
 constexpr double ROUNDING = 0x1p-24;
 
@@ -102,8 +102,15 @@ class TopkSearch {
     const double terms = (double)(chain + t_.features / CHAIN + 8);
     row.square = squared_norm(x, t_.features);
     row.is_exact = !(row.square < 0x1p180) || t_.packed == 0;
-    // What vanishes below the smallest normal number adds to it.
-    row.margin = (float)(1.01 * ROUNDING * terms * t_.norm * __builtin_sqrt(row.square) + (double)t_.features * 0x1p-120);
+    const double size = __builtin_sqrt(row.square), longest = 2 * terms * size * (double)t_.scale;
+    // Of a distance from a code far longer than the row the code's square is so much that its own error covers this.
+    const double norm = !t_.is_product && longest < t_.norm ? longest : t_.norm;
+    double margin = 1.01 * ROUNDING * terms * norm * size;
+    // What vanishes below the smallest normal number adds to it; and codes beside which the row is so long that float64
+    // does not tell the distances apart have to tie.
+    margin += (double)t_.features * 0x1p-120;
+    if (!t_.is_product) margin += (double)(t_.features + 2) * 0x1p-53 * row.square * (double)t_.scale;
+    row.margin = (float)margin;
     row.count = 0;
     row.bound = LARGEST_SCORE;
   }
@@ -117,8 +124,8 @@ class TopkSearch {
     for (int64_t c = 0; c < t_.packed; c += CODES) {
       const int64_t n = c + CODES < t_.packed ? CODES : t_.packed - c;
       multiply(
-          (const float*)x_, RowMajor{features}, count, t_.panels + c * features, features * PANEL, panels_of(n), features,
-          scores_, CODES, t_.start + c, false);
+          (const float*)x_, RowMajor{features}, count, t_.panels + c * features, features * PANEL, panels_of(n),
+          features, scores_, CODES, t_.start + c, false);
       for (int64_t r = 0; r < count; ++r) {
         if (kept_[r].is_exact) continue;
         const int64_t at = is_one_chunk_ ? 0 : r * capacity_;
@@ -165,7 +172,8 @@ class TopkSearch {
     } else {
       sort_by_digits(found, places, n, sorted_, sorted_places_);
     }
-    if (n < wanted_ || scores[0] <= -LARGEST_SCORE || scores[wanted_ - 1] >= LARGEST_SCORE) return search_exactly(row, x);
+    const bool is_large = n < wanted_ || scores[0] <= -LARGEST_SCORE || scores[wanted_ - 1] >= LARGEST_SCORE;
+    if (is_large) return search_exactly(row, x);
     int64_t* indices = t_.indices + row * t_.k;
     float* values = t_.values + row * t_.k;
     const double unit = (t_.is_product ? -1.0 : 2.0) / (double)t_.scale, offset = t_.is_product ? 0 : kept.square;
@@ -206,12 +214,15 @@ class TopkSearch {
   // The run that begins there; returns its end.
   int64_t compare_run(const Kept& kept, const float* x, int64_t begin, int64_t n, int64_t* indices, float* values) {
     const float* scores = sorted_;
+    const auto is_near = [&](int64_t i) {
+      return scores[i] - scores[i - 1] <= 2 * kept.margin + own_error(scores[i]) + own_error(scores[i - 1]);
+    };
     int64_t end = begin;
     do {
       const int64_t code = t_.ids == nullptr ? sorted_places_[end] : t_.ids[sorted_places_[end]];
       exact_[end - begin] = {exact_score(t_, x, code), (int32_t)code};
       ++end;
-    } while (end < n && scores[end] - scores[end - 1] <= 2 * kept.margin + own_error(scores[end]) + own_error(scores[end - 1]));
+    } while (end < n && is_near(end));
     sort_exact(exact_, merged_, end - begin);
     for (int64_t i = begin; i < end && i < wanted_; ++i) {
       indices[i] = exact_[i - begin].place;

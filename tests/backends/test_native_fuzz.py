@@ -1,0 +1,336 @@
+"""The compiled operations on shapes, strides, types and odd values that hypothesis chooses."""
+
+from __future__ import annotations
+
+import math
+import os
+from unittest import mock
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from dlvae_kernels.backends import native, reference, use_backend, why_not
+from dlvae_kernels.testing import assert_accurate, assert_same_codes, assert_same_topk, exact_distances, exact_products
+
+SETS = native.instruction_sets()
+TYPES = (torch.float32, torch.bfloat16, torch.float16)
+ODD = (math.nan, math.inf, -math.inf)
+# Below and above a vector, a tile, a panel and a block of rows, of any instruction set.
+ROWS, CODES, FEATURES = st.integers(0, 70), st.integers(1, 80), st.integers(1, 40)
+SEEDS = st.integers(0, 2**31)
+
+
+def fuzz(*ops: str):
+    """A test on each instruction set, by the same examples at every run; needs the compiled `ops`."""
+    reasons = [f"native, {op}: {reason}" for op in ops if (reason := why_not("native", op)) is not None]
+
+    def decorate(test):
+        test = settings(
+            derandomize=True, database=None, deadline=None, max_examples=40, suppress_health_check=list(HealthCheck)
+        )(given(data=st.data())(test))
+        test = pytest.mark.parametrize("cpu", SETS or ["none"])(test)
+        return pytest.mark.skipif(bool(reasons), reason=next(iter(reasons), ""))(test)
+
+    return decorate
+
+
+def run(cpu: str, op: str, *args):
+    with mock.patch.dict(os.environ, DLVAE_CPU=cpu), use_backend("native"):
+        return getattr(torch.ops.dlvae, op)(*args)
+
+
+def tensor(data: st.DataObject, *shape: int, types=TYPES, scale=True, odd=False) -> Tensor:
+    """Numbers of one of several kinds in any layout: dimensions in any order, with gaps, beyond an offset, expanded."""
+    generator = torch.Generator().manual_seed(data.draw(SEEDS))
+    order = data.draw(st.permutations(range(len(shape))))
+    steps = [data.draw(st.sampled_from((1, 1, 1, 2))) for _ in shape]
+    expanded = [data.draw(st.sampled_from((False,) * 9 + (True,))) and size > 0 for size in shape]
+    sizes = [1 if expanded[i] else shape[i] for i in order]
+    room = [size * steps[i] for size, i in zip(sizes, order, strict=True)]
+    offset = data.draw(st.integers(0, 3))
+    count = math.prod(room) + offset
+    if data.draw(st.sampled_from((False, False, True))):
+        memory = torch.randint(-1, 2, (count,), generator=generator).float()
+    else:
+        memory = torch.randn(count, generator=generator)
+    if scale:
+        # Powers of two: sums of whole numbers stay exact, and ties are ties in any order of addition.
+        memory *= data.draw(st.sampled_from((1.0, 1.0, 2.0**-10, 2.0**10)))
+    memory = memory.to(data.draw(st.sampled_from(types)))
+    if odd and count > offset:
+        for value in data.draw(st.lists(st.sampled_from(ODD), max_size=3)):
+            memory[data.draw(st.integers(offset, count - 1))] = value
+    values = memory[offset:].view(room)[tuple(slice(None, None, steps[i]) for i in order)]
+    values = values.permute([order.index(i) for i in range(len(shape))])
+    return values.expand(shape)
+
+
+def leading(data: st.DataObject, count: int) -> tuple[int, ...]:
+    """Dimensions of about `count` rows."""
+    return data.draw(st.sampled_from(((count,), (2, (count + 1) // 2), (3, 1, count // 3))))
+
+
+def indices_below(data: st.DataObject, bound: int, *shape: int) -> Tensor:
+    generator = torch.Generator().manual_seed(data.draw(SEEDS))
+    # Of a few codes, or of all.
+    bound = data.draw(st.sampled_from((bound, min(bound, 2))))
+    return torch.randint(0, bound, shape, generator=generator)
+
+
+def double(value):
+    return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
+
+
+def assert_like_reference(cpu: str, op: str, *args) -> None:
+    """Results of an operation that does not search: as accurate as the reference, and not finite where it is not."""
+    results, expected, exact = (
+        (found,) if isinstance(found, Tensor) else found
+        for found in (
+            run(cpu, op, *args),
+            getattr(reference, op)(*args),
+            getattr(reference, op)(*map(double, args)),
+        )
+    )
+    for result, like, true in zip(results, expected, exact, strict=True):
+        assert (result.dtype, result.shape) == (like.dtype, like.shape)
+        assert result.numel() == 0 or result.stride() == like.stride()
+        finite = like.isfinite()
+        assert torch.equal(result.isfinite(), finite)
+        assert torch.equal(result.isnan(), like.isnan())
+        assert_accurate(*(torch.where(finite, part, 0) for part in (result, true, like)))
+
+
+def assert_nearest(indices: Tensor, x: Tensor, codebook: Tensor) -> None:
+    rows, chosen = x.reshape(-1, x.shape[-1]), indices.flatten()
+    assert indices.shape == x.shape[:-1]
+    assert ((chosen >= 0) & (chosen < len(codebook))).all()
+    assert not chosen[rows.isnan().any(1)].any()
+    is_nan_code, is_finite_code = codebook.isnan().any(1), codebook.isfinite().all(1)
+    if not is_nan_code.all():
+        assert not is_nan_code[chosen[~rows.isnan().any(1)]].any()
+    finite = rows.isfinite().all(1)
+    if is_finite_code.any():
+        assert is_finite_code[chosen[finite]].all()
+        place = is_finite_code.cumsum(0) - 1
+        assert_same_codes(place[chosen[finite]], rows[finite], codebook[is_finite_code], max_near_ties=1)
+
+
+def codebook_for(data: st.DataObject, x: Tensor, *shape: int, odd: bool) -> Tensor:
+    """Of the type of x or of float32; with equal codes now and then."""
+    codes = tensor(data, *shape, types=(x.dtype, torch.float32), odd=odd)
+    return codes[indices_below(data, len(codes), len(codes))] if data.draw(st.booleans()) else codes
+
+
+@fuzz("nearest_code")
+def test_nearest_code(cpu, data):
+    d = data.draw(FEATURES)
+    x = tensor(data, *leading(data, data.draw(ROWS)), d, odd=True)
+    codebook = codebook_for(data, x, data.draw(CODES), d, odd=True)
+    precision = data.draw(st.sampled_from(("float32", "exact")))
+    indices, distances = run(cpu, "nearest_code", x, codebook, True, precision)
+    assert_nearest(indices, x, codebook)
+    assert torch.equal(indices, run(cpu, "nearest_code", x, codebook, False, precision)[0])
+    assert distances.dtype == torch.float32
+    exact = (x.double() - codebook.double()[indices]).square().sum(-1).float()
+    torch.testing.assert_close(distances, exact, rtol=1e-5, atol=0, equal_nan=True)
+
+
+@fuzz("vector_quantize_fwd")
+def test_vector_quantize_fwd(cpu, data):
+    d = data.draw(FEATURES)
+    x = tensor(data, *leading(data, data.draw(ROWS)), d)
+    codebook = codebook_for(data, x, data.draw(CODES), d, odd=False)
+    args = x, codebook, data.draw(st.booleans()), "float32"
+    results, like = run(cpu, "vector_quantize_fwd", *args), reference.vector_quantize_fwd(*args)
+    quantized, indices, codebook_loss, commitment_loss, counts, error = results
+    assert_nearest(indices, x, codebook)
+    for result, expected in zip(results, like, strict=True):
+        assert (result.dtype, result.shape) == (expected.dtype, expected.shape)
+        assert result.numel() == 0 or result.stride() == expected.stride()
+    codes = codebook[indices]
+    assert torch.equal(quantized, codes.to(x.dtype))
+    assert torch.equal(counts, torch.bincount(indices.flatten(), minlength=len(codebook)))
+    exact = (codes.double() - x.double()).square().sum() / max(1, x.numel())
+    torch.testing.assert_close(codebook_loss, exact.float(), rtol=1e-5, atol=0)
+    assert torch.equal(codebook_loss, commitment_loss)
+    if args[2]:
+        assert torch.equal(error, (codes.float() - x.float()).to(x.dtype))
+
+
+@fuzz("vector_quantize_bwd")
+def test_vector_quantize_bwd(cpu, data):
+    shape = *leading(data, data.draw(ROWS)), data.draw(FEATURES)
+    error, k = tensor(data, *shape, odd=True), data.draw(CODES)
+    grad = tensor(data, *shape, types=(error.dtype,), odd=True)
+    losses = (torch.tensor(data.draw(st.sampled_from((0.0, 1.0, 0.25)))) for _ in range(2))
+    needs = data.draw(st.booleans()), data.draw(st.booleans())
+    assert_like_reference(
+        cpu, "vector_quantize_bwd", grad, *losses, error, indices_below(data, k, *shape[:-1]), k, *needs
+    )
+
+
+@fuzz("topk_codes")
+def test_topk_codes(cpu, data):
+    d, count = data.draw(FEATURES), data.draw(CODES)
+    x = tensor(data, *leading(data, data.draw(ROWS)), d)
+    dictionary = codebook_for(data, x, count, d, odd=False)
+    k = data.draw(st.integers(1, count))
+    metric = data.draw(st.sampled_from(("l2", "dot")))
+    has_bias = metric == "dot" and data.draw(st.booleans())
+    bias = tensor(data, count, types=(torch.float32,)) if has_bias else None
+    indices, values = run(cpu, "topk_codes", x, dictionary, k, metric, bias)
+    assert indices.shape == values.shape == (*x.shape[:-1], k)
+    assert_same_topk(indices, values, x, dictionary, metric=metric, bias=bias)
+
+
+@fuzz("topk_codes")
+def test_topk_codes_of_what_is_not_finite(cpu, data):
+    d, count = data.draw(FEATURES), data.draw(CODES)
+    x = tensor(data, data.draw(ROWS), d, odd=True)
+    dictionary = codebook_for(data, x, count, d, odd=True)
+    k = data.draw(st.integers(1, count))
+    metric = data.draw(st.sampled_from(("l2", "dot")))
+    indices, values = run(cpu, "topk_codes", x, dictionary, k, metric, None)
+    assert (indices.sort(-1).values.diff(dim=-1) > 0).all()
+    assert ((indices >= 0) & (indices < count)).all()
+    is_nan_row, is_nan_code = x.isnan().any(-1), dictionary.isnan().any(1)
+    assert torch.equal(indices[is_nan_row], torch.arange(k).expand(int(is_nan_row.sum()), k))
+    # A code that holds NaN comes after all that do not.
+    assert (is_nan_code[indices[~is_nan_row]].int().diff(dim=-1) >= 0).all()
+    assert (is_nan_code[indices[~is_nan_row]].sum(-1) == max(0, k - int((~is_nan_code).sum()))).all()
+    finite = x.isfinite().all(-1)
+    if dictionary.isfinite().all():
+        assert_same_topk(indices[finite], values[finite], x[finite], dictionary, metric=metric)
+    exact = (exact_distances if metric == "l2" else exact_products)(x, dictionary).gather(1, indices)
+    assert torch.equal(values.isnan(), exact.isnan())
+
+
+@fuzz("one_hot")
+def test_one_hot(cpu, data):
+    k, n = data.draw(CODES), data.draw(ROWS)
+    shape = data.draw(st.sampled_from(((n,), (n, 3))))
+    indices = indices_below(data, k, *shape)
+    indices = data.draw(st.sampled_from((indices, indices.flip(0), indices.repeat_interleave(2, 0)[::2])))
+    dtype = data.draw(st.sampled_from((*TYPES, torch.int64)))
+    result = run(cpu, "one_hot", indices, k, dtype)
+    assert torch.equal(result, reference.one_hot(indices, k, dtype))
+    assert result.dtype == dtype
+
+
+@fuzz("gather_codes_fwd", "gather_codes_bwd")
+def test_gather_codes(cpu, data):
+    k, d = data.draw(CODES), data.draw(FEATURES)
+    indices = indices_below(data, k, *leading(data, data.draw(ROWS)))
+    assert_like_reference(cpu, "gather_codes_fwd", tensor(data, k, d, odd=True), indices)
+    assert_like_reference(cpu, "gather_codes_bwd", tensor(data, *indices.shape, d, odd=True), indices, k)
+
+
+@fuzz("ema_statistics")
+def test_ema_statistics(cpu, data):
+    k, x = data.draw(CODES), tensor(data, *leading(data, data.draw(ROWS)), data.draw(FEATURES), odd=True)
+    assert_like_reference(cpu, "ema_statistics", x, indices_below(data, k, *x.shape[:-1]), k)
+
+
+@fuzz("ema_step")
+def test_ema_step(cpu, data):
+    k, d, wide = data.draw(CODES), data.draw(FEATURES), (torch.float32,)
+    state = tensor(data, k, d, types=wide), tensor(data, k, types=wide).abs(), tensor(data, k, d, types=wide)
+    statistics = tensor(data, k, d + 1, types=wide).abs()
+    options = data.draw(st.sampled_from((0.0, 0.3, 0.99, 1.0))), data.draw(st.sampled_from((0.0, 1e-5)))
+    state = [each.contiguous() if 0 in each.stride() else each for each in state]
+    native_state, like, exact = ([change(each) for each in state] for change in (Tensor.clone, Tensor.clone, double))
+    run(cpu, "ema_step", *native_state, statistics, *options)
+    reference.ema_step(*like, statistics, *options)
+    reference.ema_step(*exact, statistics.double(), *options)
+    for result, expected, true in zip(native_state, like, exact, strict=True):
+        assert_accurate(result, true, expected)
+
+
+@fuzz("sparse_decode_fwd", "sparse_decode_bwd")
+def test_sparse_decode(cpu, data):
+    count, d, k = data.draw(CODES), data.draw(FEATURES), data.draw(st.integers(1, 35))
+    dictionary = tensor(data, count, d, odd=True)
+    shape = leading(data, data.draw(ROWS))
+    values = tensor(data, *shape, k, types=(dictionary.dtype, torch.float32))
+    indices = indices_below(data, count, *shape, k)
+    assert_like_reference(cpu, "sparse_decode_fwd", values, indices, dictionary)
+    grad = tensor(data, *shape, d, types=(torch.promote_types(values.dtype, dictionary.dtype),))
+    dictionary = dictionary.nan_to_num(0, 0, 0)
+    needs = data.draw(st.booleans()), data.draw(st.booleans())
+    assert_like_reference(cpu, "sparse_decode_bwd", grad, values, indices, dictionary, *needs)
+
+
+@fuzz("kept_softmax_fwd", "kept_softmax_bwd")
+def test_kept_softmax(cpu, data):
+    count, d = data.draw(CODES), data.draw(FEATURES)
+    k = data.draw(st.integers(1, min(count, 20)))
+    x = tensor(data, *leading(data, data.draw(ROWS)), d, scale=False)
+    types = (x.dtype, torch.float32)
+    weight = tensor(data, count, d, types=types, scale=False)
+    bias = tensor(data, count, types=(weight.dtype,), scale=False) if data.draw(st.booleans()) else None
+    # Distinct in each row.
+    generator = torch.Generator().manual_seed(data.draw(SEEDS))
+    indices = torch.rand(*x.shape[:-1], count, generator=generator).argsort(-1)[..., :k]
+    values, sums = run(cpu, "kept_softmax_fwd", x, weight, bias, indices)
+    like, like_sums = reference.kept_softmax_fwd(x, weight, bias, indices)
+    exact, _ = reference.kept_softmax_fwd(*map(double, (x, weight, bias)), indices)
+    assert values.dtype == sums.dtype == torch.float32
+    assert sums.shape == like_sums.shape
+    assert_accurate(values, exact, like)
+    grad = tensor(data, *indices.shape, types=(torch.float32,), scale=False)
+    needs = data.draw(st.booleans()), data.draw(st.booleans()), bias is not None and data.draw(st.booleans())
+    args = x, weight, bias, indices, *needs
+    found = run(cpu, "kept_softmax_bwd", grad, values, sums, *args)
+    wide = [double(each) for each in (grad, exact, *args)]
+    _, exact_sums = reference.kept_softmax_fwd(*wide[2:5], indices)
+    true = reference.kept_softmax_bwd(wide[0], exact, exact_sums, *wide[2:])
+    expected = reference.kept_softmax_bwd(grad, like, like_sums, *args)
+    for result, precise, expression in zip(found, true, expected, strict=True):
+        assert_accurate(result, precise, expression, floor=1e-5)
+
+
+THREADED = {
+    "nearest_code": lambda x, codes, i, w: (x, codes, True, "float32"),
+    "topk_codes": lambda x, codes, i, w: (x, codes, 8, "l2", None),
+    "vector_quantize_fwd": lambda x, codes, i, w: (x, codes, True, "float32"),
+    "vector_quantize_bwd": lambda x, codes, i, w: (
+        x,
+        w[0, 0],
+        w[0, 1],
+        x,
+        i[..., 0].contiguous(),
+        len(codes),
+        True,
+        True,
+    ),
+    "gather_codes_bwd": lambda x, codes, i, w: (x, i[..., 0], len(codes)),
+    "ema_statistics": lambda x, codes, i, w: (x, i[..., 0], len(codes)),
+    "sparse_decode_fwd": lambda x, codes, i, w: (w, i, codes),
+    "sparse_decode_bwd": lambda x, codes, i, w: (x, w, i, codes, True, True),
+    "kept_softmax_fwd": lambda x, codes, i, w: (x, codes, None, i),
+}
+
+
+@pytest.mark.parametrize("op", THREADED)
+def test_the_number_of_threads_changes_no_bit(op):
+    if (reason := why_not("native", op)) is not None:
+        pytest.skip(f"native, {op}: {reason}")
+    x, codes = torch.randn(4000, 24), torch.randn(300, 24)
+    indices = torch.rand(4000, 300).argsort(1)[:, :6]
+    # Most pairs are of few codes.
+    indices[:3000, 0] = 7
+    args = THREADED[op](x, codes, indices, torch.randn(4000, 6))
+    before = torch.get_num_threads()
+    try:
+        results = []
+        for threads in (1, 2, 3, 7):
+            torch.set_num_threads(threads)
+            found = run(native.instruction_set(), op, *args)
+            results.append((found,) if isinstance(found, Tensor) else found)
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))

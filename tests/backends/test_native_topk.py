@@ -1,0 +1,221 @@
+"""The compiled `topk_codes` and `kept_softmax`: sizes around the edges of their blocks, ties, masks, and threads."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from dlvae_kernels import topk_codes, use_backend
+from dlvae_kernels.backends import native
+from dlvae_kernels.testing import assert_accurate, exact_distances, exact_products
+
+REASON = native.why_not("topk_codes")
+pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
+
+
+def can_run(name: str) -> bool:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DLVAE_CPU", name)
+        try:
+            return torch.ops.dlvae_native.cpu_name() == name
+        except (AttributeError, RuntimeError):
+            return False
+
+
+INSTRUCTION_SETS = [name for name in ("portable", "avx2", "avx512", "vnni") if can_run(name)]
+
+
+@pytest.fixture(params=INSTRUCTION_SETS, autouse=True)
+def instruction_set(request, monkeypatch) -> Iterator[str]:
+    monkeypatch.setenv("DLVAE_CPU", request.param)
+    with use_backend("native"):
+        yield request.param
+
+
+@pytest.fixture(params=[1, 2, 3])
+def threads(request) -> Iterator[int]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+def assert_exact(x, dictionary, k, metric="l2", bias=None):
+    """The indices in the very order of float64: float32 alone does not reach that."""
+    scores = exact_distances(x, dictionary) if metric == "l2" else -exact_products(x, dictionary, bias)
+    best = scores.sort(dim=1, stable=True)
+    indices, values = topk_codes(x, dictionary, k, metric=metric, bias=bias)
+    assert torch.equal(indices, best.indices[:, :k])
+    expected = best.values[:, :k] if metric == "l2" else -best.values[:, :k]
+    torch.testing.assert_close(values.double(), expected, rtol=1e-4, atol=1e-4)
+    assert (values.diff(dim=1) * (1 if metric == "l2" else -1) >= 0).all()
+
+
+# Rows of a tile and of a block, panels, chunks of codes, chains and slices of features.
+EDGES = [(n, 40, 5) for n in (7, 8, 9, 127, 128, 129)]
+EDGES += [(20, num_codes, 5) for num_codes in (1, 15, 31, 33, 511, 512, 513, 1025)]
+EDGES += [(20, 40, d) for d in (1, 63, 65, 255, 256, 257, 700)]
+
+
+@pytest.mark.parametrize("size", EDGES)
+def test_topk_around_the_edges(size):
+    n, num_codes, d = size
+    x, dictionary, bias = torch.randn(n, d), torch.randn(num_codes, d), torch.randn(num_codes)
+    for k in {1, num_codes // 3 + 1, num_codes}:
+        assert_exact(x, dictionary, k)
+        assert_exact(x, dictionary, k, "dot", bias)
+
+
+@pytest.mark.parametrize("k", [1, 100, 320, 700, 1500])
+def test_few_and_many_of_many_codes(k):
+    """Candidates of several chunks, sorted by ranks and by digits."""
+    x, dictionary = torch.randn(30, 24), torch.randn(3000, 24)
+    assert_exact(x, dictionary, k)
+    assert_exact(x, dictionary, k, "dot")
+    # The best come last, so that the candidates change with every chunk.
+    dictionary *= torch.linspace(3, 0.1, 3000)[:, None]
+    assert_exact(x, dictionary, k)
+
+
+@pytest.mark.parametrize("num_codes", [300, 3000])
+@pytest.mark.parametrize("metric", ["l2", "dot"])
+def test_more_near_ties_than_a_row_carries(num_codes, metric):
+    """Scores that float32 does not tell apart, of all codes: only a search in float64 orders them."""
+    x = torch.randn(9, 16) * 1000
+    dictionary = torch.randn(1, 16) + torch.randn(num_codes, 16) * 2.0**-22
+    single = (dictionary @ x.T) if metric == "dot" else dictionary.square().sum(1, keepdim=True) / 2 - dictionary @ x.T
+    assert len(single[:, 0].unique()) < num_codes / 2
+    assert_exact(x, dictionary, 7, metric)
+
+
+@pytest.mark.parametrize("metric", ["l2", "dot"])
+def test_near_ties_of_a_few(metric):
+    """Triples of such codes, some of them over the edge of the selection."""
+    dictionary = torch.randn(200, 48).repeat(3, 1)
+    dictionary[200:] += torch.randn(400, 48) * 2.0**-24
+    for k in (1, 2, 7, 50):
+        assert_exact(torch.randn(60, 48), dictionary, k, metric)
+
+
+@pytest.mark.parametrize("num_codes", [300, 3000])
+def test_exact_ties_go_by_index(num_codes):
+    x = torch.randint(-1, 2, (40, 3)).float()
+    dictionary = torch.randint(-1, 2, (num_codes, 3)).float()
+    for k in (1, 20, num_codes // 2):
+        assert_exact(x, dictionary, k)
+        assert_exact(x, dictionary, k, "dot", torch.randint(0, 2, (num_codes,)).float())
+
+
+@pytest.mark.parametrize("mask", [-1e4, -1e9, torch.finfo(torch.float32).min])
+def test_biases_that_mask(mask):
+    x, dictionary, bias = torch.randn(20, 32), torch.randn(1500, 32), torch.randn(1500)
+    bias[torch.rand(1500) < 0.9] = mask
+    assert_exact(x, dictionary, 50, "dot", bias)
+
+
+@pytest.mark.parametrize("left", [0, 3, 100])
+def test_codes_switched_off(left):
+    """Infinite products follow the finite ones by index, and codes that hold NaN come last."""
+    x, dictionary, bias = torch.randn(20, 32), torch.randn(700, 32), torch.full((700,), -torch.inf)
+    on = torch.randperm(700)[:left].sort().values
+    bias[on] = 0
+    dictionary[5], bias[5] = torch.nan, -torch.inf
+    on = on[on != 5]
+    indices, values = topk_codes(x, dictionary, 700, metric="dot", bias=bias)
+    off = torch.tensor([i for i in range(700) if i not in [5, *on.tolist()]])
+    expected = exact_products(x, dictionary[on]).sort(dim=1, descending=True)
+    assert torch.equal(indices[:, : len(on)], on[expected.indices])
+    torch.testing.assert_close(values[:, : len(on)], expected.values.float())
+    assert (indices[:, len(on) :] == torch.cat([off, torch.tensor([5])])).all()
+    assert (values[:, len(on) : -1] == -torch.inf).all()
+    assert values[:, -1].isnan().all()
+
+
+@pytest.mark.parametrize("scale", [1e-38, 1e-20, 1e10, 1e30])
+@pytest.mark.parametrize("metric", ["l2", "dot"])
+def test_any_magnitude(scale, metric):
+    x, dictionary = torch.randn(20, 16), torch.randn(80, 16)
+    for x_scale, scale_of_codes in ((1, scale), (scale, 1), (scale, scale)):
+        rows, codes = x * x_scale, dictionary * scale_of_codes
+        exact = exact_distances(rows, codes) if metric == "l2" else -exact_products(rows, codes)
+        indices = topk_codes(rows, codes, 9, metric=metric)[0]
+        assert torch.equal(indices, exact.sort(dim=1, stable=True).indices[:, :9])
+
+
+def test_one_long_code_and_rows_that_are_not_finite():
+    x, dictionary = torch.randn(20, 16), torch.randn(600, 16)
+    dictionary[77] *= 1e6
+    assert_exact(x, dictionary, 9)
+    expected = topk_codes(x, dictionary, 9)
+    changed = x.clone()
+    changed[3, 2], changed[4, 1] = torch.nan, torch.inf
+    indices, distances = topk_codes(changed, dictionary, 9)
+    assert (indices[3:5] == torch.arange(9)).all()
+    assert distances[3].isnan().all()
+    assert (distances[4] == torch.inf).all()
+    others = [i for i in range(20) if i not in (3, 4)]
+    assert torch.equal(indices[others], expected[0][others])
+
+
+def softmax_case(n, num_codes, d, k):
+    x, weight, bias = torch.randn(n, d), torch.randn(num_codes, d) / d**0.5, torch.randn(num_codes)
+    return x, weight, bias, torch.randint(0, num_codes, (n, k)), torch.randn(n, k)
+
+
+def formula(x, weight, bias, indices, grad):
+    leaves = [each.requires_grad_() for each in (x.clone(), weight.clone(), bias.clone())]
+    values = torch.nn.functional.linear(*leaves).softmax(1).gather(1, indices)
+    return values.detach(), *torch.autograd.grad(values, leaves, grad.to(values.dtype))
+
+
+def native_softmax(x, weight, bias, indices, grad):
+    values, sums = torch.ops.dlvae.kept_softmax_fwd(x, weight, bias, indices)
+    return values, *torch.ops.dlvae.kept_softmax_bwd(grad, values, sums, x, weight, bias, indices, True, True, True)
+
+
+# Beside so many codes a superblock has 256 rows; beside 300 it has all.
+SUPERBLOCKS = [(n, 8300, 3) for n in (255, 257, 513)]
+
+
+@pytest.mark.parametrize("size", [*EDGES, *SUPERBLOCKS])
+def test_kept_softmax_around_the_edges(size):
+    x, weight, bias, indices, grad = softmax_case(*size, 4)
+    actual = native_softmax(x, weight, bias, indices, grad)
+    exact = formula(x.double(), weight.double(), bias.double(), indices, grad)
+    for each in zip(actual, exact, formula(x, weight, bias, indices, grad), strict=True):
+        assert_accurate(*each, floor=2e-6)
+
+
+def test_any_number_of_threads_gives_the_same_bits(threads):
+    torch.manual_seed(1)
+    x, dictionary, bias = torch.randn(1001, 70), torch.randn(1100, 70), torch.randn(1100)
+    cases = {"l2": None, "dot": bias}
+    softmax = softmax_case(5003, 500, 40, 6)
+
+    def run():
+        found = [each for metric, b in cases.items() for each in topk_codes(x, dictionary, 40, metric=metric, bias=b)]
+        return [*found, *native_softmax(*softmax)]
+
+    actual = run()
+    torch.set_num_threads(1)
+    assert all(torch.equal(a, b) for a, b in zip(actual, run(), strict=True))
+
+
+def test_errors_name_the_argument():
+    x, dictionary, codes = torch.zeros(2, 3), torch.zeros(5, 3), torch.zeros(2, 1).long()
+    ops = torch.ops.dlvae_native
+    for message, call in (
+        ("k is 6; it needs to be in", lambda: ops.topk_codes(x, dictionary, 6, "l2", None)),
+        ("metric is 'cosine'", lambda: ops.topk_codes(x, dictionary, 1, "cosine", None)),
+        ("x has 2 features; it needs the D = 3", lambda: ops.topk_codes(x[:, :2], dictionary, 1, "l2", None)),
+        ("bias is given", lambda: ops.topk_codes(x, dictionary, 1, "l2", torch.zeros(5))),
+        ("bias has another shape", lambda: ops.topk_codes(x, dictionary, 1, "dot", torch.zeros(4))),
+        ("x has a dtype", lambda: ops.topk_codes(x.double(), dictionary, 1, "l2", None)),
+        ("weight has 1 dimensions", lambda: ops.kept_softmax_fwd(x, dictionary[0], None, codes)),
+        ("indices have other rows", lambda: ops.kept_softmax_fwd(x, dictionary, None, codes[:1])),
+        ("indices have a dtype", lambda: ops.kept_softmax_fwd(x, dictionary, None, codes.int())),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            call()
