@@ -41,7 +41,7 @@ struct Terms {
 template <int V, class Index>
 DLVAE_INLINE void add_terms_to(const Terms<Index>& terms, int64_t feature, int64_t part, bool is_first, float* to) {
   constexpr int COUNT = V == 0 ? 1 : V;
-  constexpr int LATER = 8;
+  constexpr int LATER = 12;
   Floats sums[COUNT];
   unroll<COUNT>([&](auto v) {
     constexpr int i = decltype(v)::value;
