@@ -207,6 +207,7 @@ def test_statistics_count_finite_rows_whose_sum_is_not():
         torch.int64,
         torch.bool,
         *HALVES,
+        torch.float64,
         torch.complex64,
         torch.complex128,
     ],
