@@ -20,7 +20,10 @@ class Indices {
     // Of an index below 0, or of the last one less an index beyond it, the first bit is set.
     const uint64_t last = static_cast<uint64_t>(size - 1);
     uint64_t bits = 0;
-    for (int64_t i = begin; i < end; ++i) bits |= static_cast<uint64_t>(data[i]) | (last - static_cast<uint64_t>(data[i]));
+    for (int64_t i = begin; i < end; ++i) {
+      const uint64_t index = static_cast<uint64_t>(data[i]);
+      bits |= index | (last - index);
+    }
     if (bits >> 63 == 0) return;
     const int64_t index = *std::find_if(data + begin, data + end, [=](int64_t i) { return i < 0 || i >= size; });
     STD_TORCH_CHECK(false, name_, " hold ", index, "; they need to lie in [0, ", size, ")");

@@ -42,7 +42,7 @@ struct Kernels {
   int64_t (*repeat_scores)(int64_t rounds);
 
   // What a share has of the pairs of rows [begin, end), which lie at data[., data_ld], is added to sums[., ld]; where
-  // begin is 0, to nothing. is_far: rows come from beyond a core's cache. places: up to where each code has been summed.
+  // begin is 0, to nothing. is_far: rows come from beyond a core's cache. places: how far each code has been summed.
   void (*sum_segments)(
       const Segments& segments, const Share& share, int64_t begin, int64_t end, const float* data, int64_t data_ld,
       bool is_far, int64_t* places, float* sums, int64_t features, int64_t ld);
@@ -51,7 +51,8 @@ struct Kernels {
   void (*atom_products)(const Atoms& atoms, const Rows& rows, int64_t begin, int64_t end, float* values);
   // Rows [begin, end) of to, adjacent: those that indices name, `stride` bytes apart.
   void (*copy_rows)(
-      const char* from, int64_t stride, const int64_t* indices, int64_t begin, int64_t end, int64_t row_bytes, char* to);
+      const char* from, int64_t stride, const int64_t* indices, int64_t begin, int64_t end, int64_t row_bytes,
+      char* to);
   // Codes [begin, end) of both by the statistics [K, D + 1]; a code goes to embed_sum / size where that is above 0.
   void (*ema_rows)(
       const Rows& codebook, const Rows& embed_sum, const Rows& statistics, const float* sizes, float weight,

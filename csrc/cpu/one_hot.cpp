@@ -8,7 +8,8 @@ namespace {
 
 // Each row is zeroed and gets its ones while it is in the cache.
 template <class Element>
-void write_rows(const int64_t* indices, int64_t k, int64_t codes, Element one, Element* rows, int64_t begin, int64_t end) {
+void write_rows(
+    const int64_t* indices, int64_t k, int64_t codes, Element one, Element* rows, int64_t begin, int64_t end) {
   for (int64_t row = begin; row < end; ++row) {
     Element* to = rows + row * codes;
     std::memset(to, 0, codes * sizeof(Element));
@@ -48,7 +49,8 @@ Tensor one_hot(const Tensor& indices, int64_t num_codes, ScalarType dtype) {
     case 4: write<uint32_t>(ones, k, num_codes, one, out); break;
     case 8: write<uint64_t>(ones, k, num_codes, one, out); break;
     default:
-      STD_TORCH_CHECK(out.element_size() == 16, "dtype has elements of ", out.element_size(), " bytes; it needs 1 to 16");
+      STD_TORCH_CHECK(
+          out.element_size() == 16, "dtype has elements of ", out.element_size(), " bytes; it needs 1, 2, 4, 8 or 16");
       write<Complex128>(ones, k, num_codes, one, out);
   }
   return out;

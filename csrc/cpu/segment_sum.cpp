@@ -135,10 +135,11 @@ void segment_sum(const Rows& rows, const SortedPairs& pairs, int64_t per_row, fl
   };
   if (in_place) {
     const float* data = static_cast<const float*>(rows.data);
+    const int64_t row_stride = rows.strides[0];
     parallel(threads, 1, [&](int64_t first, int64_t last) {
       for (int64_t thread = first; thread < last; ++thread)
         for (int64_t begin = 0; begin == 0 || begin < rows.count; begin += block)
-          sum_block(thread, begin, std::min(begin + block, rows.count), data + begin * rows.strides[0], rows.strides[0]);
+          sum_block(thread, begin, std::min(begin + block, rows.count), data + begin * row_stride, row_stride);
     });
     return;
   }

@@ -31,7 +31,8 @@ class Kept {
       indices.check(begin, end, rows_.count);
       for (int64_t i = begin; i < end; ++i) {
         numbers_[i] = i;
-        table.load_rows(rows_, indices.data[i], indices.data[i] + 1, packed_.get() + i * rows_.features, rows_.features);
+        const int64_t atom = indices.data[i];
+        table.load_rows(rows_, atom, atom + 1, packed_.get() + i * rows_.features, rows_.features);
       }
     });
     atoms.dictionary = packed_.get();

@@ -78,7 +78,8 @@ std::tuple<Tensor, Tensor> vector_quantize_bwd(
   }
   if (need_x) {
     check_cpu("grad_quantized", grad_quantized);
-    STD_TORCH_CHECK(shape_of(grad_quantized) == shape_of(error), "grad_quantized has a shape that is not that of error");
+    STD_TORCH_CHECK(
+        shape_of(grad_quantized) == shape_of(error), "grad_quantized has a shape that is not that of error");
     grad_x = new_like(error);
     const std::vector<int64_t> order = memory_order(error);
     const Rows from = rows_of("grad_quantized", grad_quantized, order), less = rows_of("error", error, order);

@@ -118,7 +118,9 @@ def test_the_same_bits_at_any_number_of_threads(threads, num_codes, skew):
                 native.ema_statistics(rows, first, num_codes),
                 native.sparse_decode_fwd(values, codes, atoms),
                 *native.sparse_decode_bwd(rows, values, codes, atoms, True, True),
-                *native.vector_quantize_bwd(by_channel, one, one, by_channel + 1, first.view(4, -1), num_codes, True, True),
+                *native.vector_quantize_bwd(
+                    by_channel, one, one, by_channel + 1, first.view(4, -1), num_codes, True, True
+                ),
             ]
         )
         state = atoms.clone(), torch.linspace(0.1, 1, num_codes), atoms.clone()
@@ -197,8 +199,18 @@ def test_statistics_count_finite_rows_whose_sum_is_not():
 
 @pytest.mark.parametrize(
     "dtype",
-    [torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.bool, *HALVES, torch.float64]
-    + [torch.complex64, torch.complex128],
+    [
+        torch.uint8,
+        torch.int8,
+        torch.int16,
+        torch.int32,
+        torch.int64,
+        torch.bool,
+        *HALVES,
+        torch.float64,
+        torch.complex64,
+        torch.complex128,
+    ],
 )
 def test_ones_of_any_type(dtype):
     indices = torch.randint(0, 70, (300, 3))

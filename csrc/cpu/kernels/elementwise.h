@@ -10,7 +10,11 @@ namespace {
 // Some rows in float32: their own memory, or a copy.
 class Batch {
  public:
-  Batch(const Rows& rows, int64_t most) : ld(is_dense(rows) ? rows.strides[0] : rows.features), rows_(rows), in_place_(is_dense(rows)), copy_(in_place_ ? 0 : most * ld) {}
+  Batch(const Rows& rows, int64_t most)
+      : ld(is_dense(rows) ? rows.strides[0] : rows.features),
+        rows_(rows),
+        in_place_(is_dense(rows)),
+        copy_(in_place_ ? 0 : most * ld) {}
   const int64_t ld;
 
   float* load(int64_t begin, int64_t end) {

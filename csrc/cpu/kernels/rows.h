@@ -127,7 +127,8 @@ void load_rows_of(const Rows& rows, int64_t begin, int64_t end, float* to, int64
         const int64_t d1 = d0 + TILE < rows.features ? d0 + TILE : rows.features;
         if (row_stride == 1 && r1 - r0 == TILE && d1 - d0 == TILE) {
           for (int64_t r = r0; r < r1; r += WIDTH)
-            for (int64_t d = d0; d < d1; d += WIDTH) turn(from + r + d * rows.stride, rows.stride, out + r * ld + d, ld);
+            for (int64_t d = d0; d < d1; d += WIDTH)
+              turn(from + r + d * rows.stride, rows.stride, out + r * ld + d, ld);
           continue;
         }
         for (int64_t d = d0; d < d1; ++d)
@@ -155,7 +156,8 @@ void store_rows_of(const Rows& rows, int64_t begin, int64_t end, const float* so
         if constexpr (sizeof(T) == sizeof(float)) {
           if (row_stride == 1 && r1 - r0 == TILE && d1 - d0 == TILE) {
             for (int64_t r = r0; r < r1; r += WIDTH)
-              for (int64_t d = d0; d < d1; d += WIDTH) turn(from + r * ld + d, ld, to + r + d * rows.stride, rows.stride);
+              for (int64_t d = d0; d < d1; d += WIDTH)
+                turn(from + r * ld + d, ld, to + r + d * rows.stride, rows.stride);
             continue;
           }
         }

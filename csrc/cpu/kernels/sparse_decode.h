@@ -38,50 +38,65 @@ DLVAE_INLINE Floats halve(Floats x, Floats y) {
   return shuffle(x, y, low) + shuffle(x, y, low + SIZE / 2);
 }
 
-// Inner products of a row with A atoms: each as WIDTH / A elements that are still to be summed.
-template <int A>
-DLVAE_INLINE Floats products(const float* row, const float* const* atoms, int64_t features) {
-  Floats sums[A];
-  const float* at[A];
-  unroll<A>([&](auto a) {
-    constexpr int i = decltype(a)::value;
-    sums[i] = Floats{};
-    at[i] = atoms[i];
-  });
-  int64_t d = 0;
-  for (; d + WIDTH <= features; d += WIDTH) {
-    const Floats value = load<Floats>(row + d);
-    unroll<A>([&](auto a) {
-      constexpr int i = decltype(a)::value;
-      sums[i] += value * load<Floats>(at[i] + d);
-    });
+// The sum of each of the vectors, from the COUNT at v.
+template <int COUNT>
+DLVAE_INLINE Floats totals(const Floats* v) {
+  if constexpr (COUNT == 1) {
+    return *v;
+  } else {
+    // Of COUNT vectors in one, each has WIDTH / COUNT elements left.
+    return halve<2 * WIDTH / COUNT>(totals<COUNT / 2>(v), totals<COUNT / 2>(v + COUNT / 2));
   }
-  if (d < features) {
-    const Floats value = load_part(row + d, features - d);
-    unroll<A>([&](auto a) {
-      constexpr int i = decltype(a)::value;
-      sums[i] += value * load_part(at[i] + d, features - d);
-    });
-  }
-  unroll<A / 2>([&](auto a) {
-    constexpr int i = decltype(a)::value;
-    sums[i] = halve<WIDTH>(sums[2 * i], sums[2 * i + 1]);
-  });
-  unroll<A / 4>([&](auto a) {
-    constexpr int i = decltype(a)::value;
-    sums[i] = halve<WIDTH / 2>(sums[2 * i], sums[2 * i + 1]);
-  });
-  if constexpr (A == 8) sums[0] = halve<WIDTH / 4>(sums[0], sums[1]);
-  return sums[0];
 }
 
-// Inner products of a row with WIDTH atoms.
-DLVAE_INLINE Floats products_of(const float* row, const float* const* atoms, int64_t features) {
-  if constexpr (WIDTH == 16) {
-    return halve<2>(products<8>(row, atoms, features), products<8>(row, atoms + 8, features));
-  } else {
-    return products<WIDTH>(row, atoms, features);
+// Atoms that are fetched ahead.
+constexpr int AHEAD = 4;
+
+// V vectors of a row, or the last `part` floats where V is 0, times those of `count` atoms: added to sums, one an atom.
+template <int V>
+DLVAE_INLINE void add_products(
+    const float* row, const float* const* atoms, int64_t count, int64_t feature, int64_t part, bool is_far,
+    Floats* sums) {
+  constexpr int COUNT = V == 0 ? 1 : V;
+  Floats values[COUNT];
+  unroll<COUNT>([&](auto v) {
+    constexpr int i = decltype(v)::value;
+    values[i] = V == 0 ? load_part(row + feature, part) : load<Floats>(row + feature + i * WIDTH);
+  });
+  for (int64_t a = 0; a < count; ++a) {
+    const float* atom = atoms[a] + feature;
+    if (is_far) {
+      const float* later = atoms[a + AHEAD] + feature;
+      unroll<(COUNT * WIDTH + 15) / 16>([&](auto v) { __builtin_prefetch(later + decltype(v)::value * 16); });
+    }
+    Floats sum = feature == 0 ? Floats{} : sums[a];
+    unroll<COUNT>([&](auto v) {
+      constexpr int i = decltype(v)::value;
+      sum += values[i] * (V == 0 ? load_part(atom, part) : load<Floats>(atom + i * WIDTH));
+    });
+    sums[a] = sum;
   }
+}
+
+// Inner products of a row with `count` atoms, at most WIDTH; after them `atoms` has AHEAD that come later.
+DLVAE_INLINE Floats products(
+    const float* row, const float* const* atoms, int64_t count, int64_t features, bool is_far) {
+  Floats sums[WIDTH];
+  for (int64_t a = count; a < WIDTH; ++a) sums[a] = Floats{};
+  int64_t d = 0;
+  const auto one = [&](auto v) {
+    constexpr int V = decltype(v)::value;
+    if (d + V * WIDTH > features) return;
+    add_products<V>(row, atoms, count, d, 0, is_far, sums);
+    d += V * WIDTH;
+  };
+  while (d + 2 * ROWS * WIDTH <= features) one(Constant<2 * ROWS>{});
+  if constexpr (ROWS == 8) one(Constant<8>{});
+  one(Constant<4>{});
+  one(Constant<2>{});
+  one(Constant<1>{});
+  if (d < features) add_products<0>(row, atoms, count, d, features - d, is_far, sums);
+  return totals<WIDTH>(sums);
 }
 
 inline void atom_products(const Atoms& atoms, const Rows& rows, int64_t begin, int64_t end, float* values) {
@@ -98,16 +113,12 @@ inline void atom_products(const Atoms& atoms, const Rows& rows, int64_t begin, i
       for (int64_t j = 0; j < k; j += WIDTH) {
         const int64_t count = k - j < WIDTH ? k - j : WIDTH;
         const int64_t* indices = atoms.indices + row * k + j;
-        const float* at[WIDTH];
-        for (int i = 0; i < WIDTH; ++i)
-          at[i] = atoms.dictionary + indices[i < count ? i : count - 1] * features;
-        if (atoms.is_far) {
-          // Where the next atoms begin; the processor goes on by itself.
-          for (const int64_t* next = indices + count; next < indices + count + WIDTH && next < indices_end; ++next)
-            for (int64_t d = 0; d < features && d < 64; d += 16)
-              __builtin_prefetch(atoms.dictionary + *next * features + d);
+        const float* at[WIDTH + AHEAD];
+        for (int64_t i = 0; i < count + AHEAD; ++i) {
+          const int64_t* index = indices + i < indices_end ? indices + i : indices;
+          at[i] = atoms.dictionary + *index * features;
         }
-        const Floats found = products_of(from + (row - first) * ld, at, features);
+        const Floats found = products(from + (row - first) * ld, at, count, features, atoms.is_far);
         if (count == WIDTH) {
           store(values + row * k + j, found);
         } else {

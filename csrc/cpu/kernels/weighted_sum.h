@@ -41,7 +41,7 @@ struct Terms {
 template <int V, class Index>
 DLVAE_INLINE void add_terms_to(const Terms<Index>& terms, int64_t feature, int64_t part, bool is_first, float* to) {
   constexpr int COUNT = V == 0 ? 1 : V;
-  constexpr int AHEAD = 8;
+  constexpr int LATER = 12;
   Floats sums[COUNT];
   unroll<COUNT>([&](auto v) {
     constexpr int i = decltype(v)::value;
@@ -54,8 +54,8 @@ DLVAE_INLINE void add_terms_to(const Terms<Index>& terms, int64_t feature, int64
   const float* base = terms.rows + feature;
   for (int64_t t = 0; t < terms.count; ++t) {
     const float* row = base + ((int64_t)terms.which[t] - terms.first) * terms.ld;
-    if (terms.is_far && terms.which + t + AHEAD < terms.which_end) {
-      const float* later = base + ((int64_t)terms.which[t + AHEAD] - terms.first) * terms.ld;
+    if (terms.is_far && terms.which + t + LATER < terms.which_end) {
+      const float* later = base + ((int64_t)terms.which[t + LATER] - terms.first) * terms.ld;
       unroll<(COUNT * WIDTH + 15) / 16>([&](auto v) { __builtin_prefetch(later + decltype(v)::value * 16); });
     }
     const Floats weight = fill(terms.weights == nullptr ? terms.weight : terms.weights[t]);
