@@ -25,6 +25,8 @@ struct InFloat32 {
   using Score = float;
   static constexpr Score LARGEST = 3e38f;
   static constexpr int BLOCK_ROWS = ROWS;
+  // Fewer, so that what is kept of a group has room in registers.
+  static constexpr int GROUPED_ROWS = 4;
 
   static int64_t steps(int64_t features) { return features; }
 

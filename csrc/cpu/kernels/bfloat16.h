@@ -17,6 +17,7 @@ struct InBFloat16 {
   static constexpr Score LARGEST = 3e38f;
   // Two tiles of rows by two of codes.
   static constexpr int BLOCK_ROWS = 2 * TILE_ROWS;
+  static constexpr int GROUPED_ROWS = BLOCK_ROWS;
 
   static int64_t steps(int64_t features) { return (3 * features + 2 * TILE_STEPS - 1) / (2 * TILE_STEPS) * TILE_STEPS; }
 

@@ -19,6 +19,11 @@ inline double squared_distance(const float* x, const float* c, int64_t features)
       sums[decltype(i)::value] += difference * difference;
     });
   }
+  if (d + STEP <= features) {
+    const Doubles difference = widen(x + d) - widen(c + d);
+    sums[0] += difference * difference;
+    d += STEP;
+  }
   double rest = 0;
   for (; d < features; ++d) {
     const double difference = (double)x[d] - (double)c[d];

@@ -12,6 +12,8 @@ struct InInt16 {
   using Score = int32_t;
   static constexpr Score LARGEST = INT32_MAX;
   static constexpr int BLOCK_ROWS = ROWS;
+  // Fewer, so that what is kept of a group has room in registers.
+  static constexpr int GROUPED_ROWS = 4;
   // Of longer rows the sums of what is rounded off might overflow.
   static constexpr int64_t MOST_FEATURES = 8192;
 

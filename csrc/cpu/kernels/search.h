@@ -146,7 +146,7 @@ inline bool prefers_groups(const Codebook& book) { return book.count > 32 * (boo
 template <class A, bool GROUPED>
 void scan(const Codebook& book, Block<A>& block) {
   using Vector = typename A::Vector;
-  constexpr int R = A::BLOCK_ROWS;
+  constexpr int R = GROUPED ? A::GROUPED_ROWS : A::BLOCK_ROWS;
   const int64_t panels = panels_of(book), steps = block.steps;
   const int64_t fitting = CHUNK_WORDS / (steps * PANEL) / GROUP * GROUP;
   const int64_t chunk = fitting > GROUP ? fitting : GROUP;
@@ -157,7 +157,7 @@ void scan(const Codebook& book, Block<A>& block) {
     const int64_t p1 = p0 + chunk < panels ? p0 + chunk : panels;
     const auto* start = A::starts(book.start + p0 * PANEL, (p1 - p0) * PANEL, block.per_score, converted);
     for (int64_t p = p0; p < p1; p += GROUPED ? GROUP : 1) {
-      for (int64_t r = 0; r < block.count; r += A::BLOCK_ROWS) {
+      for (int64_t r = 0; r < block.count; r += R) {
         const uint32_t* rows = block.words + r * steps;
         Lanes<Vector>* lanes = block.lanes + r;
         if constexpr (GROUPED) {
@@ -370,15 +370,18 @@ inline int64_t repeat_scores(int64_t rounds) {
     memset(rows, 0, A::BLOCK_ROWS * steps * sizeof(uint32_t));
     memset(codes, 0, PANEL * steps * sizeof(uint32_t));
     memset(start, 0, PANEL * sizeof(typename A::Score));
+    typename A::Vector total = {};
     A::begin();
     for (int64_t i = 0; i < rounds; ++i) {
       typename A::Vector sums[A::BLOCK_ROWS][2];
       A::scores(start, rows, steps, codes, steps, sums);
-      unroll<A::BLOCK_ROWS>([&](auto r) {
-        asm volatile("" ::"m"(sums[decltype(r)::value][0]), "m"(sums[decltype(r)::value][1]));
-      });
+      unroll<A::BLOCK_ROWS>([&](auto r) { total += sums[decltype(r)::value][0] + sums[decltype(r)::value][1]; });
+      // The compiler may not know that nothing changes between rounds, nor that nobody reads the sum.
+      asm volatile("" ::: "memory");
     }
     A::end();
+    start[0] = total[0];
+    asm volatile("" ::: "memory");
     products = rounds * A::BLOCK_ROWS * PANEL * FEATURES;
   });
   return products;

@@ -158,10 +158,15 @@ DLVAE_INLINE float total(Floats v) {
   return v[0];
 }
 
+// Halves are added, so that few additions wait for each other.
 DLVAE_INLINE double total(Doubles v) {
-  double sum = 0;
-  for (int i = 0; i < WIDTH / 2; ++i) sum += v[i];
-  return sum;
+  double parts[WIDTH / 2];
+  store(parts, v);
+  unroll<3>([&](auto i) {
+    constexpr int half = WIDTH / 4 >> decltype(i)::value;
+    unroll<half>([&](auto j) { parts[decltype(j)::value] += parts[decltype(j)::value + half]; });
+  });
+  return parts[0];
 }
 
 DLVAE_INLINE Doubles widen(const float* from) { return __builtin_convertvector(load<Half>(from), Doubles); }
