@@ -29,8 +29,8 @@ struct Kernels {
   int64_t (*packed_steps)(const Codebook& book);
   void (*measure_codes)(const Codebook& book, int64_t begin, int64_t end);
   void (*pack_panels)(const Codebook& book, int64_t begin, int64_t end);
-  // Nearest codes of rows [begin, end), their squared distances unless that is null; begin is a multiple of BLOCK. Returns
-  // how many rows went through the codes a second time, since rounding might have hidden the nearest.
+  // Nearest codes of rows [begin, end), their squared distances unless that is null; begin is a multiple of BLOCK.
+  // Returns how many rows went through the codes a second time, since rounding might have hidden the nearest.
   int64_t (*search_rows)(
       const Codebook& book, const Rows& x, int64_t begin, int64_t end, int64_t* indices, float* distances);
   // As search_rows, and the codes themselves and, unless its data is null, c - x; the sum of (c - x)^2 of each block to

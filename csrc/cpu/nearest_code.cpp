@@ -10,14 +10,14 @@ namespace {
 // Indices, distances unless null; returns how many rows were searched a second time.
 int64_t search(const Tensor& x, const Tensor& codebook, int64_t* indices, float* distances) {
   const Rows rows = rows_of("x", x);
-  STD_TORCH_CHECK(codebook.dim() == 2, "codebook has ", codebook.dim(), " dimensions; it needs [K, D]");
-  STD_TORCH_CHECK(rows.features == codebook.size(1), "x has D = ", rows.features, "; it needs that of codebook, ", codebook.size(1));
+  check_codebook(codebook, rows);
   if (rows.count == 0) return 0;
   const Kernels& k = kernels();
   const PackedCodebook packed(k, codebook);
   std::atomic<int64_t> uncertain{0};
   parallel((rows.count + BLOCK - 1) / BLOCK, 1, [&](int64_t begin, int64_t end) {
-    uncertain += k.search_rows(packed.book(), rows, begin * BLOCK, std::min(end * BLOCK, rows.count), indices, distances);
+    const int64_t last = std::min(end * BLOCK, rows.count);
+    uncertain += k.search_rows(packed.book(), rows, begin * BLOCK, last, indices, distances);
   });
   return uncertain;
 }

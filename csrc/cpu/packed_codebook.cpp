@@ -18,10 +18,19 @@ float scale_of(float peak) {
 
 }  // namespace
 
+void check_codebook(const Tensor& codebook, const Rows& x) {
+  STD_TORCH_CHECK(codebook.dim() == 2, "codebook has ", codebook.dim(), " dimensions; it needs [K, D]");
+  const int64_t features = codebook.size(1);
+  STD_TORCH_CHECK(x.features == features, "x has D = ", x.features, "; it needs that of codebook, ", features);
+}
+
 PackedCodebook::PackedCodebook(const Kernels& kernels, const Tensor& codebook) : codes_("codebook", codebook) {
   const int64_t count = codes_.rows, features = codes_.features, panels = (count + kernels.panel - 1) / kernels.panel;
-  STD_TORCH_CHECK(count >= 1 && features >= 1, "codebook has shape [", count, ", ", features, "]; it needs [K, D] with K >= 1 and D >= 1");
-  STD_TORCH_CHECK(count < INT32_MAX - kernels.panel, "codebook has ", count, " codes; the compiled search takes fewer than 2^31");
+  STD_TORCH_CHECK(
+      count >= 1 && features >= 1,
+      "codebook has shape [", count, ", ", features, "]; it needs [K, D] with K >= 1 and D >= 1");
+  STD_TORCH_CHECK(
+      count < INT32_MAX - kernels.panel, "codebook has ", count, " codes; the compiled search takes fewer than 2^31");
   book_.codes = codes_.data;
   book_.count = count;
   book_.features = features;
@@ -48,7 +57,9 @@ PackedCodebook::PackedCodebook(const Kernels& kernels, const Tensor& codebook) :
   start_ = new_array<float>(panels * kernels.panel);
   book_.words = words_.get();
   book_.start = start_.get();
-  parallel(panels, 1 + GRAIN / (features * kernels.panel), [&](int64_t begin, int64_t end) { kernels.pack_panels(book_, begin, end); });
+  parallel(panels, 1 + GRAIN / (features * kernels.panel), [&](int64_t begin, int64_t end) {
+    kernels.pack_panels(book_, begin, end);
+  });
   book_.loss = *std::max_element(losses_.get(), losses_.get() + count);
 }
 

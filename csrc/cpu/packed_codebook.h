@@ -4,6 +4,9 @@
 
 namespace dlvae {
 
+// That a codebook is [K, D] with the D of rows x.
+void check_codebook(const Tensor& codebook, const Rows& x);
+
 // A codebook [K, D], measured and packed for the searches of one call.
 class PackedCodebook {
  public:

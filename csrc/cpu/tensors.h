@@ -57,7 +57,8 @@ inline Rows rows_of(const char* name, const Tensor& x, const std::vector<int64_t
       rows.strides[rows.dims - 1] = stride;
       continue;
     }
-    STD_TORCH_CHECK(rows.dims < Rows::MAX_DIMS, name, " has more than ", Rows::MAX_DIMS, " dimensions of rows that do not join");
+    STD_TORCH_CHECK(
+        rows.dims < Rows::MAX_DIMS, name, " has more than ", Rows::MAX_DIMS, " dimensions of rows that do not join");
     rows.sizes[rows.dims] = size;
     rows.strides[rows.dims++] = stride;
   }
@@ -123,7 +124,7 @@ class Matrix {
   Tensor copy_;
 };
 
-// f(begin, end) over [0, count) on torch's threads, at least `grain` at a time; an exception of any of them is thrown here.
+// f(begin, end) over [0, count) on torch's threads, at least `grain` at a time; what one of them throws is thrown here.
 template <class F>
 void parallel(int64_t count, int64_t grain, const F& f) {
   std::exception_ptr error;

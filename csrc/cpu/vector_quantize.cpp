@@ -29,8 +29,7 @@ std::vector<int64_t> memory_order(const Tensor& tensor) {
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> vector_quantize_fwd(
     const Tensor& x, const Tensor& codebook, bool need_error, std::string precision) {
   const Rows rows = rows_of("x", x);
-  STD_TORCH_CHECK(codebook.dim() == 2, "codebook has ", codebook.dim(), " dimensions; it needs [K, D]");
-  STD_TORCH_CHECK(rows.features == codebook.size(1), "x has D = ", rows.features, "; it needs that of codebook, ", codebook.size(1));
+  check_codebook(codebook, rows);
   const Tensor quantized = new_like(x);
   const Tensor error = need_error ? new_like(x) : new_tensor(x, {0}, x.scalar_type());
   const Tensor indices = new_tensor(x, shape_with(x, {}), ScalarType::Long);
@@ -42,7 +41,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> vector_quantize_fwd(
   if (rows.count > 0) {
     const Kernels& k = kernels();
     const PackedCodebook packed(k, codebook);
-    const Rows quantized_rows = rows_of("quantized", quantized), error_rows = need_error ? rows_of("error", error) : Rows{};
+    const Rows quantized_rows = rows_of("quantized", quantized);
+    const Rows error_rows = need_error ? rows_of("error", error) : Rows{};
     const int64_t blocks = (rows.count + BLOCK - 1) / BLOCK;
     const Array<double> losses = new_array<double>(blocks);
     parallel(blocks, 1, [&](int64_t begin, int64_t end) {
@@ -55,7 +55,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> vector_quantize_fwd(
   }
   std::fill(count, count + codebook.size(0), 0);
   for (int64_t r = 0; r < rows.count; ++r) ++count[index[r]];
-  *static_cast<float*>(codebook_loss.data_ptr()) = *static_cast<float*>(commitment_loss.data_ptr()) = static_cast<float>(loss);
+  for (const Tensor& each : {codebook_loss, commitment_loss})
+    *static_cast<float*>(each.data_ptr()) = static_cast<float>(loss);
   return {quantized, indices, codebook_loss, commitment_loss, counts, error};
 }
 

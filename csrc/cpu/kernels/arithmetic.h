@@ -1,6 +1,6 @@
-// The arithmetics in which scores |c|^2 / 2 - x.c are found. A packed row is `steps` words of 32 bits; a score, whatever
-// its unit, is the start of its code plus the products of the words of both. Each arithmetic says how a code and a row
-// are packed, and how far two scores may be off.
+// The arithmetics in which scores |c|^2 / 2 - x.c are found. A packed row is `steps` words of 32 bits; a score, in
+// whatever unit, is the start of its code plus the products of the words of both. Each arithmetic says how a code and a
+// row are packed, and how far two scores may be off.
 #pragma once
 
 #include "../codebook.h"
@@ -55,7 +55,7 @@ struct InFloat32 {
 
   static DLVAE_INLINE void begin() {}
   static DLVAE_INLINE void end() {}
-  // sums[r][v] = the start of code v plus products of row r, at x + r * ld, with the code in vector v of adjacent panels.
+  // sums[r][v] = scores of row r, at x + r * ld, and the codes of vector v of adjacent panels.
   template <int R, int V>
   static DLVAE_INLINE void scores(
       const Score* start, const uint32_t* x, int64_t ld, const uint32_t* panel, int64_t steps, Vector (&sums)[R][V]);

@@ -1,9 +1,9 @@
 // The nearest code of each row.
 //
 // All scores are found in a fast arithmetic, of which each lane of a vector keeps the best, the second best and where
-// the best was. A bound on the rounding of that arithmetic tells how far below another score a code may truly lie: where
-// the second best is farther off than that, the best is certain. Other rows go through the scores again, and every code
-// that may be the nearest is compared by its difference from the row in float64.
+// the best was. A bound on the rounding of that arithmetic tells how far below another score a code may truly lie:
+// where the second best is farther off than that, the best is certain. Other rows go through the scores again, and every
+// code that may be the nearest is compared by its difference from the row in float64.
 #pragma once
 
 #include "../codebook.h"
@@ -141,8 +141,8 @@ void pack_rows(const Codebook& book, const float* x, int64_t count, Block<A>& bl
 // Whether telling the codes of a lane apart costs a row less than looking at each vector.
 inline bool prefers_groups(const Codebook& book) { return book.count > 32 * (book.features + 32); }
 
-// Goes through all codes. Each vector of scores is looked at by itself, or, if GROUPED, the smallest scores of a group of
-// panels in each lane: that is less work for each, and leaves the codes of one lane of a group to be told apart.
+// Goes through all codes. Each vector of scores is looked at by itself, or, if GROUPED, the smallest scores of a group
+// of panels in each lane: that is less work for each, and leaves the codes of one lane of a group to be told apart.
 template <class A, bool GROUPED>
 void scan(const Codebook& book, Block<A>& block) {
   using Vector = typename A::Vector;
@@ -219,7 +219,8 @@ __attribute__((noinline)) inline void compare_lanes(Ints is_close, int64_t first
 
 // Compares every code of a row whose score is at most `threshold`.
 template <class A>
-void compare_close(const Codebook& book, const Block<A>& block, int64_t row, typename A::Score threshold, Nearest& nearest) {
+void compare_close(
+    const Codebook& book, const Block<A>& block, int64_t row, typename A::Score threshold, Nearest& nearest) {
   using Vector = typename A::Vector;
   constexpr int64_t STRIDE = 4;  // panels
   const int64_t panels = panels_of(book), steps = block.steps;
@@ -329,7 +330,8 @@ inline void pack_panels(const Codebook& book, int64_t begin, int64_t end) {
 // Calls f(first row, rows, x as adjacent float32) for each block of rows [begin, end), once searched.
 template <class F>
 DLVAE_INLINE int64_t for_searched_blocks(
-    const Codebook& book, const Rows& rows, int64_t begin, int64_t end, int64_t* indices, float* distances, const F& f) {
+    const Codebook& book, const Rows& rows, int64_t begin, int64_t end, int64_t* indices, float* distances,
+    const F& f) {
   int64_t uncertain = 0;
   in_arithmetic_of(book, [&](auto arithmetic) {
     using A = decltype(arithmetic);
@@ -355,8 +357,8 @@ inline int64_t search_rows(
   return for_searched_blocks(book, rows, begin, end, indices, distances, [](int64_t, int64_t, const float*) {});
 }
 
-// Scores of the same few rows and codes, which stay in the first cache, again and again; returns how many products of two
-// features that took. For measuring what a core can do at best.
+// Scores of the same few rows and codes, which stay in the first cache, again and again; returns how many products of
+// two features that took. For measuring what a core can do at best.
 inline int64_t repeat_scores(int64_t rounds) {
   constexpr int64_t FEATURES = 128;
   Codebook book{};

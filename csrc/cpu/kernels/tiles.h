@@ -29,7 +29,8 @@ inline void multiply_tiles(Tile& sums, const Tile& x, const Tile& codes) {
     for (int s = 0; s < 16; ++s)
       for (int k = 0; k < 16; ++k) {
         const uint32_t a = x.words[r][s], b = codes.words[s][k];
-        const float sum = part(sums.words[r][k]) + part(a & 0xffff0000) * part(b & 0xffff0000) + part(a << 16) * part(b << 16);
+        const float products = part(a & 0xffff0000) * part(b & 0xffff0000) + part(a << 16) * part(b << 16);
+        const float sum = part(sums.words[r][k]) + products;
         memcpy(&sums.words[r][k], &sum, 4);
       }
 }
