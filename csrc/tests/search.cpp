@@ -7,8 +7,6 @@
 namespace dlvae {
 namespace {
 
-using Numbers = std::vector<float>;
-
 // A codebook, measured and packed as the library does.
 struct Packed {
   Packed(const Kernels& kernels, const Numbers& codes, int64_t count, int64_t features)
@@ -125,23 +123,6 @@ void test_case(const Kernels& kernels, Numbers x, const Numbers& codes, int64_t 
   }
   kernels.quantize_rows(packed.book, rows, 0, n, again.data(), to, none, losses.data());
   CHECK(again == indices, "the codes of quantize_rows differ without errors");
-}
-
-Numbers whole_numbers(Random& random, int64_t count, int64_t most) {
-  Numbers values(count);
-  for (float& value : values) value = (float)(random.below(2 * most + 1) - most);
-  return values;
-}
-
-Numbers times(Numbers values, float factor) {
-  for (float& value : values) value *= factor;
-  return values;
-}
-
-// Some rows or codes that are not finite, or far larger than all others.
-void spoil(Random& random, Numbers& values, int64_t features) {
-  const float odd[] = {NAN, INFINITY, -INFINITY, 1e30f, 3e38f, 1e-45f};
-  for (float value : odd) values[random.below((int64_t)values.size() / features) * features + random.below(features)] = value;
 }
 
 }  // namespace

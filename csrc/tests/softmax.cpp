@@ -7,7 +7,6 @@
 namespace dlvae {
 namespace {
 
-using Numbers = std::vector<float>;
 using Sums = std::vector<double>;
 
 void check_close(const char* what, const Numbers& found, const Sums& exact) {

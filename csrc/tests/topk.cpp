@@ -8,8 +8,6 @@
 namespace dlvae {
 namespace {
 
-using Numbers = std::vector<float>;
-
 struct Case {
   int64_t n, count, features, k;
   bool is_product;
