@@ -7,6 +7,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <initializer_list>
 #include <vector>
 
 #include "../cpu/kernels.h"
@@ -39,6 +40,7 @@ class Random {
 };
 
 using Numbers = std::vector<float>;
+using Sizes = std::initializer_list<int64_t>;
 
 inline Numbers numbers(Random& random, int64_t count) {
   Numbers values(count);
@@ -61,7 +63,8 @@ inline Numbers times(Numbers values, float factor) {
 // Some rows that are not finite, or far larger than all others.
 inline void spoil(Random& random, Numbers& values, int64_t features) {
   const float odd[] = {NAN, INFINITY, -INFINITY, 1e30f, 3e38f, 1e-45f};
-  for (float value : odd) values[random.below((int64_t)values.size() / features) * features + random.below(features)] = value;
+  const int64_t count = (int64_t)values.size() / features;
+  for (float value : odd) values[random.below(count) * features + random.below(features)] = value;
 }
 
 inline bool are_same(const Numbers& a, const Numbers& b) {
@@ -92,9 +95,10 @@ constexpr Form PLAIN{Type::float32, 0, false};
 constexpr Form FORMS[] = {
     PLAIN, {Type::float32, 3, false}, {Type::float32, 0, true}, {Type::bfloat16, 3, false}, {Type::float16, 0, true}};
 
-// How far a number may be from what it is stored as, as a share of it.
-inline double rounding_of(Form form) {
-  return form.type == Type::float32 ? 0 : form.type == Type::float16 ? 0x1p-11 : 0x1p-8;
+// How far a number may be from what it is stored as. Below its smallest normal number float16 has steps of 2^-24.
+inline double rounding_of(Form form, double value) {
+  if (form.type == Type::float16) return 0x1.02p-11 * std::abs(value) + 0x1p-24;
+  return form.type == Type::bfloat16 ? 0x1.02p-8 * std::abs(value) : 0;
 }
 
 // A tensor [count, features] whose memory begins and ends with its elements. load_rows and store_rows are tested first.

@@ -31,8 +31,9 @@ struct Packed {
     for (int64_t i = 0; i < c.count; ++i) {
       double square = 0;
       for (int64_t d = 0; d < c.features; ++d) square += (double)codes[i * c.features + d] * codes[i * c.features + d];
-      const bool is_close = std::isnan(square) ? std::isnan(squares[i]) : squares[i] == square || std::abs(squares[i] - square) <= 1e-13 * square;
-      CHECK(is_close, "|code %ld|^2 is %g, not %g", (long)i, squares[i], square);
+      const bool is_same = squares[i] == square || (std::isnan(square) && std::isnan(squares[i]));
+      CHECK(is_same || std::abs(squares[i] - square) <= 1e-13 * square, "|code %ld|^2 is %g, not %g", (long)i,
+            squares[i], square);
       const double both = square + (c.has_bias ? std::abs(bias[i]) : 0);
       (std::isnan(both) ? nans : std::isinf(both) ? others : ids).push_back((int32_t)i);
       if (std::isfinite(both)) largest = std::max(largest, square);
@@ -127,10 +128,11 @@ void test_case(const Kernels& kernels, const Case& c, const Numbers& rows, const
       }
       const Score found = score_of(t, row, index), best = all[j];
       // Both sums are of float64, in another order.
-      const bool is_near = std::abs(found.score - best.score) <= 1e-15 * (double)c.features * (found.size + best.size);
-      const bool is_best = index == best.index || (found.kind == 0 && best.kind == 0 && found.score != best.score && is_near);
-      CHECK(is_best, "row %ld has code %ld at %g, and not %ld at %g", (long)r, (long)index, found.score, (long)best.index,
-            best.score);
+      const double difference = std::abs(found.score - best.score), size = found.size + best.size;
+      const bool are_numbers = found.kind == 0 && best.kind == 0;
+      const bool is_near = are_numbers && difference > 0 && difference <= 1e-15 * (double)c.features * size;
+      CHECK(index == best.index || is_near, "row %ld has code %ld at %g, and not %ld at %g", (long)r, (long)index,
+            found.score, (long)best.index, best.score);
       if (found.kind != 0) {
         CHECK(!std::isfinite(value), "the value of what is not finite is %g", value);
         continue;
@@ -161,18 +163,18 @@ void test_topk(const Kernels& kernels) {
   };
   const auto nothing = [](Numbers&, Numbers&, Numbers&, int64_t) {};
   // Codes beside the edges of a panel and of a chunk, all of them or few.
-  for (int64_t count : {(int64_t)1, p - 1, p, p + 1, (int64_t)511, (int64_t)512, (int64_t)513, (int64_t)1030})
-    for (int64_t k : {(int64_t)1, p + 1, count})
+  for (int64_t count : Sizes{1, p - 1, p, p + 1, 511, 512, 513, 1030})
+    for (int64_t k : Sizes{1, p + 1, count})
       if (k <= count) test(3, count, 3, k, nothing);
   // Features beside the edges of vectors, chains and slices; rows beside those of a tile and of a block.
-  for (int64_t d : {(int64_t)1, p / 2 - 1, p / 2 + 1, p, (int64_t)64, (int64_t)65, (int64_t)257}) test(r + 1, p + 2, d, 5, nothing);
+  for (int64_t d : Sizes{1, p / 2 - 1, p / 2 + 1, p, 64, 65, 257}) test(r + 1, p + 2, d, 5, nothing);
   for (int64_t n : {0, 1, 128, 129}) test(n, 40, 2, 2, nothing);
   test(2 * r + 1, p + 1, 5000, 3, nothing);
   for (Form form : FORMS) test(2 * r + 3, 70, p / 2 + 3, 9, nothing, form);
 
   struct {
     int64_t n, count, d, k;
-  } const sizes[] = {{9, 31, 3, 4}, {6, 1100, 2, 600}, {5, 600, 7, 100}, {12, 3 * p + 1, 17, 3 * p + 1}};
+  } const sizes[] = {{9, 31, 3, 4}, {8, 40, 5, 1}, {6, 1100, 2, 600}, {5, 600, 7, 100}, {12, 3 * p + 1, 17, 3 * p + 1}};
   for (const auto& [n, count, d, k] : sizes) {
     test(n, count, d, k, [&](Numbers& x, Numbers& codes, Numbers& bias, int64_t) {
       // Exact ties, nearly everywhere.
@@ -201,7 +203,9 @@ void test_topk(const Kernels& kernels) {
       spoil(random, bias, 1);
     });
     for (float value : {NAN, INFINITY})
-      test(n, count, d, k, [&](Numbers&, Numbers& codes, Numbers&, int64_t) { std::fill(codes.begin(), codes.end(), value); });
+      test(n, count, d, k, [&](Numbers&, Numbers& codes, Numbers&, int64_t) {
+        std::fill(codes.begin(), codes.end(), value);
+      });
   }
 }
 
