@@ -7,8 +7,6 @@
 namespace dlvae {
 namespace {
 
-using Numbers = std::vector<float>;
-
 // A codebook, measured and packed as the library does.
 struct Packed {
   Packed(const Kernels& kernels, const Numbers& codes, int64_t count, int64_t features)
@@ -127,7 +125,7 @@ void test_case(const Kernels& kernels, Numbers x, const Numbers& codes, int64_t 
   CHECK(again == indices, "the codes of quantize_rows differ without errors");
 }
 
-// Each code has a neighbour that is farther off by less than any arithmetic can tell: every row goes through the codes twice.
+// Each code has a neighbour that is farther off by less than any arithmetic can tell: every row is searched twice.
 void test_uncertain(const Kernels& kernels, Random& random, int64_t n, int64_t count, int64_t d) {
   const Numbers x = numbers(random, n * d), apart = numbers(random, count * d);
   Numbers codes(2 * count * d);
@@ -142,23 +140,6 @@ void test_uncertain(const Kernels& kernels, Random& random, int64_t n, int64_t c
   const int64_t uncertain = kernels.search_rows(packed.book, rows, 0, n, indices.data(), nullptr);
   CHECK(uncertain == n, "%ld of %ld rows were searched twice", (long)uncertain, (long)n);
   for (int64_t r = 0; r < n; ++r) check_index(codes, 2 * count, &x[r * d], d, indices[r], r);
-}
-
-Numbers whole_numbers(Random& random, int64_t count, int64_t most) {
-  Numbers values(count);
-  for (float& value : values) value = (float)(random.below(2 * most + 1) - most);
-  return values;
-}
-
-Numbers times(Numbers values, float factor) {
-  for (float& value : values) value *= factor;
-  return values;
-}
-
-// Some rows or codes that are not finite, or far larger than all others.
-void spoil(Random& random, Numbers& values, int64_t features) {
-  const float odd[] = {NAN, INFINITY, -INFINITY, 1e30f, 3e38f, 1e-45f};
-  for (float value : odd) values[random.below((int64_t)values.size() / features) * features + random.below(features)] = value;
 }
 
 }  // namespace

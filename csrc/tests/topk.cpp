@@ -1,79 +1,151 @@
 // topk_rows against every score in float64.
 #include <algorithm>
 #include <cmath>
-#include <numeric>
+#include <tuple>
 
 #include "check.h"
 
 namespace dlvae {
 namespace {
 
-using Numbers = std::vector<float>;
-
 struct Case {
   int64_t n, count, features, k;
-  bool is_product;
-  int64_t off;  // codes that are infinite, at the end
+  bool is_product, has_bias;
+  Form form;
 };
 
-double score_of(const Topk& t, const float* x, int64_t code) {
-  double sum = t.bias == nullptr ? 0 : t.bias[code];
-  for (int64_t d = 0; d < t.features; ++d) {
-    const double a = x[d], b = t.codes[code * t.features + d];
-    sum += t.is_product ? a * b : (a - b) * (a - b);
+// The codes apart from those that are not finite, measured and packed as the library does.
+struct Packed {
+  Packed(const Kernels& kernels, const Case& c, const Numbers& codes, const Numbers& bias) {
+    t.codes = codes.data();
+    t.bias = c.has_bias ? bias.data() : nullptr;
+    t.count = c.count;
+    t.features = c.features;
+    t.k = c.k;
+    t.is_product = c.is_product;
+    std::vector<double> squares(c.count);
+    kernels.square_codes(t.codes, 0, c.count / 2, c.features, squares.data());
+    kernels.square_codes(t.codes, c.count / 2, c.count, c.features, squares.data());
+    double largest = 0;
+    std::vector<int32_t> nans;
+    for (int64_t i = 0; i < c.count; ++i) {
+      double square = 0;
+      for (int64_t d = 0; d < c.features; ++d) square += (double)codes[i * c.features + d] * codes[i * c.features + d];
+      const bool is_same = squares[i] == square || (std::isnan(square) && std::isnan(squares[i]));
+      CHECK(is_same || std::abs(squares[i] - square) <= 1e-13 * square, "|code %ld|^2 is %g, not %g", (long)i,
+            squares[i], square);
+      const double both = square + (c.has_bias ? std::abs(bias[i]) : 0);
+      (std::isnan(both) ? nans : std::isinf(both) ? others : ids).push_back((int32_t)i);
+      if (std::isfinite(both)) largest = std::max(largest, square);
+    }
+    t.infinite = (int64_t)others.size();
+    others.insert(others.end(), nans.begin(), nans.end());
+    ids.shrink_to_fit();
+    others.shrink_to_fit();
+    t.packed = (int64_t)ids.size();
+    t.ids = t.packed == c.count ? nullptr : ids.data();
+    t.others = others.data();
+    const double longest = std::sqrt(largest);
+    t.scale = std::ldexp(1.0f, longest == 0 ? 0 : -std::clamp(std::ilogb(longest), -120, 120));
+    t.norm = longest * t.scale;
+    const int64_t panels = (t.packed + kernels.panel - 1) / kernels.panel;
+    start = Numbers(panels * kernels.panel, NO_CODE);
+    for (int64_t i = 0; i < t.packed; ++i) {
+      const double first = t.is_product ? (c.has_bias ? -(double)bias[ids[i]] : 0) : squares[ids[i]] / 2;
+      start[i] = (float)std::clamp<double>(first * t.scale, -LARGEST_START, LARGEST_START);
+    }
+    panels_ = Numbers(panels * kernels.panel * c.features);
+    t.panels = panels_.data();
+    t.start = start.data();
+    kernels.pack_topk(t, panels / 2, panels, panels_.data());
+    kernels.pack_topk(t, 0, panels / 2, panels_.data());
   }
-  const double score = t.is_product ? -sum : sum;
-  return std::isfinite(score) ? score : 1e300;
+  Packed(const Packed&) = delete;
+
+  Topk t{};
+  std::vector<int32_t> ids, others;
+  Numbers start, panels_;
+};
+
+// In the order that codes have to come: numbers, then what is not finite by index, then codes that hold NaN.
+struct Score {
+  int kind;
+  double score;
+  int64_t index;
+  double size;  // of the terms whose sum it is
+
+  bool operator<(const Score& other) const {
+    return std::tie(kind, score, index) < std::tie(other.kind, other.score, other.index);
+  }
+};
+
+Score score_of(const Topk& t, const float* x, int64_t code) {
+  const double bias = t.bias == nullptr ? 0 : t.bias[code];
+  double sum = bias, size = std::abs(bias);
+  bool is_nan = std::isnan(bias);
+  for (int64_t d = 0; d < t.features; ++d) {
+    const double a = x[d], b = t.codes[code * t.features + d], term = t.is_product ? a * b : (a - b) * (a - b);
+    sum += term;
+    size += std::abs(term);
+    is_nan |= std::isnan(b);
+  }
+  if (is_nan) return {2, 0, code, 0};
+  if (!std::isfinite(sum)) return {1, 0, code, 0};
+  return {0, t.is_product ? -sum : sum, code, size};
 }
 
-void test_case(const Kernels& kernels, const Case& c, Numbers x, Numbers codes, const Numbers& bias) {
-  for (int64_t i = (c.count - c.off) * c.features; i < c.count * c.features; ++i) codes[i] = INFINITY;
-  Topk t{};
-  t.x = adjacent_rows(x, c.n, c.features);
-  t.codes = codes.data();
-  t.bias = c.is_product ? bias.data() : nullptr;
-  t.count = c.count;
-  t.features = c.features;
-  t.k = c.k;
-  t.is_product = c.is_product;
-  t.packed = c.count - c.off;
-  std::vector<int32_t> others(c.off);
-  std::iota(others.begin(), others.end(), (int32_t)t.packed);
-  t.others = others.data();
-  t.infinite = c.off;
-  std::vector<double> squares(c.count);
-  kernels.square_codes(t.codes, 0, t.count, t.features, squares.data());
-  const double longest = t.packed ? *std::max_element(squares.begin(), squares.begin() + t.packed) : 0;
-  t.scale = 0.25f;
-  t.norm = std::sqrt(longest) * t.scale;
-  const int64_t panels = (t.packed + kernels.panel - 1) / kernels.panel;
-  Numbers packed(panels * kernels.panel * c.features), start(panels * kernels.panel, NO_CODE);
-  for (int64_t i = 0; i < t.packed; ++i)
-    start[i] = (float)((t.is_product ? -(double)bias[i] : squares[i] / 2) * t.scale);
-  t.panels = packed.data();
-  t.start = start.data();
-  kernels.pack_topk(t, 0, panels, packed.data());
+double length_of(const float* v, int64_t features) {
+  double square = 0;
+  for (int64_t d = 0; d < features; ++d) square += (double)v[d] * v[d];
+  return std::sqrt(square);
+}
 
+void test_case(const Kernels& kernels, const Case& c, const Numbers& rows, const Numbers& codes, const Numbers& bias) {
+  Packed packed(kernels, c, codes, bias);
+  Topk& t = packed.t;
+  const Tensor tensor(kernels, c.form, rows, c.n, c.features);
+  const Numbers x = tensor.values();
+  t.x = tensor.rows;
   std::vector<int64_t> indices(c.n * c.k, -1);
   Numbers values(c.n * c.k);
   t.indices = indices.data();
   t.values = values.data();
-  kernels.topk_rows(t, 0, c.n / 3);
   kernels.topk_rows(t, c.n / 3, c.n);
+  kernels.topk_rows(t, 0, c.n / 3);
+  std::vector<Score> all(c.count);
   for (int64_t r = 0; r < c.n; ++r) {
-    std::vector<std::pair<double, int64_t>> all(c.count);
-    for (int64_t i = 0; i < c.count; ++i) all[i] = {score_of(t, &x[r * c.features], i), i};
-    std::sort(all.begin(), all.end());
+    const float* row = &x[r * c.features];
+    for (int64_t i = 0; i < c.count; ++i) all[i] = score_of(t, row, i);
+    const double length = length_of(row, c.features);
+    if (!std::isnan(length)) std::sort(all.begin(), all.end());
     for (int64_t j = 0; j < c.k; ++j) {
       const int64_t index = indices[r * c.k + j];
       CHECK(index >= 0 && index < c.count, "row %ld has code %ld", (long)r, (long)index);
-      const double found = score_of(t, &x[r * c.features], index), best = all[j].first;
+      const float value = c.is_product ? -values[r * c.k + j] : values[r * c.k + j];
+      if (std::isnan(length)) {
+        CHECK(index == j && std::isnan(value), "row %ld holds NaN and has code %ld at %g", (long)r, (long)index, value);
+        continue;
+      }
+      const Score found = score_of(t, row, index), best = all[j];
       // Both sums are of float64, in another order.
-      const bool is_best = found == best ? index == all[j].second : std::abs(found - best) <= 1e-13 * c.features;
-      CHECK(is_best, "row %ld has code %ld at %g, not %ld", (long)r, (long)index, found, (long)all[j].second);
-      const double value = t.is_product ? -values[r * c.k + j] : values[r * c.k + j];
-      CHECK(best == 1e300 || std::abs(value - best) <= 1e-5 * c.features, "a value of %g, not %g", value, best);
+      const double difference = std::abs(found.score - best.score), size = found.size + best.size;
+      const bool are_numbers = found.kind == 0 && best.kind == 0;
+      const bool is_near = are_numbers && difference > 0 && difference <= 1e-15 * (double)c.features * size;
+      CHECK(index == best.index || is_near, "row %ld has code %ld at %g, and not %ld at %g", (long)r, (long)index,
+            found.score, (long)best.index, best.score);
+      if (found.kind != 0) {
+        CHECK(!std::isfinite(value), "the value of what is not finite is %g", value);
+        continue;
+      }
+      // Values are of float32: products to its rounding of all terms; distances, by differences where they are small,
+      // to some digits of themselves.
+      const double error = 1e-6 * (c.is_product ? length * t.norm / t.scale + found.size : 40 * found.score);
+      const bool is_close = std::abs(value - found.score) <= error + 1e-37 || value == (float)found.score;
+      CHECK(is_close, "row %ld: a value of %g, not %g", (long)r, value, found.score);
     }
+    std::vector<int64_t> distinct(indices.begin() + r * c.k, indices.begin() + (r + 1) * c.k);
+    std::sort(distinct.begin(), distinct.end());
+    CHECK(std::adjacent_find(distinct.begin(), distinct.end()) == distinct.end(), "row %ld has a code twice", (long)r);
   }
 }
 
@@ -81,27 +153,59 @@ void test_case(const Kernels& kernels, const Case& c, Numbers x, Numbers codes, 
 
 void test_topk(const Kernels& kernels) {
   Random random;
-  const int64_t sizes[][4] = {
-      {1, 1, 1, 1},    {9, 31, 3, 4},    {20, 513, 5, 7},   {129, 40, 65, 40}, {7, 1100, 2, 600},
-      {3, 512, 257, 1}, {5, 700, 16, 700}, {6, 600, 7, 100},
-  };
-  for (const auto& size : sizes) {
-    for (const bool is_product : {false, true}) {
-      for (const int64_t off : {(int64_t)0, size[1] / 2, size[1]}) {
-        const Case c{size[0], size[1], size[2], size[3], is_product, off};
-        Numbers x = numbers(random, c.n * c.features), codes = numbers(random, c.count * c.features);
-        const Numbers bias = numbers(random, c.count);
-        test_case(kernels, c, x, codes, bias);
-        // Small numbers, where many scores are equal; and codes that float32 does not tell apart.
-        Numbers few = codes, near = codes;
-        for (float& each : few) each = std::round(each);
-        for (int64_t i = 0; i < (int64_t)near.size(); ++i) near[i] = codes[i % c.features] + codes[i] * 0x1p-22f;
-        Numbers whole = x;
-        for (float& each : whole) each = std::round(each);
-        test_case(kernels, c, whole, few, Numbers(c.count, 0.0f));
-        test_case(kernels, c, x, near, Numbers(c.count, 1.0f));
-      }
+  const int64_t p = kernels.panel, r = kernels.rows;
+  const auto test = [&](int64_t n, int64_t count, int64_t d, int64_t k, const auto& change, Form form = PLAIN) {
+    for (int metric = 0; metric < 3; ++metric) {
+      Numbers x = numbers(random, n * d), codes = numbers(random, count * d), bias = numbers(random, count);
+      change(x, codes, bias, d);
+      test_case(kernels, {n, count, d, k, metric > 0, metric > 1, form}, x, codes, bias);
     }
+  };
+  const auto nothing = [](Numbers&, Numbers&, Numbers&, int64_t) {};
+  // Codes beside the edges of a panel and of a chunk, all of them or few.
+  for (int64_t count : Sizes{1, p - 1, p, p + 1, 511, 512, 513, 1030})
+    for (int64_t k : Sizes{1, p + 1, count})
+      if (k <= count) test(3, count, 3, k, nothing);
+  // Features beside the edges of vectors, chains and slices; rows beside those of a tile and of a block.
+  for (int64_t d : Sizes{1, p / 2 - 1, p / 2 + 1, p, 64, 65, 257}) test(r + 1, p + 2, d, 5, nothing);
+  for (int64_t n : {0, 1, 128, 129}) test(n, 40, 2, 2, nothing);
+  test(2 * r + 1, p + 1, 5000, 3, nothing);
+  for (Form form : FORMS) test(2 * r + 3, 70, p / 2 + 3, 9, nothing, form);
+
+  struct {
+    int64_t n, count, d, k;
+  } const sizes[] = {{9, 31, 3, 4}, {8, 40, 5, 1}, {6, 1100, 2, 600}, {5, 600, 7, 100}, {12, 3 * p + 1, 17, 3 * p + 1}};
+  for (const auto& [n, count, d, k] : sizes) {
+    test(n, count, d, k, [&](Numbers& x, Numbers& codes, Numbers& bias, int64_t) {
+      // Exact ties, nearly everywhere.
+      for (Numbers* values : {&x, &codes, &bias})
+        for (float& value : *values) value = std::round(value);
+    });
+    test(n, count, d, k, [&](Numbers&, Numbers& codes, Numbers& bias, int64_t features) {
+      // Codes that float32 does not tell apart.
+      for (int64_t i = (int64_t)codes.size() - 1; i >= 0; --i) codes[i] = codes[i % features] + codes[i] * 0x1p-22f;
+      std::fill(bias.begin(), bias.end(), 1.0f);
+    });
+    test(n, count, d, k, [](Numbers&, Numbers& codes, Numbers& bias, int64_t) {
+      std::fill(codes.begin(), codes.end(), 0.0f);
+      std::fill(bias.begin(), bias.end(), 0.0f);
+    });
+    for (float factor : {1e-18f, 1e17f})
+      test(n, count, d, k, [&](Numbers& x, Numbers& codes, Numbers&, int64_t) {
+        x = times(x, factor);
+        codes = times(codes, factor);
+      });
+    // Rows, codes and biases that are not finite: some of them, or all.
+    test(n, count, d, k, [&](Numbers& x, Numbers&, Numbers&, int64_t features) { spoil(random, x, features); });
+    test(n, count, d, k, [&](Numbers& x, Numbers& codes, Numbers& bias, int64_t features) {
+      spoil(random, x, features);
+      spoil(random, codes, features);
+      spoil(random, bias, 1);
+    });
+    for (float value : {NAN, INFINITY})
+      test(n, count, d, k, [&](Numbers&, Numbers& codes, Numbers&, int64_t) {
+        std::fill(codes.begin(), codes.end(), value);
+      });
   }
 }
 

@@ -16,17 +16,18 @@ constexpr int64_t BATCH = 16;
 inline void decode_rows(const Atoms& atoms, const float* values, int64_t begin, int64_t end, const Rows& out) {
   const int64_t features = atoms.features, k = atoms.k;
   const bool in_place = is_dense(out);
+  const int64_t ld = in_place ? out.strides[0] : features;
   Buffer<float> copy(in_place ? 0 : BATCH * features);
   for (int64_t first = begin; first < end; first += BATCH) {
     const int64_t last = first + BATCH < end ? first + BATCH : end;
-    float* to = in_place ? (float*)out.data + first * features : copy;
+    float* to = in_place ? (float*)out.data + first * ld : copy;
     for (int64_t row = first; row < last; ++row) {
       const Terms<int64_t> terms{
           atoms.indices + row * k, atoms.indices + atoms.rows * k, values + row * k, 0, k,
           atoms.dictionary, 0, features, atoms.is_far};
-      add_terms(terms, 0, features, true, to + (row - first) * features);
+      add_terms(terms, 0, features, true, to + (row - first) * ld);
     }
-    if (!in_place) store_rows(out, first, last, to, features);
+    if (!in_place) store_rows(out, first, last, to, ld);
   }
 }
 
