@@ -56,7 +56,11 @@ def measure(device: torch.device) -> Ceilings:
         flops["bfloat16"] = gemm(torch.bfloat16)
         flops["float32"] = max(flops["float32"], flops["bfloat16"] / _TERMS)
         flops["tf32"] = flops["bfloat16"] / 2
-    if device.type == "cpu" and native.why_not("nearest_code") is None and hasattr(torch.ops.dlvae_native, "search_rate"):
+    if (
+        device.type == "cpu"
+        and native.why_not("nearest_code") is None
+        and hasattr(torch.ops.dlvae_native, "search_rate")
+    ):
         # Scores of float32 accuracy, from whatever products are fastest: torch's own may fall far behind.
         flops["float32"] = max(flops["float32"], 2 * torch.ops.dlvae_native.search_rate())
     return Ceilings(flops, copied)

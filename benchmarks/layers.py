@@ -171,9 +171,7 @@ VECTOR_QUANTIZER_EMA_EVAL = Entry(
     {"cpu": (CIFAR, FINE), "cuda": (CIFAR, VQGAN)},
     (
         Contender("dlvae_kernels", _in_eval(partial(_vector_quantizer_ema, training=False)), exact=True),
-        Contender(
-            "vector-quantize-pytorch", _in_eval(_lucidrains(training=False)), package="vector-quantize-pytorch"
-        ),
+        Contender("vector-quantize-pytorch", _in_eval(_lucidrains(training=False)), package="vector-quantize-pytorch"),
     ),
     judge.quantized,
     {"forward": _search_and_move},

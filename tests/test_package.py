@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 import dlvae_kernels
-from dlvae_kernels.backends import reference
+from dlvae_kernels.backends import reference, why_not
 
 ROOT = Path(__file__).parents[1]
 
@@ -61,11 +61,12 @@ before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 out = dlvae_kernels.vector_quantize(x, codebook)
 print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024, out.counts.sum().item())
 """
+    compiled = why_not("native", "vector_quantize_fwd") is None
     result = run(code)
     assert result.returncode == 0, result.stderr
     megabytes, rows = map(float, result.stdout.split())
     assert rows == 65536
-    assert megabytes < 300
+    assert megabytes < (64 if compiled else 300)
 
 
 def test_files_stay_short():

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from contextlib import nullcontext
+
 import pytest
 import torch
 
+from benchmarks.results import ROOT
 from benchmarks.sizes import DICTIONARY, SAE
-from dlvae_kernels import DictionaryLearning, SparseAutoencoder
+from dlvae_kernels import DictionaryLearning, SparseAutoencoder, use_backend
+from dlvae_kernels.backends import native
 from dlvae_kernels.backends import triton as kernels
 from tests.allocations import Allocations, without_launching
 
@@ -21,10 +27,15 @@ def allowed(n, num_atoms, d, k):
     return most
 
 
+def on(device):
+    """On the CPU the reference: what compiled code takes for itself no hook sees, so the whole process is measured."""
+    return use_backend("reference") if device == "cpu" else nullcontext()
+
+
 def dictionary_learning(n, num_atoms, d, k, device="cpu"):
     layer = DictionaryLearning(d, num_atoms, 0.1, k, representation="sparse", channel_last=True).to(device)
     x = torch.randn(n, d, device=device, requires_grad=True)
-    with Allocations() as found:
+    with on(device), Allocations() as found:
         loss, reconstruction, _ = layer(x)
         (loss + reconstruction.sum()).backward()
     return found
@@ -33,7 +44,7 @@ def dictionary_learning(n, num_atoms, d, k, device="cpu"):
 def sparse_autoencoder(n, num_atoms, d, k, device="cpu"):
     layer = SparseAutoencoder(d, num_atoms, k).to(device)
     x = torch.randn(n, d, device=device, requires_grad=True)
-    with Allocations() as found:
+    with on(device), Allocations() as found:
         out = layer(x)
         (out.reconstruction - x).square().mean().backward()
     assert {"dlvae.topk_codes.default", "dlvae.sparse_decode_bwd.default"} <= found.seen
@@ -50,6 +61,34 @@ def test_sparse_autoencoder():
     size = 4096, 4096, 64, 8
     found = sparse_autoencoder(*size)
     assert found.elements <= allowed(*size), found.operation
+
+
+@pytest.mark.skipif(native._load() is not None, reason=str(native._load()))
+@pytest.mark.parametrize(
+    "layer",
+    ["DictionaryLearning(48, K, 0.1, 8, representation='sparse', channel_last=True)", "SparseAutoencoder(48, K, 8)"],
+)
+def test_compiled_code_takes_little(layer):
+    code = f"""
+import resource, torch
+from dlvae_kernels import DictionaryLearning, SparseAutoencoder, use_backend
+N, K = 4096, 32768
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+with use_backend("native"):
+    layer = {layer}
+    def step(n):
+        x = torch.randn(n, 48, requires_grad=True)
+        sum(each.sum() for each in layer(x)[:2]).backward()
+    step(64)
+    before = peak()
+    step(N)
+print(peak() - before)
+"""
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    # A matrix of rows by atoms would take 512 MB.
+    assert float(result.stdout) < 128
 
 
 @pytest.mark.gpu
@@ -89,7 +128,7 @@ def test_the_hook_sees_a_dense_matrix():
 
 def test_the_hook_looks_into_our_operations():
     x, codes = torch.randn(300, 4), torch.randn(200, 4)
-    with Allocations() as found:
+    with use_backend("reference"), Allocations() as found:
         torch.ops.dlvae.topk_codes(x, codes, 3, "dot", None)
     assert found.elements == 60_000  # one chunk of the reference
     assert {"dlvae.topk_codes.default", "aten.topk.default"} <= found.seen
