@@ -1,4 +1,4 @@
-"""What only the compiled search has: arithmetics that round, and a second look where that might hide the nearest code."""
+"""What only the compiled search has: arithmetics that round, and a second look where that might hide the nearest."""
 
 from __future__ import annotations
 
