@@ -25,7 +25,7 @@ struct Codebook {
   float loss;        // the largest
 
   int64_t steps;    // words of a packed row
-  uint32_t* words;  // [panels, steps, PANEL]: features of codes, negated, side by side
+  uint32_t* words;  // [panels, steps, PANEL]: features of codes, negated, side by side; null: rows go by differences
   float* start;     // [panels, PANEL]: |c|^2 / 2; the largest float where there is no code, or one that is not finite
 };
 

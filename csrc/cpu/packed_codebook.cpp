@@ -8,6 +8,8 @@ namespace {
 // About so many features are measured or packed at a time.
 constexpr int64_t GRAIN = 32768;
 
+constexpr int64_t FEW_ROWS = 2;
+
 // Codes within these need no scaling: nor do rows about as long.
 constexpr float LEAST = 0x1p-20f, MOST = 0x1p20f;
 
@@ -24,7 +26,8 @@ void check_codebook(const Tensor& codebook, const Rows& x) {
   STD_TORCH_CHECK(x.features == features, "x has D = ", x.features, "; it needs that of codebook, ", features);
 }
 
-PackedCodebook::PackedCodebook(const Kernels& kernels, const Tensor& codebook) : codes_("codebook", codebook) {
+PackedCodebook::PackedCodebook(const Kernels& kernels, const Tensor& codebook, int64_t rows)
+    : codes_("codebook", codebook) {
   const int64_t count = codes_.rows, features = codes_.features, panels = (count + kernels.panel - 1) / kernels.panel;
   STD_TORCH_CHECK(
       count >= 1 && features >= 1,
@@ -49,6 +52,7 @@ PackedCodebook::PackedCodebook(const Kernels& kernels, const Tensor& codebook) :
     peak = std::max(peak, peaks_[k]);
     norm = std::max(norm, norms_[k]);
   }
+  if (rows <= FEW_ROWS) return;
   book_.scale = scale_of(peak);
   book_.peak = peak * book_.scale;
   book_.norm = static_cast<float>(norm * book_.scale * (1 + 0x1p-22));

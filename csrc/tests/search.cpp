@@ -99,6 +99,12 @@ void test_case(const Kernels& kernels, Numbers x, const Numbers& codes, int64_t 
   kernels.search_rows(packed.book, rows, 0, std::min(n, BLOCK), alone.data(), nullptr);
   if (n > BLOCK) kernels.search_rows(packed.book, rows, BLOCK, n, alone.data(), nullptr);
   CHECK(alone == indices, "the parts of a search differ from the whole");
+  if (n <= 20) {
+    Codebook unpacked = packed.book;
+    unpacked.words = nullptr;
+    kernels.search_rows(unpacked, rows, 0, n, alone.data(), nullptr);
+    CHECK(alone == indices, "the search by differences finds other codes");
+  }
 
   Numbers quantized(n * features), error(n * features);
   std::vector<double> losses((n + BLOCK - 1) / BLOCK);

@@ -6,6 +6,7 @@
 #include "../codebook.h"
 #include "rows.h"
 #include "simd.h"
+#include "transpose.h"
 
 namespace {
 
@@ -18,6 +19,20 @@ struct Measure {
   float norms[BLOCK];        // |x|, or more; 0 of a slow row
   bool is_slow[BLOCK];       // not finite, or too large for anything but differences
 };
+
+// Calls f(first feature, features, tile) for each WIDTH features of WIDTH codes, of which null ones are zero: vector i of
+// a tile holds feature i of all. Beyond the last feature it holds zeros.
+template <class F>
+DLVAE_INLINE void for_tiles(const float* const (&codes)[WIDTH], int64_t features, const F& f) {
+  for (int64_t d = 0; d < features; d += WIDTH) {
+    const int64_t n = features - d < WIDTH ? features - d : WIDTH;
+    Floats tile[WIDTH] = {};
+    for (int i = 0; i < WIDTH; ++i)
+      if (codes[i]) memcpy(&tile[i], codes[i] + d, n * sizeof(float));
+    transpose(tile);
+    f(d, n, tile);
+  }
+}
 
 // A word is one feature in float32.
 struct InFloat32 {
@@ -34,10 +49,13 @@ struct InFloat32 {
   static DLVAE_INLINE Vector add_product(Vector sum, Vector a, Vector b) { return sum + a * b; }
   static DLVAE_INLINE Score sum(Score score, float margin) { return score + margin; }
 
-  // Packs the negative of a code, its words PANEL apart; returns |c - what is packed|, or more.
-  static float pack_code(const Codebook& book, const float* code, uint32_t* words) {
-    for (int64_t d = 0; d < book.features; ++d) words[d * PANEL] = as_bits(-code[d] * book.scale);
-    return 0;
+  // Packs the negatives of codes, null ones as zeros, to steps that lie PANEL apart; returns |c - what is packed| of
+  // each, or more.
+  static Floats pack_codes(const Codebook& book, const float* const (&codes)[WIDTH], uint32_t* words) {
+    for_tiles(codes, book.features, [&](int64_t d, int64_t n, const Floats (&tile)[WIDTH]) {
+      for (int64_t i = 0; i < n; ++i) store(words + (d + i) * PANEL, -tile[i] * book.scale);
+    });
+    return Floats{};
   }
   // The unit of the rows of a block.
   static float row_unit(const Codebook&, const Measure&) { return 1; }

@@ -27,9 +27,14 @@ struct InBFloat16 {
   }
   static DLVAE_INLINE Score sum(Score score, float margin) { return score + margin; }
 
-  static float pack_code(const Codebook& book, const float* code, uint32_t* words) {
+  static Floats pack_codes(const Codebook& book, const float* const (&codes)[WIDTH], uint32_t* words) {
+    for (int64_t s = 0; s < book.steps; ++s) store(words + s * PANEL, Ints{});
+    for (int i = 0; i < WIDTH; ++i)
+      if (codes[i]) pack_code(book, codes[i], words + i);
+    return Floats{};
+  }
+  static void pack_code(const Codebook& book, const float* code, uint32_t* words) {
     const int64_t features = book.features;
-    for (int64_t s = 0; s < book.steps; ++s) words[s * PANEL] = 0;
     const auto put = [&](int64_t column, BFloat16 value) {
       words[column / 2 * PANEL] |= (uint32_t)value.bits << column % 2 * 16;
     };
@@ -42,7 +47,6 @@ struct InBFloat16 {
       put(features + d, low);
       put(2 * features + d, high);
     }
-    return 0;
   }
   static float row_unit(const Codebook&, const Measure&) { return 1; }
   static float per_score(const Codebook&, float) { return 1; }

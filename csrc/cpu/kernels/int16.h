@@ -42,18 +42,23 @@ struct InInt16 {
   }
   static float per_score(const Codebook& book, float row_unit) { return 1 / (row_unit * code_unit(book)); }
 
-  static float pack_code(const Codebook& book, const float* code, uint32_t* words) {
+  static Floats pack_codes(const Codebook& book, const float* const (&codes)[WIDTH], uint32_t* words) {
     const float unit = code_unit(book), inverse = 1 / unit;
-    float lost = 0;
-    for (int64_t d = 0; d < book.features; ++d) {
-      const float value = code[d] * book.scale, whole = __builtin_nearbyintf(value * inverse);
-      const float difference = value - whole * unit;
+    Floats lost = {};
+    const auto negative = [&](Floats code) {
+      const Floats value = code * book.scale;
+      const __m512i whole = _mm512_cvtps_epi32(value * inverse);
+      const Floats difference = value - _mm512_cvtepi32_ps(whole) * unit;
       lost += difference * difference;
-      const uint16_t bits = (uint16_t)(int16_t)-whole;
-      uint32_t& word = words[d / 2 * PANEL];
-      word = d % 2 ? word | (uint32_t)bits << 16 : bits;
-    }
-    return __builtin_sqrtf(lost) * 1.0005f;
+      return -(Ints)whole;
+    };
+    for_tiles(codes, book.features, [&](int64_t d, int64_t n, const Floats (&tile)[WIDTH]) {
+      for (int64_t i = 0; i < n; i += 2) {
+        const Ints low = negative(tile[i]) & 0xffff, high = negative(tile[i + 1]) << 16;
+        store(words + (d + i) / 2 * PANEL, low | high);
+      }
+    });
+    return _mm512_sqrt_ps(lost) * 1.0005f;
   }
 
   static float pack_row(const Codebook& book, const float* x, float unit, float norm, uint32_t* words) {

@@ -2,7 +2,7 @@
 //
 // All scores are found in a fast arithmetic, of which each lane of a vector keeps the best, the second best and where
 // the best was. A bound on the rounding of that arithmetic tells how far below another score a code may truly lie:
-// where the second best is farther off than that, the best is certain. Other rows go through the scores again, and every
+// where the second best is farther off than that, the best is certain. Other rows go through the scores again, and each
 // code that may be the nearest is compared by its difference from the row in float64.
 #pragma once
 
@@ -29,37 +29,36 @@ inline int64_t panels_of(const Codebook& book) { return (book.count + PANEL - 1)
 inline void measure_codes(const Codebook& book, int64_t begin, int64_t end) {
   for (int64_t k = begin; k < end; ++k) {
     const float* code = book.codes + k * book.features;
+    Floats highs = {};
     float peak = 0;
-    double square = 0;
-    bool has_nan = false;
-    for (int64_t d = 0; d < book.features; ++d) {
-      const float size = __builtin_fabsf(code[d]);
-      has_nan |= size != size;
-      peak = size > peak ? size : peak;
-      square += (double)size * size;
+    int64_t d = 0;
+    for (; d + WIDTH <= book.features; d += WIDTH) {
+      const Floats value = load<Floats>(code + d);
+      highs = larger(highs, larger(value, -value));
     }
-    book.peaks[k] = has_nan ? __builtin_nanf("") : peak;
-    book.norms[k] = is_finite(book.peaks[k]) ? __builtin_sqrt(square) : 0;
+    for (; d < book.features; ++d) peak = __builtin_fabsf(code[d]) > peak ? __builtin_fabsf(code[d]) : peak;
+    // In the square NaN and infinity show for certain.
+    const double square = squared_norm(code, book.features);
+    const bool is_whole = square - square == 0;
+    book.peaks[k] = is_whole ? -lowest(-larger(highs, fill(peak))) : (float)square;
+    book.norms[k] = is_whole ? __builtin_sqrt(square) : 0;
   }
 }
 
 // Packs panels [begin, end).
 template <class A>
 void pack_codes(const Codebook& book, int64_t begin, int64_t end) {
-  for (int64_t panel = begin; panel < end; ++panel) {
-    uint32_t* words = book.words + panel * book.steps * PANEL;
-    for (int64_t j = 0; j < PANEL; ++j) {
-      const int64_t k = panel * PANEL + j;
-      if (k < book.count && is_finite(book.peaks[k])) {
-        book.losses[k] = A::pack_code(book, book.codes + k * book.features, words + j);
-        const double norm = book.norms[k] * book.scale;
-        book.start[k] = (float)(0.5 * norm * norm);
-      } else {
-        for (int64_t s = 0; s < book.steps; ++s) words[s * PANEL + j] = 0;
-        book.start[k] = InFloat32::LARGEST;
-        if (k < book.count) book.losses[k] = 0;
-      }
+  for (int64_t first = begin * PANEL; first < end * PANEL; first += WIDTH) {
+    const float* codes[WIDTH];
+    for (int i = 0; i < WIDTH; ++i) {
+      const int64_t k = first + i;
+      const bool counts = k < book.count && is_finite(book.peaks[k]);
+      codes[i] = counts ? book.codes + k * book.features : nullptr;
+      const double norm = counts ? book.norms[k] * book.scale : 0;
+      book.start[k] = counts ? (float)(0.5 * norm * norm) : InFloat32::LARGEST;
     }
+    const Floats losses = A::pack_codes(book, codes, book.words + first / PANEL * book.steps * PANEL + first % PANEL);
+    for (int i = 0; i < WIDTH && first + i < book.count; ++i) book.losses[first + i] = losses[i];
   }
 }
 
@@ -242,8 +241,8 @@ void compare_close(
   for (; p < panels; ++p) go(Constant<2>{}, p);
 }
 
-// A row that is not finite or too large for any other way.
-inline void search_slowly(const Codebook& book, Nearest& nearest) {
+// A row that is not finite or too large for any other way, or one of few.
+inline void search_by_differences(const Codebook& book, Nearest& nearest) {
   bool is_finite_row = true;
   for (int64_t d = 0; d < book.features; ++d) {
     if (nearest.x[d] != nearest.x[d]) nearest.index = 0;
@@ -269,14 +268,16 @@ template <class A>
 int64_t search_block(
     const Codebook& book, const float* x, int64_t count, Block<A>& block, int64_t* indices, float* distances) {
   const int64_t features = book.features;
-  pack_rows<A>(book, x, count, block);
-  const bool is_grouped = prefers_groups(book);
-  if (book.any_finite) (is_grouped ? scan<A, true> : scan<A, false>)(book, block);
+  const bool is_grouped = prefers_groups(book), has_scores = book.any_finite && book.words;
+  if (has_scores) {
+    pack_rows<A>(book, x, count, block);
+    (is_grouped ? scan<A, true> : scan<A, false>)(book, block);
+  }
   int64_t uncertain = 0;
   for (int64_t r = 0; r < count; ++r) {
     Nearest nearest{book, x + r * features};
-    if (block.measure.is_slow[r] || !book.any_finite) {
-      search_slowly(book, nearest);
+    if (!has_scores || block.measure.is_slow[r]) {
+      search_by_differences(book, nearest);
     } else {
       const Lanes<typename A::Vector> kept = block.lanes[r];
       const auto best = lowest(kept.best);
