@@ -20,8 +20,8 @@ struct Measure {
   bool is_slow[BLOCK];       // not finite, or too large for anything but differences
 };
 
-// Calls f(first feature, features, tile) for each WIDTH features of WIDTH codes, of which null ones are zero: vector i of
-// a tile holds feature i of all. Beyond the last feature it holds zeros.
+// Calls f(first feature, features, tile) for each WIDTH features of WIDTH codes, of which null ones are zero: vector i
+// of a tile holds feature i of all. Beyond the last feature it holds zeros.
 template <class F>
 DLVAE_INLINE void for_tiles(const float* const (&codes)[WIDTH], int64_t features, const F& f) {
   for (int64_t d = 0; d < features; d += WIDTH) {
