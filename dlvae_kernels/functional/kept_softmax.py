@@ -15,11 +15,14 @@ class _KeptSoftmax(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, indices: Tensor) -> Tensor:
         values, sums = torch.ops.dlvae.kept_softmax_fwd(x, weight, bias, indices)
         ctx.save_for_backward(values, sums, x, weight, bias, indices)
+        ctx.set_materialize_grads(False)
         return values
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
+        if grad is None:
+            return None, None, None, None
         values, sums, x, weight, bias, indices = ctx.saved_tensors
         needs = ctx.needs_input_grad[:3]
         grads = torch.ops.dlvae.kept_softmax_bwd(grad, values, sums, x, weight, bias, indices, *needs)

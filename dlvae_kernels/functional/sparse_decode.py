@@ -14,11 +14,14 @@ class _SparseDecode(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, values: Tensor, indices: Tensor, dictionary: Tensor) -> Tensor:
         ctx.save_for_backward(values, indices, dictionary)
+        ctx.set_materialize_grads(False)
         return torch.ops.dlvae.sparse_decode_fwd(values, indices, dictionary)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, Tensor | None]:
+    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, None, Tensor | None]:
+        if grad is None:
+            return None, None, None
         values, indices, dictionary = ctx.saved_tensors
         need_values, _, need_dictionary = ctx.needs_input_grad
         grad_values, grad_dictionary = torch.ops.dlvae.sparse_decode_bwd(

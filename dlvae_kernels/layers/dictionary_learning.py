@@ -40,25 +40,29 @@ class _StraightThrough(torch.autograd.Function):
         loss = torch.linalg.vector_norm(residual).square() / max(1, residual.numel())
         ctx.save_for_backward(residual, indices)
         ctx.dtype = rows.dtype
+        # What nobody differentiates stays None, all the way to the parameters.
+        ctx.set_materialize_grads(False)
         return decoded.view_as(decoded), loss, loss.clone()
 
     @staticmethod
     @once_differentiable
     def backward(
-        ctx: Any, grad: Tensor, grad_decoded_loss: Tensor, grad_rows_loss: Tensor
+        ctx: Any, grad: Tensor | None, grad_decoded_loss: Tensor | None, grad_rows_loss: Tensor | None
     ) -> tuple[Tensor | None, Tensor | None, None]:
         residual, indices = ctx.saved_tensors
         need_rows, need_decoded, _ = ctx.needs_input_grad
-        grad_rows = grad_decoded = None
-        if need_rows:
+        slope = 2 / max(1, residual.numel())
+        grad_rows, grad_decoded = grad, None
+        if need_rows and grad is None and grad_rows_loss is not None:
+            grad_rows = residual * (grad_rows_loss * slope)
+        elif need_rows and grad_rows_loss is not None:
             # The backward of a quantizer whose codes are the decoded rows; its errors have the other sign.
-            found, _ = torch.ops.dlvae.vector_quantize_bwd(
-                grad, grad_decoded_loss, -grad_rows_loss, residual, indices, 1, True, False
+            grad_rows, _ = torch.ops.dlvae.vector_quantize_bwd(
+                grad, grad_rows_loss, -grad_rows_loss, residual, indices, 1, True, False
             )
-            grad_rows = found.to(ctx.dtype)
-        if need_decoded:
-            grad_decoded = residual * (grad_decoded_loss * (-2 / max(1, residual.numel())))
-        return grad_rows, grad_decoded, None
+        if need_decoded and grad_decoded_loss is not None:
+            grad_decoded = residual * (grad_decoded_loss * -slope)
+        return grad_rows.to(ctx.dtype) if need_rows and grad_rows is not None else None, grad_decoded, None
 
 
 class DictionaryLearning(nn.Module):
