@@ -19,21 +19,6 @@ constexpr int64_t SORTED_BY_RANKS = 512;  // at most; beyond, digits are faster
 constexpr float LARGEST_SCORE = 0x1p100f;
 constexpr double ROUNDING = 0x1p-24;
 
-inline double product_of(const float* x, const float* c, int64_t features) {
-  constexpr int64_t STEP = WIDTH / 2;
-  Doubles sums[2] = {};
-  int64_t d = 0;
-  for (; d + 2 * STEP <= features; d += 2 * STEP) {
-    unroll<2>([&](auto i) {
-      const int64_t at = d + decltype(i)::value * STEP;
-      sums[decltype(i)::value] += widen(x + at) * widen(c + at);
-    });
-  }
-  double rest = 0;
-  for (; d < features; ++d) rest += (double)x[d] * (double)c[d];
-  return total(sums[0] + sums[1]) + rest;
-}
-
 // The squared distance or, the lower the better too, the negative product: in float64, equal for equal codes.
 inline double exact_score(const Topk& t, const float* x, int64_t code) {
   const float* c = t.codes + code * t.features;
