@@ -35,14 +35,16 @@ def build_model(config: Config, in_channels: int) -> Autoencoder:
     )
 
 
-def pick_device(name: str) -> torch.device:
+def pick_device(name: str, local_rank: int | None = None) -> torch.device:
     """The device of that name; "auto" is the GPU where there is one.
+
+    Of several ranks on a machine, each with its `local_rank`, each has a GPU of its own.
 
     Raises:
         ValueError: there is no such device here.
     """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
@@ -50,7 +52,16 @@ def pick_device(name: str) -> torch.device:
         raise ValueError(f"device is {name!r}, which cannot be used here: {str(error).splitlines()[0]}") from error
     if device.type not in ("cpu", "cuda"):
         raise ValueError(f"device is {name!r}; it needs to be cpu, cuda, cuda:N or auto")
-    return device
+    if device.type == "cpu" or local_rank is None:
+        return device
+    if device.index is not None:
+        raise ValueError(f"device is {name!r}; several ranks need cuda, which gives each its own")
+    if local_rank >= torch.cuda.device_count():
+        raise ValueError(
+            f"device is {name!r}, of which there are {torch.cuda.device_count()} here, fewer than ranks;"
+            " give torchrun a smaller --nproc-per-node"
+        )
+    return torch.device("cuda", local_rank)
 
 
 def autocast(config: Config, device: torch.device) -> AbstractContextManager[Any]:

@@ -48,6 +48,7 @@ class Config:
     seed: int = _flag(0, "of weights, batches and random choices")
     device: str = _flag("auto", "cpu, cuda, cuda:N or auto")
     checkpoint_every: int = _flag(250, "steps between checkpoints")
+    rank_timeout: int = _flag(50, "seconds without a word from another rank of torchrun after which a rank gives up")
     out: str = _flag("", "folder of the run; empty: runs/MODEL-DATA-TIME")
 
     def __post_init__(self) -> None:
@@ -88,6 +89,7 @@ _LEAST = {
     "embedding_dim": 1,
     "sparsity_level": 1,
     "checkpoint_every": 1,
+    "rank_timeout": 1,
 }
 _CHOICES = {name: get_args(kind) for name, kind in get_type_hints(Config).items() if get_args(kind)}
 
@@ -105,7 +107,7 @@ _NOTEBOOK: dict[str, Any] = {
 }
 _NOTEBOOK_INIT = {"vqvae": "uniform", "vqvae-ema": "normal", "dlvae": "uniform"}
 # What may change when a run goes on; all else is as it was.
-_RESUMABLE = ("updates", "device", "checkpoint_every", "data_dir")
+_RESUMABLE = ("updates", "device", "checkpoint_every", "data_dir", "rank_timeout")
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Image sets, whole in memory as uint8, and the batches that training draws from them."""
+"""Image sets, whole in memory as uint8."""
 
 from __future__ import annotations
 
@@ -209,32 +209,3 @@ def _read_image(file: Path) -> Tensor:
     if mode.startswith(("I", "F")):
         raise DataError(f"{file} has pixels of more than 8 bits (mode {mode}); convert it to 8 bits or take it out")
     return functional.pil_to_tensor(functional.center_crop(functional.resize(image, _PATCH_SIZE), _PATCH_SIZE))
-
-
-class Batches:
-    """Shuffled batches of images held in memory, as float32 in [0, 1] on `device`.
-
-    The batch of an update follows from the seed and the number of the update alone, so that this number is all that
-    resuming needs. What is left over at the end of an epoch is passed over.
-    """
-
-    def __init__(self, images: Tensor, batch_size: int, seed: int, device: torch.device, channels_last: bool) -> None:
-        if not 1 <= batch_size <= len(images):
-            raise DataError(f"batch_size is {batch_size}; it needs to lie in [1, {len(images)}], the training images")
-        self._images = images.to(device)
-        self._batch_size = batch_size
-        self._seed = seed
-        self._format = torch.channels_last if channels_last else torch.contiguous_format
-        self._epoch = -1
-        self._order = torch.empty(0, dtype=torch.int64)
-
-    def __getitem__(self, update: int) -> Tensor:
-        """The batch of an update, counted from 0: [B, C, H, W]."""
-        epoch, place = divmod(update, len(self._images) // self._batch_size)
-        if epoch != self._epoch:
-            mixed = int(np.random.SeedSequence([self._seed, epoch]).generate_state(1)[0])
-            generator = torch.Generator().manual_seed(mixed)
-            self._order = torch.randperm(len(self._images), generator=generator).to(self._images.device)
-            self._epoch = epoch
-        chosen = self._order[place * self._batch_size : (place + 1) * self._batch_size]
-        return self._images[chosen].float().div_(255).contiguous(memory_format=self._format)

@@ -1,32 +1,32 @@
-"""Train a model and report on it: `python -m models.train --help`."""
+"""Train a model and report on it: `python -m models.train --help`; several processes: `torchrun -m models.train`."""
 
 from __future__ import annotations
 
-import csv
 import math
-import os
 import shlex
 import signal
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import mse_loss
 
 from . import checkpoint, report
 from .autoencoder import perplexity
+from .batches import Batches, Order
 from .build import autocast, build_model, pick_device
 from .config import Config, parse
-from .data import Batches, DataError, load
+from .data import DataError, load
+from .metrics import Metrics, write_whole
+from .ranks import RankLostError, Ranks, join, leave, local_rank
+from .step import Objective, Step, learning_rate
 
-_COLUMNS = ("update", "nmse", "loss", "perplexity", "lr")
-# Steps between looks at the losses: each look waits for the device.
+# Updates between looks at the losses: each look waits for the device.
 _LOOK_EVERY = 25
 
 
@@ -34,36 +34,37 @@ class TrainingDiverged(Exception):
     """The loss is no longer a number."""
 
 
-def learning_rate(config: Config, update: int) -> float:
-    """Of an update, counted from 0."""
-    if config.schedule == "constant":
-        return config.lr
-    warmup = min(1.0, (update + 1) / max(1, config.warmup))
-    return config.lr * warmup * 0.5 * (1 + math.cos(math.pi * update / config.updates))
-
-
 class Run:
-    """A run in its folder: config.json, metrics.csv, checkpoint.safetensors, model.safetensors, TensorBoard events."""
+    """A run in its folder: config.json, metrics.csv, checkpoint.safetensors, model.safetensors, TensorBoard events.
 
-    def __init__(self, config: Config, folder: Path) -> None:
+    Of several ranks each has a run of its own in the same folder, and the first alone writes.
+    """
+
+    def __init__(self, config: Config, folder: Path, ranks: Ranks | None = None) -> None:
         torch.manual_seed(config.seed)
         self.config = config
         self.folder = folder
-        self.device = pick_device(config.device)
-        self.images = load(config.data, Path(config.data_dir))
+        self.ranks = ranks or Ranks()
+        self.device = pick_device(config.device, self.ranks.local)
+        with self.ranks.first_on_each_machine():
+            self.images = load(config.data, Path(config.data_dir))
         self.variance = self.images.train_variance()
         if self.variance == 0:
             raise DataError(f"all training pixels of {config.data} are equal: there is nothing to learn")
-        self.batches = Batches(
-            self.images.train, config.batch_size, config.seed, self.device, channels_last=config.channels_last
-        )
+        order = Order(len(self.images.train), config.batch_size, config.seed, self.ranks)
+        self.batches = Batches(self.images.train, order, self.device, config.channels_last)
         layout = torch.channels_last if config.channels_last else torch.contiguous_format
         model = build_model(config, self.images.train.shape[1])
         self.model = model.to(self.device).to(memory_format=layout)
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=config.lr, fused=True)
+        objective = self.ranks.wrap(Objective(self.model, self.variance), self.device)
+        in_precision = partial(autocast, config, self.device)
+        self._step = Step(config, objective, self.optimizer, self.batches, in_precision, self.device, _LOOK_EVERY)
+        self.metrics = Metrics(folder)
         self.update = 0
         self.seconds = 0.0
-        self._pending: list[Tensor] = []
+        # The metrics of later updates are on the device alone.
+        self._looked = 0
 
     @property
     def checkpoint_path(self) -> Path:
@@ -75,141 +76,130 @@ class Run:
         Raises:
             OSError: it cannot be made.
         """
-        self.folder.mkdir(parents=True)
-        _write(self.folder / "config.json", self.config.to_json())
-        self._write_metrics([])
+        if self.ranks.writes:
+            self.folder.mkdir(parents=True)
+            write_whole(self.folder / "config.json", self.config.to_json())
+            self.metrics.begin()
 
     def resume(self) -> None:
         """Take up the checkpoint, or begin anew where there is none yet.
 
         Raises:
-            ValueError: the checkpoint is broken, or of more updates than are asked for.
+            ValueError: the checkpoint is broken, of more updates than are asked for, or not the one that rank 0 sees.
         """
         if self.checkpoint_path.exists():
             progress = checkpoint.load(self.checkpoint_path, self.model, self.optimizer)
             self.update, self.seconds = progress["update"], progress["seconds"]
         if self.update > self.config.updates:
             raise ValueError(f"updates is {self.config.updates}; {self.folder} has done {self.update} already")
-        # Rows after the checkpoint, of which the last may be cut, are of updates that are done again.
-        rows: list[list[str]] = []
-        if self._metrics().exists():
-            with self._metrics().open(newline="", encoding="utf-8") as file:
-                rows = list(csv.reader(file))[1 : self.update + 1]
-        self._write_metrics(rows)
-        _write(self.folder / "config.json", self.config.to_json())
+        of_first = self.ranks.from_first(self.update)
+        if self.update != of_first:
+            raise ValueError(
+                f"{self.folder} holds a checkpoint of {self.update} updates for rank {self.ranks.rank}"
+                f" and of {of_first} for rank 0; all ranks need to see the same folder"
+            )
+        self._step.set_clock(self.update)
+        self._looked = self.update
+        if self.ranks.writes:
+            self.metrics.cut(self.update)
+            write_whole(self.folder / "config.json", self.config.to_json())
 
     def train(self) -> bool:
         """Train to the end, or until interrupted (False); either way all is saved.
 
         Raises:
             TrainingDiverged: a loss is not a number; the last good checkpoint is kept.
+            RankLostError: another rank is gone; the last checkpoint is kept.
         """
         from tqdm import tqdm
 
         config = self.config
         self.model.train()
         refresh = 0.5 if sys.stderr.isatty() else 30  # seconds
-        with (
-            _board(self.folder, self.update) as board,
-            tqdm(total=config.updates, initial=self.update, unit="update", mininterval=refresh) as bar,
-            _interrupts() as interrupted,
-        ):
+        bar = tqdm(
+            total=config.updates,
+            initial=self.update,
+            unit="update",
+            mininterval=refresh,
+            disable=not self.ranks.writes,
+        )
+        alone = self.ranks.count == 1
+        metrics = self.metrics.open_board(self.update) if self.ranks.writes else self.metrics
+        with metrics, bar, _interrupts(lets_second_through=alone) as interrupted, self.ranks.watched():
             begin = time.perf_counter() - self.seconds
-            while self.update < config.updates and not interrupted:
-                self._pending.append(self.step())
+            stops = False
+            while self.update < config.updates and not stops:
+                self.step()
                 bar.update()
                 saves = self.update % config.checkpoint_every == 0
-                if saves or len(self._pending) == _LOOK_EVERY:
-                    bar.set_postfix(self._look(board))
+                looks = saves or self.update - self._looked == _LOOK_EVERY
+                if looks:
+                    bar.set_postfix(self._look())
                     self.seconds = time.perf_counter() - begin
                 if saves:
                     self._save()
-            self._look(board)
+                # Several ranks agree on the update at which they stop.
+                if alone or looks:
+                    stops = self.ranks.any(bool(interrupted), self.device)
+            self._look()
             self.seconds = time.perf_counter() - begin
             self._save()
         return self.update >= config.updates
 
-    def step(self) -> Tensor:
-        """One update; returns (nmse, loss, perplexity) on the device, without waiting for it."""
-        images = self.batches[self.update]
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.config, self.update)
-        with autocast(self.config, self.device):
-            coding = self.model.code(self.model.encode(images))
-            reconstruction = self.model.decode(coding.latents)
-        nmse = mse_loss(reconstruction.float(), images) / self.variance
-        loss = nmse + coding.loss
-        self.optimizer.zero_grad()
-        loss.backward()
-        self.optimizer.step()
+    def step(self) -> None:
+        """One update, without waiting for the device."""
+        self.batches.prepare(self.update)
+        self._step()
         self.update += 1
-        in_use = perplexity(coding.use(self.config.num_embeddings))
-        return torch.stack([nmse.detach(), loss.detach(), in_use])
 
-    def _look(self, board: Any) -> dict[str, str]:
+    def _look(self) -> dict[str, str]:
         """Write the metrics of the updates since the last look; give the newest for the progress bar."""
-        if not self._pending:
+        first, self._looked = self._looked, self.update
+        if first == self.update:
             return {}
-        rows = torch.stack(self._pending).tolist()
-        self._pending.clear()
-        first = self.update - len(rows)
-        bad = next((i for i, row in enumerate(rows) if not math.isfinite(row[1])), None)
+        kept = self._step.metrics
+        summed = self.ranks.sum(kept[[update % len(kept) for update in range(first, self.update)]])
+        rows = self._told(summed)
+        bad = next((i for i, (_, loss, _) in enumerate(rows) if not math.isfinite(loss)), None)
         good = rows if bad is None else rows[:bad]
-        with self._metrics().open("a", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file, lineterminator="\n")
-            for update, row in enumerate(good, start=first):
-                rate = learning_rate(self.config, update)
-                writer.writerow([update + 1, *(f"{value:.6g}" for value in (*row, rate))])
-                for name, value in zip(_COLUMNS[1:], (*row, rate), strict=True) if board else ():
-                    board.add_scalar(name, value, update + 1)
+        if self.ranks.writes:
+            rates = (learning_rate(self.config, update) for update in range(first, self.update))
+            self.metrics.add(
+                (first + i + 1, *row, rate) for i, (row, rate) in enumerate(zip(good, rates, strict=False))
+            )
         if bad is not None:
             raise TrainingDiverged(f"the loss of update {first + bad + 1} is {rows[bad][1]}; {self._advice()}")
         return {"nmse": f"{rows[-1][0]:.4f}", "perplexity": f"{rows[-1][2]:.0f}"}
+
+    def _told(self, rows: Tensor) -> list[tuple[float, float, float]]:
+        """(nmse, loss, perplexity) of each row of metrics, summed over the ranks."""
+        # The losses of a rank are means over its part of the batch; the parts are all of one size.
+        return [
+            (float(row[0]) / self.ranks.count, float(row[1]) / self.ranks.count, float(perplexity(row[2:])))
+            for row in rows.cpu()
+        ]
 
     def _save(self) -> None:
         # The losses seen so far are of the weights before the last update.
         if not all(value.isfinite().all() for value in self.model.state_dict().values()):
             raise TrainingDiverged(f"update {self.update} made weights that are not finite; {self._advice()}")
-        progress = {"update": self.update, "seconds": self.seconds}
-        checkpoint.save(self.checkpoint_path, self.model, self.optimizer, progress)
+        if self.ranks.writes:
+            progress = {"update": self.update, "seconds": self.seconds}
+            checkpoint.save(self.checkpoint_path, self.model, self.optimizer, progress)
 
     def _advice(self) -> str:
         kept = self.checkpoint_path if self.checkpoint_path.exists() else "none"
         return f"start a new run with a lower --lr. Last good checkpoint: {kept}"
 
-    def _metrics(self) -> Path:
-        return self.folder / "metrics.csv"
-
-    def _write_metrics(self, rows: list[list[str]]) -> None:
-        text = "".join(",".join(row) + "\n" for row in [_COLUMNS, *rows])
-        _write(self._metrics(), text)
-
-
-def _board(folder: Path, update: int) -> AbstractContextManager[Any]:
-    """A writer of TensorBoard events, or None where TensorBoard is not installed."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        print("tensorboard is not installed: no events are written", file=sys.stderr)
-        return nullcontext()
-    return SummaryWriter(str(folder), purge_step=update)
-
-
-def _write(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    partial = path.with_suffix(".partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
-
 
 @contextmanager
-def _interrupts() -> Iterator[list[int]]:
-    """Collect SIGINT and SIGTERM instead of dying of them; a second one is let through."""
+def _interrupts(lets_second_through: bool) -> Iterator[list[int]]:
+    """Collect SIGINT and SIGTERM instead of dying of them; a second one may be let through."""
     caught: list[int] = []
 
     def catch(number: int, frame: FrameType | None) -> None:
         caught.append(number)
-        for each in (signal.SIGINT, signal.SIGTERM):
+        for each in (signal.SIGINT, signal.SIGTERM) if lets_second_through else ():
             signal.signal(each, previous[each])
 
     previous = {each: signal.signal(each, catch) for each in (signal.SIGINT, signal.SIGTERM)}
@@ -230,26 +220,46 @@ def main(arguments: list[str] | None = None) -> int:
     except (DataError, TrainingDiverged) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except RankLostError as error:
+        kept = folder / "checkpoint.safetensors"
+        print(
+            f"error: {error}; go on from {kept} with --resume {folder}" if kept.exists() else f"error: {error}",
+            file=sys.stderr,
+        )
+        return 1
     except KeyboardInterrupt:
         print(f"interrupted; what was saved is in {folder}", file=sys.stderr)
         return 130
 
 
 def _run(config: Config, folder: Path, resumes: bool) -> int:
-    if not resumes and folder.exists():
-        raise DataError(f"{folder} exists already; choose another --out, or go on with --resume {folder}")
     try:
-        run = Run(config, folder)
+        ranks = join(pick_device(config.device, local_rank()), config.rank_timeout)
+        # Of the first rank, whose clock has named it.
+        folder = ranks.from_first(_checked(folder, resumes) if ranks.writes else folder)
+        run = Run(config, folder, ranks)
         run.resume() if resumes else run.start()
     except (ValueError, OSError) as error:
         raise DataError(str(error)) from error
-    if not run.train():
-        again = shlex.join(["python", "-m", "models.train", "--resume", str(folder)])
-        print(f"interrupted after {run.update} updates; go on with: {again}")
+    finished = run.train()
+    leave(ranks)
+    if not finished:
+        if ranks.writes:
+            start = ["python"] if ranks.count == 1 else ["torchrun", "..."]
+            again = shlex.join([*start, "-m", "models.train", "--resume", str(folder)])
+            print(f"interrupted after {run.update} updates; go on with: {again}")
         return 130
-    checkpoint.save_weights(folder / "model.safetensors", run.model)
-    report.write(folder, run.device, run.images)
+    if ranks.writes:
+        checkpoint.save_weights(folder / "model.safetensors", run.model)
+        report.write(folder, run.device, run.images)
     return 0
+
+
+def _checked(folder: Path, resumes: bool) -> Path:
+    """The folder, which a new run needs to make."""
+    if not resumes and folder.exists():
+        raise DataError(f"{folder} exists already; choose another --out, or go on with --resume {folder}")
+    return folder
 
 
 if __name__ == "__main__":

@@ -95,7 +95,7 @@ def test_resume_keeps_the_configuration(tmp_path, capsys):
         with pytest.raises(SystemExit):
             parse(["--resume", str(tmp_path), *flags])
         assert (
-            f"only updates, device, checkpoint_every, data_dir may change, not {flags[0][2:]}"
+            f"only updates, device, checkpoint_every, data_dir, rank_timeout may change, not {flags[0][2:]}"
             in capsys.readouterr().err
         )
 

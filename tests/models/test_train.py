@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import csv
 import io
 import json
 import re
@@ -12,7 +11,6 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -23,46 +21,12 @@ from safetensors.torch import load_file
 from models import report
 from models.build import build_model
 from models.config import Config, parse
-from models.train import Run, TrainingDiverged, learning_rate
+from models.step import learning_rate
+from models.train import Run, TrainingDiverged
 
-ROOT = Path(__file__).parents[2]
-SMALL = ["--hiddens", "16", "--residual-hiddens", "8", "--num-embeddings", "32", "--embedding-dim", "8"]
-SMALL += ["--sparsity-level", "4", "--batch-size", "8", "--checkpoint-every", "10", "--device", "cpu"]
+from .runs import ROOT, command, rows, train
 
-pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(scope="module")
-def images(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("images")
-    generator = np.random.default_rng(0)
-    for i in range(60):
-        coarse = generator.integers(0, 256, (2, 2, 3), dtype=np.uint8)
-        Image.fromarray(coarse).resize((32, 32), Image.Resampling.BILINEAR).save(folder / f"{i}.png")
-    return [*SMALL, "--data", f"folder:{folder}"]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _without_umap(tmp_path_factory):
-    """UMAP compiles for half a minute in each process: here only the test of it pays."""
-    folder = tmp_path_factory.mktemp("without_umap")
-    (folder / "umap.py").write_text("raise ImportError('hidden by a test')")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", str(folder))
-        yield
-
-
-def command(*flags):
-    return [sys.executable, "-m", "models.train", *map(str, flags)]
-
-
-def train(*flags):
-    return subprocess.run(command(*flags), cwd=ROOT, capture_output=True, text=True)
-
-
-def rows(run):
-    with (run / "metrics.csv").open(newline="") as file:
-        return list(csv.DictReader(file))
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("without_umap")]
 
 
 @pytest.mark.parametrize("model", ["vqvae", "vqvae-ema", "dlvae"])

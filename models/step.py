@@ -1,0 +1,91 @@
+"""One update of a model, as work of the device alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import mse_loss
+
+from .autoencoder import Autoencoder
+from .batches import Batches
+from .config import Config
+
+
+def learning_rate(config: Config, update: int) -> float:
+    """Of an update, counted from 0."""
+    if config.schedule == "constant":
+        return config.lr
+    warmup = min(1.0, (update + 1) / max(1, config.warmup))
+    return config.lr * warmup * 0.5 * (1 + math.cos(math.pi * update / config.updates))
+
+
+class Objective(nn.Module):
+    """What is minimised: the normalised error of the reconstruction and the loss of the bottleneck, together."""
+
+    def __init__(self, model: Autoencoder, variance: float) -> None:
+        super().__init__()
+        self.model = model
+        self.variance = variance
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Images [B, C, H, W] in [0, 1] -> loss, normalised error, and how often each code was taken [K]."""
+        coding = self.model.code(self.model.encode(images))
+        reconstruction = self.model.decode(coding.latents)
+        nmse = mse_loss(reconstruction.float(), images) / self.variance
+        return nmse + coding.loss, nmse.detach(), coding.use(len(self.model.codes))
+
+
+class Step:
+    """An update: batch, forward, backward, optimizer and statistics.
+
+    It neither looks at a value nor depends on one of the host: the number of the update, the learning rate and the
+    metrics are tensors on the device, so that it never waits for it and a CUDA graph can repeat it.
+
+    Args:
+        objective: an `Objective`, or what wraps one.
+        keeps: of how many updates the metrics are kept.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        objective: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        batches: Batches,
+        autocast: Callable[[], AbstractContextManager[Any]],
+        device: torch.device,
+        keeps: int,
+    ) -> None:
+        self._objective = objective
+        self._optimizer = optimizer
+        self._batches = batches
+        self._autocast = autocast
+        self._clock = torch.zeros((), dtype=torch.int64, device=device)
+        rates = [learning_rate(config, update) for update in range(config.updates)]
+        self._rates = torch.tensor(rates, dtype=torch.float32, device=device)
+        self._rate = self._rates[0].clone()
+        for group in optimizer.param_groups:
+            group["lr"] = self._rate
+        # A row is (normalised error, loss, how often each code was taken); update u writes row u modulo `keeps`.
+        self.metrics = torch.zeros(keeps, 2 + config.num_embeddings, dtype=torch.float64, device=device)
+
+    def set_clock(self, update: int) -> None:
+        """Go on with this update, counted from 0."""
+        self._clock.fill_(update)
+
+    def __call__(self) -> None:
+        self._rate.copy_(self._rates.index_select(0, self._clock.clamp(max=len(self._rates) - 1)).squeeze())
+        images = self._batches.take(self._clock)
+        with self._autocast():
+            loss, nmse, use = self._objective(images)
+        self._optimizer.zero_grad()
+        loss.backward()
+        self._optimizer.step()
+        row = torch.cat([torch.stack([nmse, loss.detach()]).double(), use.double()])
+        self.metrics.index_copy_(0, (self._clock % len(self.metrics)).view(1), row[None])
+        self._clock.add_(1)

@@ -1,0 +1,26 @@
+"""Training as a user starts it, with small models."""
+
+from __future__ import annotations
+
+import csv
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+SMALL = ["--hiddens", "16", "--residual-hiddens", "8", "--num-embeddings", "32", "--embedding-dim", "8"]
+SMALL += ["--sparsity-level", "4", "--batch-size", "8", "--checkpoint-every", "10", "--device", "cpu"]
+
+
+def command(*flags, ranks=1):
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
+    return [sys.executable, *torchrun, "-m", "models.train", *map(str, flags)]
+
+
+def train(*flags, ranks=1):
+    return subprocess.run(command(*flags, ranks=ranks), cwd=ROOT, capture_output=True, text=True)
+
+
+def rows(run):
+    with (run / "metrics.csv").open(newline="") as file:
+        return list(csv.DictReader(file))

@@ -1,0 +1,192 @@
+"""Several processes over gloo, as torchrun starts them."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.multiprocessing as mp
+from safetensors.torch import load_file
+
+from models.build import pick_device
+from models.config import parse
+from models.ranks import Ranks, join, leave
+from models.train import Run
+
+from .runs import ROOT, command, rows, train
+
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("without_umap")]
+
+UPDATES = 10
+# No choice at random from the batch: it would be another for each number of ranks.
+CASES = {
+    "vqvae-ema": ["--model", "vqvae-ema", "--init", "normal", "--dead-code-threshold", "0"],
+    "vqvae": ["--model", "vqvae", "--init", "uniform", "--dead-code-threshold", "0"],
+    "dlvae": ["--model", "dlvae", "--sparsity", "0.1"],
+}
+
+
+def _config(images, case):
+    return parse(
+        [*images, *CASES[case], "--precision", "float32", "--schedule", "constant", "--updates", str(UPDATES)]
+    ).config
+
+
+def _train(images, case, folder, ranks=None):
+    run = Run(_config(images, case), folder, ranks)
+    run.start()
+    assert run.train()
+    return run
+
+
+def _work(rank: int, port: int, images: list[str], folder: Path) -> None:
+    torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+    ranks = join(torch.device("cpu"), 50)
+    weights = {case: _train(images, case, folder / case, ranks).model.state_dict() for case in CASES}
+    torch.save(weights, folder / f"{rank}.pt")
+    leave(ranks)
+
+
+@pytest.fixture(scope="module")
+def together(images, tmp_path_factory):
+    """The folder of the runs of two ranks, one for each case, and the weights with which each rank ended."""
+    folder = tmp_path_factory.mktemp("together")
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    mp.spawn(_work, args=(port, images, folder), nprocs=2)
+    return folder, [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_two_ranks_equal_one_process_on_the_whole_batch(case, images, together, tmp_path):
+    folder, ends = together
+    alone = _train(images, case, tmp_path / "run")
+    first, second = (end[case] for end in ends)
+    assert all(torch.equal(value, second[name]) for name, value in first.items())
+    codes = next(name for name in first if name.endswith(("_embedding.weight", "dictionary")))
+    moved = Run(_config(images, case), tmp_path / "unwritten").model.state_dict()[codes] - first[codes]
+    assert moved.abs().max() > 5e-3
+    torch.testing.assert_close(first[codes], alone.model.state_dict()[codes], rtol=1e-5, atol=1e-5)
+
+    expected = rows(alone.folder)
+    assert len(expected) == UPDATES
+    for row, other in zip(rows(folder / case), expected, strict=True):
+        for name, value in row.items():
+            assert float(value) == pytest.approx(float(other[name]), rel=1e-3), name
+
+
+@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)])
+def test_resumes_with_another_number_of_ranks(before, after, images, tmp_path):
+    run = tmp_path / "run"
+    flags = [*images, *CASES["vqvae-ema"], "--precision", "float32"]
+    assert train("--updates", 20, "--schedule", "constant", "--out", run, *flags, ranks=before).returncode == 0
+    result = train("--resume", run, "--updates", 30, ranks=after)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("held-out NMSE") == 1
+    assert [int(row["update"]) for row in rows(run)] == list(range(1, 31))
+
+    whole = tmp_path / "whole"
+    assert train("--updates", 30, "--schedule", "constant", "--out", whole, *flags).returncode == 0
+    codes, expected = (load_file(each / "model.safetensors")["_vq_vae._embedding.weight"] for each in (run, whole))
+    torch.testing.assert_close(codes, expected, rtol=1e-3, atol=1e-4)
+    losses, expected = (np.array([float(row["loss"]) for row in rows(each)]) for each in (run, whole))
+    np.testing.assert_allclose(losses, expected, rtol=1e-2)
+
+
+def _started(images, run, *flags):
+    """Two ranks under torchrun that have saved, and the process of the second."""
+    process = subprocess.Popen(
+        command("--updates", 100_000, "--out", run, *images, *flags, ranks=2),
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    while not (run / "checkpoint.safetensors").exists():
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.01)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    second = next(int(each) for each in children if b"\0RANK=1\0" in Path(f"/proc/{each}/environ").read_bytes())
+    return process, second
+
+
+def test_a_dead_rank_ends_the_job_and_the_run_resumes(images, tmp_path):
+    run = tmp_path / "run"
+    process, second = _started(images, run)
+    os.kill(second, signal.SIGKILL)
+    begin = time.monotonic()
+    _, errors = process.communicate(timeout=60)
+    assert time.monotonic() - begin < 60
+    assert process.returncode != 0
+    message = (
+        r"error: rank 0 can no longer reach another rank \(.*\); go on from \S+checkpoint.safetensors with --resume"
+    )
+    assert re.search(message, errors), errors
+    assert "exitcode  : -9" in errors
+    done = len(rows(run))
+    result = train("--resume", run, "--updates", done + 20)
+    assert result.returncode == 0, result.stderr
+    assert len(rows(run)) == done + 20
+
+
+def test_a_silent_rank_is_given_up(images, tmp_path):
+    process, second = _started(images, tmp_path / "run", "--rank-timeout", 3)
+    os.kill(second, signal.SIGSTOP)
+    begin = time.monotonic()
+    message = next(line for line in process.stderr if line.startswith("error: "))
+    assert time.monotonic() - begin < 20
+    assert "rank 0 can no longer reach another rank" in message
+    # Otherwise torchrun does it half a minute later.
+    os.kill(second, signal.SIGKILL)
+    process.communicate(timeout=60)
+    assert process.returncode != 0
+
+
+def test_ctrl_c_stops_all_ranks_at_one_update(images, tmp_path):
+    run = tmp_path / "run"
+    process, _ = _started(images, run)
+    process.send_signal(signal.SIGINT)
+    output, errors = process.communicate(timeout=60)
+    done = int(re.search(r"interrupted after (\d+) updates; go on with: torchrun ... -m models.train", output)[1])
+    assert len(rows(run)) == done
+    assert not re.search("^error: ", errors, re.MULTILINE), errors
+    result = train("--resume", run, "--updates", done + 10, ranks=2)
+    assert result.returncode == 0, result.stderr
+
+
+def test_ranks_that_cannot_start_say_so(images, tmp_path):
+    result = train(*images, "--batch-size", 7, "--out", tmp_path / "run", ranks=2)
+    assert result.returncode != 0
+    assert "error: batch_size is 7; it needs to be a multiple of 2, the ranks" in result.stderr
+    result = train(*images, "--out", tmp_path, ranks=2)
+    assert result.stderr.count(f"error: {tmp_path} exists already") == 1
+
+
+def test_a_rank_that_sees_another_folder_says_so(images, tmp_path, monkeypatch):
+    monkeypatch.setattr(Ranks, "from_first", lambda self, value: 20)
+    run = Run(parse([*images]).config, tmp_path)
+    with pytest.raises(ValueError, match="holds a checkpoint of 0 updates for rank 0 and of 20 for rank 0; all ranks"):
+        run.resume()
+
+
+def test_each_rank_has_a_gpu_of_its_own(monkeypatch):
+    assert pick_device("cpu", 1) == torch.device("cpu")
+    monkeypatch.setattr(torch, "empty", lambda *args, **options: None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert [pick_device(name, 1) for name in ("auto", "cuda")] == [torch.device("cuda", 1)] * 2
+    with pytest.raises(ValueError, match="device is 'cuda:0'; several ranks need cuda"):
+        pick_device("cuda:0", 1)
+    with pytest.raises(ValueError, match="there are 2 here, fewer than ranks"):
+        pick_device("cuda", 2)
