@@ -1,0 +1,99 @@
+"""Encoder and decoder sharded by FSDP2 around a quantizer, over gloo, against the unsharded model."""
+
+from __future__ import annotations
+
+import copy
+import socket
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+
+from models.build import build_model
+from models.config import Config
+from models.step import Objective
+
+pytestmark = pytest.mark.slow
+
+STEPS = 4
+SMALL = {"hiddens": 16, "residual_hiddens": 8, "num_embeddings": 32, "embedding_dim": 8, "sparsity_level": 4}
+CASES = {
+    "vqvae-ema": Config(model="vqvae-ema", init="normal", dead_code_threshold=0.0, **SMALL),
+    "vqvae": Config(model="vqvae", init="uniform", dead_code_threshold=0.0, **SMALL),
+    "dlvae": Config(model="dlvae", sparsity=0.1, **SMALL),
+}
+# Chosen at random from the batch, which is another choice for each number of ranks.
+DRAWN = "vqvae-ema, data and revival"
+CASES[DRAWN] = Config(model="vqvae-ema", init="data", dead_code_threshold=1.0, **SMALL)
+
+
+def _model(case: str) -> torch.nn.Module:
+    torch.manual_seed(3)
+    return build_model(CASES[case], 3)
+
+
+def _losses(model: torch.nn.Module, objective: torch.nn.Module, parts: list[torch.Tensor]) -> list[torch.Tensor]:
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    losses = []
+    for images in parts:
+        loss, _, _ = objective(images)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.detach())
+    return losses
+
+
+def _batches() -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return [torch.rand(8, 3, 32, 32, generator=generator) for _ in range(STEPS)]
+
+
+def _work(rank: int, port: int, folder: Path) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"tcp://localhost:{port}", rank=rank, world_size=2)
+    results = {}
+    for case in CASES:
+        objective = Objective(model := _model(case), 1.0)
+        # What is left, the 1x1 convolution and the codebook, goes with the outermost.
+        for part in (model._encoder, model._decoder, objective):
+            fully_shard(part)
+        sharded = all(isinstance(parameter, DTensor) for parameter in model.parameters())
+        losses = torch.stack(_losses(model, objective, [batch.chunk(2)[rank] for batch in _batches()]))
+        dist.all_reduce(losses)
+        codes = model.codes.full_tensor() if isinstance(model.codes, DTensor) else model.codes
+        results[case] = sharded, losses / 2, codes
+    torch.save(results, folder / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("fsdp")
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    mp.spawn(_work, args=(port, folder), nprocs=2)
+    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case != DRAWN])
+def test_equals_the_unsharded_model(case, ranks):
+    model = _model(case)
+    before = copy.deepcopy(model.codes.detach())
+    expected = torch.stack(_losses(model, Objective(model, 1.0), _batches()))
+    assert (model.codes - before).abs().max() > 1e-3
+    for sharded, losses, codes in (each[case] for each in ranks):
+        assert sharded
+        torch.testing.assert_close(losses, expected, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(codes, model.codes.detach(), rtol=1e-5, atol=1e-5)
+
+
+def test_codes_drawn_from_the_batch_are_those_of_all_ranks(ranks):
+    first, second = (each[DRAWN][2] for each in ranks)
+    assert torch.equal(first, second)
+    assert (first.abs().sum(1) > 0).all()
