@@ -15,9 +15,10 @@ from typing import Any
 
 import torch
 
+from dlvae_kernels.functional.checks import check_size
 from models.build import pick_device
 
-from . import gpu, plot, readme, results, run, targets, verify
+from . import gpu, plot, readme, results, run, targets, updates, verify
 from .registry import ENTRIES
 
 
@@ -74,6 +75,11 @@ def _parser() -> argparse.ArgumentParser:
     on_gpu.add_argument("--commit", help="what the rows say where git cannot")
     finished = commands.add_parser("train", help="collect finished CPU runs into benchmarks/results/training-cpu.csv")
     finished.add_argument("runs", type=Path, nargs="+", metavar="RUN")
+    updating = commands.add_parser("updates", help="updates a second of the notebook's training, beside its own loop")
+    updating.add_argument("--device", default="cpu", help="cpu or cuda")
+    updating.add_argument("--updates", type=int, default=20, help="to time in each round")
+    updating.add_argument("--rounds", type=int, default=3, help="in which the contenders take turns")
+    updating.add_argument("--csv", type=Path, help="where rows go; by default benchmarks/results/updates-DEVICE.csv")
     verifies = commands.add_parser("verify", help="test an operation, then time it against another commit")
     _add_selection(verifies.add_argument, "store")
     verifies.add_argument("--base", default="main", help="the commit to compare with")
@@ -117,6 +123,13 @@ def _run(arguments: argparse.Namespace) -> int:
         return offline.main()
     if arguments.command == "verify":
         return _verify(arguments)
+    if arguments.command == "updates":
+        device = pick_device(arguments.device)
+        check_size("updates", arguments.updates, 1)
+        check_size("rounds", arguments.rounds, 1)
+        path = arguments.csv or results.FOLDER / f"updates-{device.type}.csv"
+        updates.measure(device, path, arguments.updates, arguments.rounds)
+        return 0
     if arguments.command == "compare":
         return _compare(arguments)
     if arguments.command == "cpu":

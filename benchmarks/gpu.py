@@ -16,10 +16,12 @@ import torch
 from . import results, run, targets, training
 
 # Seconds, together with what starts in between under ten minutes.
-_TESTS, _SANITIZER, _BENCHMARK, _TRAINING = 220, 40, 170, 70
+_TESTS, _SANITIZER, _BENCHMARK, _TRAINING, _TIMING = 200, 40, 110, 70, 110
 # Tests that launch every kernel on small inputs: under the sanitizer everything is slow.
 _SMALL = "triton-cuda and (by_hand or integers or told_apart)"
 _UPDATES = 2000
+# Enough to project all of the notebook's from.
+_TIMED_UPDATES = 20_000
 
 
 def main() -> int:
@@ -38,6 +40,7 @@ def main() -> int:
             "racecheck": sanitize("racecheck"),
             "benchmark": run.standard(device, out / "gpu.csv", seconds=1.0, deadline=time.monotonic() + _BENCHMARK),
             "training": train(out, device),
+            "updates": time_updates(out),
         }
     print(*targets.check(results.read(out / "gpu.csv"), "cuda"), sep="\n")
     print(", ".join(f"{name}: {'ok' if status == 0 else f'failed ({status})'}" for name, status in outcomes.items()))
@@ -99,6 +102,12 @@ def train(out: Path, device: torch.device) -> int:
     if status == 0:
         results.write_training([folder], out / "training-gpu.csv", device)
     return status
+
+
+def time_updates(out: Path) -> int:
+    """Updates a second of the notebook's training, ours and its own, in updates-cuda.csv."""
+    words = ["--device", "cuda", "--updates", str(_TIMED_UPDATES), "--rounds", "1"]
+    return _call(_TIMING, "-m", "benchmarks", "updates", *words, "--csv", str(out / "updates-cuda.csv"))
 
 
 def _call(seconds: float, *words: str) -> int:

@@ -100,7 +100,7 @@ class _Images(Dataset[tuple[Tensor, int]]):
         return self.transform(Image.fromarray(self.data[index])), 0
 
 
-class _NotebookModel(Autoencoder):
+class NotebookModel(Autoencoder):
     """The notebook's network around one of its own layers."""
 
     def __init__(self, like: Autoencoder, config: Config) -> None:
@@ -119,30 +119,37 @@ class _NotebookModel(Autoencoder):
         return loss, self.decode(latents), representation
 
 
+def notebook_loop(run: Run) -> tuple[Callable[[], None], list[float]]:
+    """An update as in its loop, of a model that starts as that of `run`, and the errors of the updates so far.
+
+    A fresh iterator at each step, images converted one by one, a wait for the error.
+    """
+    network = NotebookModel(run.model, run.config)
+    # It pins always, which does nothing but warn where there is no GPU.
+    loader = DataLoader(
+        _Images(run.images.train), run.config.batch_size, shuffle=True, pin_memory=run.device.type == "cuda"
+    )
+    optimizer = torch.optim.Adam(network.parameters(), lr=run.config.lr, amsgrad=False)
+    errors: list[float] = []
+
+    def step() -> None:
+        data, _ = next(iter(loader))
+        data = data.to(run.device)
+        optimizer.zero_grad()
+        quantizer_loss, reconstruction, _ = network(data)
+        error = mse_loss(reconstruction, data) / run.variance
+        (error + quantizer_loss).backward()
+        optimizer.step()
+        errors.append(error.item())
+
+    return step, errors
+
+
 def _notebook(model: str) -> Callable[[Inputs], Call]:
-    """Its loop: a fresh iterator at each step, images converted one by one, a wait for the loss."""
-
     def prepare(inputs: Inputs) -> Call:
-        run, device = _run(model, inputs), inputs.x.device
-        network = _NotebookModel(run.model, run.config)
-        loss = _loss(network, run.batches[0], run.variance)
-        # It pins always, which does nothing but warn where there is no GPU.
-        loader = DataLoader(
-            _Images(run.images.train), run.config.batch_size, shuffle=True, pin_memory=device.type == "cuda"
-        )
-        optimizer = torch.optim.Adam(network.parameters(), lr=_LR, amsgrad=False)
-        errors: list[float] = []
-
-        def step() -> None:
-            data, _ = next(iter(loader))
-            data = data.to(device)
-            optimizer.zero_grad()
-            quantizer_loss, reconstruction, _ = network(data)
-            error = mse_loss(reconstruction, data) / run.variance
-            (error + quantizer_loss).backward()
-            optimizer.step()
-            errors.append(error.item())
-
+        run = _run(model, inputs)
+        loss = _loss(NotebookModel(run.model, run.config), run.batches[0], run.variance)
+        step, _ = notebook_loop(run)
         return Call(step, answer=lambda out: (loss,))
 
     return prepare

@@ -96,9 +96,9 @@ class Coding(NamedTuple):
 
 
 def perplexity(use: Tensor) -> Tensor:
-    """exp of the entropy of how often codes were taken [K]: how many are in even use."""
-    share = use / use.sum().clamp(min=1)
-    return torch.special.entr(share).sum().exp()
+    """exp of the entropy of how often codes were taken [..., K]: how many are in even use."""
+    share = use / use.sum(-1, keepdim=True).clamp(min=1)
+    return torch.special.entr(share).sum(-1).exp()
 
 
 class Autoencoder(nn.Module):

@@ -27,8 +27,8 @@ def save(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, progres
         for name, value in optimizer.state[parameter].items():
             tensors[f"{_OPTIMIZER}{index}.{name}"] = value
     tensors[_RNG + "cpu"] = torch.get_rng_state()
-    for index, state in enumerate(torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []):
-        tensors[f"{_RNG}cuda.{index}"] = state
+    if (device := _parameters(optimizer)[0].device).type == "cuda":
+        tensors[_RNG + "cuda"] = torch.cuda.get_rng_state(device)
     _save(path, tensors, {"progress": json.dumps(progress)})
 
 
@@ -47,9 +47,8 @@ def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict
             restored = torch.empty_like(like, dtype=value.dtype, device=parameter.device)
             optimizer.state[parameter][name] = restored.copy_(value)
     torch.set_rng_state(tensors[_RNG + "cpu"])
-    for name, state in _below(tensors, _RNG + "cuda.").items():
-        if int(name) < torch.cuda.device_count():
-            torch.cuda.set_rng_state(state, int(name))
+    if (device := _parameters(optimizer)[0].device).type == "cuda" and _RNG + "cuda" in tensors:
+        torch.cuda.set_rng_state(tensors[_RNG + "cuda"], device)
     return progress
 
 

@@ -48,6 +48,11 @@ class Config:
     seed: int = _flag(0, "of weights, batches and random choices")
     device: str = _flag("auto", "cpu, cuda, cuda:N or auto")
     checkpoint_every: int = _flag(250, "steps between checkpoints")
+    loading: Literal["auto", "resident", "streamed"] = _flag(
+        "auto", "images whole on the device, or streamed to it; auto: resident in up to half of a GPU's free memory"
+    )
+    cuda_graph: bool = _flag(True, "on one GPU, repeat the whole update as one CUDA graph")
+    compile: bool = _flag(False, "pass the model through torch.compile")
     rank_timeout: int = _flag(50, "seconds without a word from another rank of torchrun after which a rank gives up")
     out: str = _flag("", "folder of the run; empty: runs/MODEL-DATA-TIME")
 
@@ -104,10 +109,11 @@ _NOTEBOOK: dict[str, Any] = {
     "gradient": "straight_through",
     "precision": "float32",
     "channels_last": False,
+    "checkpoint_every": 2000,
 }
 _NOTEBOOK_INIT = {"vqvae": "uniform", "vqvae-ema": "normal", "dlvae": "uniform"}
 # What may change when a run goes on; all else is as it was.
-_RESUMABLE = ("updates", "device", "checkpoint_every", "data_dir", "rank_timeout")
+_RESUMABLE = ("updates", "device", "checkpoint_every", "data_dir", "loading", "cuda_graph", "compile", "rank_timeout")
 
 
 @dataclass(frozen=True)

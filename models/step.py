@@ -5,15 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 
-from .autoencoder import Autoencoder
+from .autoencoder import Autoencoder, perplexity
 from .batches import Batches
 from .config import Config
+from .ranks import Ranks
 
 
 def learning_rate(config: Config, update: int) -> float:
@@ -38,6 +40,21 @@ class Objective(nn.Module):
         reconstruction = self.model.decode(coding.latents)
         nmse = mse_loss(reconstruction.float(), images) / self.variance
         return nmse + coding.loss, nmse.detach(), coding.use(len(self.model.codes))
+
+
+@dataclass(frozen=True)
+class Reading:
+    """Metrics on their way to the host."""
+
+    _table: Tensor
+    _arrives: torch.cuda.Event | None
+
+    def rows(self, first: int, last: int) -> list[tuple[float, float, float]]:
+        """(nmse, loss, perplexity) of the updates in [first, last), counted from 0; waits for them."""
+        if self._arrives is not None:
+            self._arrives.synchronize()
+        table = self._table.tolist()
+        return [tuple(table[update % len(table)]) for update in range(first, last)]
 
 
 class Step:
@@ -72,11 +89,21 @@ class Step:
         for group in optimizer.param_groups:
             group["lr"] = self._rate
         # A row is (normalised error, loss, how often each code was taken); update u writes row u modulo `keeps`.
-        self.metrics = torch.zeros(keeps, 2 + config.num_embeddings, dtype=torch.float64, device=device)
+        self._metrics = torch.zeros(keeps, 2 + config.num_embeddings, device=device)
 
     def set_clock(self, update: int) -> None:
         """Go on with this update, counted from 0."""
         self._clock.fill_(update)
+
+    def read(self, ranks: Ranks) -> Reading:
+        """Ask for the metrics of the last updates, of all ranks together."""
+        # A copy: where there are several ranks it is summed in place.
+        summed = ranks.sum(self._metrics.clone())
+        # The losses of a rank are means over its part of the batch; the parts are all of one size.
+        table = torch.cat([summed[:, :2] / ranks.count, perplexity(summed[:, 2:])[:, None]], dim=1)
+        host = torch.empty_like(table, device="cpu", pin_memory=table.is_cuda).copy_(table, non_blocking=True)
+        event = torch.cuda.current_stream(table.device).record_event() if table.is_cuda else None
+        return Reading(host, event)
 
     def __call__(self) -> None:
         self._rate.copy_(self._rates.index_select(0, self._clock.clamp(max=len(self._rates) - 1)).squeeze())
@@ -86,6 +113,6 @@ class Step:
         self._optimizer.zero_grad()
         loss.backward()
         self._optimizer.step()
-        row = torch.cat([torch.stack([nmse, loss.detach()]).double(), use.double()])
-        self.metrics.index_copy_(0, (self._clock % len(self.metrics)).view(1), row[None])
+        row = torch.cat([torch.stack([nmse, loss.detach()]), use.float()])
+        self._metrics.index_copy_(0, (self._clock % len(self._metrics)).view(1), row[None])
         self._clock.add_(1)

@@ -7,27 +7,26 @@ import shlex
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from types import FrameType
 
 import torch
-from torch import Tensor
+from torch import nn
 
-from . import checkpoint, report
-from .autoencoder import perplexity
-from .batches import Batches, Order
+from . import checkpoint, graph, report
+from .batches import Order, make_batches
 from .build import autocast, build_model, pick_device
 from .config import Config, parse
 from .data import DataError, load
 from .metrics import Metrics, write_whole
 from .ranks import RankLostError, Ranks, join, leave, local_rank
-from .step import Objective, Step, learning_rate
+from .step import Objective, Reading, Step, learning_rate
 
-# Updates between looks at the losses: each look waits for the device.
-_LOOK_EVERY = 25
+# Updates between looks at the losses, which hold up the device.
+_LOOK_EVERY = {"cpu": 25, "cuda": 500}
 
 
 class TrainingDiverged(Exception):
@@ -52,19 +51,40 @@ class Run:
         if self.variance == 0:
             raise DataError(f"all training pixels of {config.data} are equal: there is nothing to learn")
         order = Order(len(self.images.train), config.batch_size, config.seed, self.ranks)
-        self.batches = Batches(self.images.train, order, self.device, config.channels_last)
+        self.batches = make_batches(self.images.train, order, self.device, config.channels_last, config.loading)
         layout = torch.channels_last if config.channels_last else torch.contiguous_format
         model = build_model(config, self.images.train.shape[1])
         self.model = model.to(self.device).to(memory_format=layout)
-        self.optimizer = torch.optim.Adam(self.model.parameters(), lr=config.lr, fused=True)
-        objective = self.ranks.wrap(Objective(self.model, self.variance), self.device)
+        is_cuda = self.device.type == "cuda"
+        self.optimizer = torch.optim.Adam(self.model.parameters(), lr=config.lr, fused=True, capturable=is_cuda)
+        objective: nn.Module = Objective(self.model, self.variance)
+        if config.compile:
+            objective.compile()
+        objective = self.ranks.wrap(objective, self.device)
         in_precision = partial(autocast, config, self.device)
-        self._step = Step(config, objective, self.optimizer, self.batches, in_precision, self.device, _LOOK_EVERY)
+        self._look_every = _LOOK_EVERY[self.device.type]
+        self._step = Step(config, objective, self.optimizer, self.batches, in_precision, self.device, self._look_every)
+        self._launch = self._launcher()
         self.metrics = Metrics(folder)
         self.update = 0
         self.seconds = 0.0
         # The metrics of later updates are on the device alone.
         self._looked = 0
+        # Metrics that have been asked for, with the first update and the one after the last.
+        self._asked: list[tuple[Reading, int, int]] = []
+
+    def _launcher(self) -> Callable[[], None]:
+        """The step, as a CUDA graph where that can be and is asked for."""
+        if not self.config.cuda_graph or self.device.type == "cpu":
+            return self._step
+        reason = graph.why_not(self.device, self.ranks.count)
+        if reason is None:
+            # The convolutions never change their sizes: once, before the capture, the fastest are found.
+            torch.backends.cudnn.benchmark = True
+            return graph.Repeated(self._step, self.device)
+        if self.ranks.writes:
+            print(f"no CUDA graph, updates run launch by launch: {reason}", file=sys.stderr)
+        return self._step
 
     @property
     def checkpoint_path(self) -> Path:
@@ -132,16 +152,17 @@ class Run:
                 self.step()
                 bar.update()
                 saves = self.update % config.checkpoint_every == 0
-                looks = saves or self.update - self._looked == _LOOK_EVERY
+                looks = saves or self.update - self._looked == self._look_every
                 if looks:
-                    bar.set_postfix(self._look())
+                    # On a GPU the metrics of one look are written while the updates of the next are on their way.
+                    bar.set_postfix(self._look(waits=saves or self.device.type == "cpu"))
                     self.seconds = time.perf_counter() - begin
                 if saves:
                     self._save()
                 # Several ranks agree on the update at which they stop.
                 if alone or looks:
                     stops = self.ranks.any(bool(interrupted), self.device)
-            self._look()
+            self._look(waits=True)
             self.seconds = time.perf_counter() - begin
             self._save()
         return self.update >= config.updates
@@ -149,35 +170,34 @@ class Run:
     def step(self) -> None:
         """One update, without waiting for the device."""
         self.batches.prepare(self.update)
-        self._step()
+        self._launch()
         self.update += 1
 
-    def _look(self) -> dict[str, str]:
-        """Write the metrics of the updates since the last look; give the newest for the progress bar."""
-        first, self._looked = self._looked, self.update
-        if first == self.update:
-            return {}
-        kept = self._step.metrics
-        summed = self.ranks.sum(kept[[update % len(kept) for update in range(first, self.update)]])
-        rows = self._told(summed)
+    def _look(self, waits: bool) -> dict[str, str]:
+        """Ask for the metrics of the updates since the last look; write those that were asked for before.
+
+        With `waits` those asked for now as well. Gives the newest for the progress bar.
+        """
+        if self._looked < self.update:
+            self._asked.append((self._step.read(self.ranks), self._looked, self.update))
+            self._looked = self.update
+        newest = {}
+        while len(self._asked) > (0 if waits else 1):
+            reading, first, last = self._asked.pop(0)
+            newest = self._tell(reading.rows(first, last), first)
+        return newest
+
+    def _tell(self, rows: list[tuple[float, float, float]], first: int) -> dict[str, str]:
+        """Write the metrics (nmse, loss, perplexity) of the updates from the `first` on."""
         bad = next((i for i, (_, loss, _) in enumerate(rows) if not math.isfinite(loss)), None)
         good = rows if bad is None else rows[:bad]
         if self.ranks.writes:
-            rates = (learning_rate(self.config, update) for update in range(first, self.update))
-            self.metrics.add(
-                (first + i + 1, *row, rate) for i, (row, rate) in enumerate(zip(good, rates, strict=False))
-            )
+            numbered = enumerate(good, start=first)
+            self.metrics.add((update + 1, *row, learning_rate(self.config, update)) for update, row in numbered)
         if bad is not None:
             raise TrainingDiverged(f"the loss of update {first + bad + 1} is {rows[bad][1]}; {self._advice()}")
-        return {"nmse": f"{rows[-1][0]:.4f}", "perplexity": f"{rows[-1][2]:.0f}"}
-
-    def _told(self, rows: Tensor) -> list[tuple[float, float, float]]:
-        """(nmse, loss, perplexity) of each row of metrics, summed over the ranks."""
-        # The losses of a rank are means over its part of the batch; the parts are all of one size.
-        return [
-            (float(row[0]) / self.ranks.count, float(row[1]) / self.ranks.count, float(perplexity(row[2:])))
-            for row in rows.cpu()
-        ]
+        nmse, _, in_use = rows[-1]
+        return {"nmse": f"{nmse:.4f}", "perplexity": f"{in_use:.0f}"}
 
     def _save(self) -> None:
         # The losses seen so far are of the weights before the last update.

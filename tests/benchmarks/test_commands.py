@@ -8,7 +8,7 @@ import zipfile
 import pytest
 import torch
 
-from benchmarks import __main__, gpu, plot, results, run, training, verify
+from benchmarks import __main__, ceilings, gpu, plot, results, run, training, updates, verify
 from benchmarks.entry import Entry, Size
 from benchmarks.registry import ENTRIES
 
@@ -44,6 +44,7 @@ def test_a_selection_is_measured_into_a_file(tmp_path, capsys):
         (["--size", "0x3x3"], "numbers need to be at least 1"),
         (["--baseline", "numpy"], "baseline is 'numpy'; it needs to be one of"),
         (["--device", "tpu"], "device is 'tpu'"),
+        (["updates", "--rounds", "0"], "rounds is 0; it needs to be a whole number of at least 1"),
         (["--op", "one_hot", "--size", "8x4x2", "--backend", "cublas"], "name is 'cublas'"),
         (["verify", "--op", "one_hot", "--size", "8x4x2", "--base", "no-such-commit"], "base is 'no-such-commit'"),
     ],
@@ -153,6 +154,26 @@ def test_outcomes():
     assert verify._line("a", [(1.0, 2.0)] * 5).endswith("SLOWER")
     assert verify._line("a", [(1.01, 1.0)] * 5).endswith("no difference")
     assert verify._line("a", [(2.0, 1.0), (1.0, 2.0)] * 5).endswith("no difference")
+
+
+# --- updates ---
+
+
+@pytest.mark.slow
+def test_updates_are_timed_beside_the_notebooks_loop(tmp_path, capsys, monkeypatch):
+    limits = ceilings.Ceilings({"float32": 1e11}, 1e10)
+    monkeypatch.setattr(ceilings, "measure", lambda device: limits)
+    path = tmp_path / "updates.csv"
+    updates.measure(CPU, path, updates=2, rounds=1, batch_size=4)
+    rows = results.read(path)
+    names = [(row["model"], row["contender"]) for row in rows]
+    assert names == [(model, name) for model in updates.MODELS for name in ("dlvae_kernels", "notebook")]
+    for row in rows:
+        rate = float(row["updates_per_second"])
+        assert float(row["projected_seconds"]) == pytest.approx(200_000 / rate, rel=1e-2)
+        assert float(row["matrix_percent"]) == pytest.approx(float(row["gflop"]) * rate, rel=2e-2)
+        assert 0 < float(row["nmse"]) < 20
+    assert "updates/s" in capsys.readouterr().out
 
 
 # --- gpu ---

@@ -3,14 +3,15 @@ from __future__ import annotations
 import pytest
 import torch
 
-from models.batches import Batches, Order
+from models import batches
+from models.batches import Order, ResidentBatches, StreamedBatches, make_batches
 from models.data import DataError
 from models.ranks import Ranks
 
 
-def _batches(seed=0, size=7, images=20, channels_last=False, ranks=None):
+def _batches(seed=0, size=7, images=20, channels_last=False, ranks=None, loading="resident"):
     pixels = torch.arange(images, dtype=torch.uint8)[:, None, None, None].expand(images, 3, 4, 4)
-    return Batches(pixels, Order(images, size, seed, ranks), torch.device("cpu"), channels_last)
+    return make_batches(pixels, Order(images, size, seed, ranks), torch.device("cpu"), channels_last, loading)
 
 
 def _numbers(batch):
@@ -57,3 +58,20 @@ def test_ranks_together_see_the_batch_of_one():
 def test_a_batch_size_that_ranks_cannot_share():
     with pytest.raises(DataError, match="batch_size is 7; it needs to be a multiple of 2, the ranks"):
         _batches(ranks=Ranks(0, 2))
+
+
+@pytest.mark.parametrize("ranks", [None, Ranks(1, 2)])
+def test_streamed_batches_are_those_that_lie_on_the_device(ranks):
+    resident, streamed = (_batches(size=6, ranks=ranks, loading=loading) for loading in ("resident", "streamed"))
+    assert (type(resident), type(streamed)) == (ResidentBatches, StreamedBatches)
+    # On over the end of an epoch, then elsewhere, as after a checkpoint.
+    for update in (1, 2, 3, 4, 10, 11):
+        assert torch.equal(streamed[update], resident[update])
+
+
+def test_images_are_streamed_where_the_device_has_no_room(monkeypatch):
+    assert type(_batches(loading="auto")) is ResidentBatches
+    images = torch.zeros(20, 3, 4, 4, dtype=torch.uint8)
+    for free, fits in ((2 * images.nbytes, True), (2 * images.nbytes - 1, False)):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (free, free))
+        assert batches._fits(images, torch.device("cuda")) == fits

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 
 import numpy as np
 import pytest
@@ -215,6 +216,26 @@ def test_bfloat16_trains(images, tmp_path):
     run.train()
     assert all(np.isfinite(float(row["loss"])) for row in rows(tmp_path / "run"))
     assert all(parameter.dtype == torch.float32 for parameter in run.model.parameters())
+
+
+def test_streamed_images_train_to_the_same_bits(images, whole, tmp_path):
+    run = tmp_path / "run"
+    assert train("--updates", 60, "--loading", "streamed", "--out", run, *images).returncode == 0
+    assert_same_end(run, whole)
+
+
+def test_a_compiled_model_trains_the_same(images, tmp_path, monkeypatch):
+    # Without the code generator, which takes a minute.
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    ends = []
+    for flag in ("--compile", "--no-compile"):
+        run = Run(parse([*images, "--updates", "5", "--precision", "float32", flag]).config, tmp_path / flag)
+        run.start()
+        assert run.train()
+        assert (run._step._objective._compiled_call_impl is not None) == (flag == "--compile")
+        ends.append(run.model.state_dict())
+    for name, value in ends[1].items():
+        torch.testing.assert_close(ends[0][name], value, rtol=1e-4, atol=1e-5)
 
 
 def test_trains_without_tensorboard(images, tmp_path, capsys, monkeypatch):
