@@ -53,6 +53,7 @@ class Config:
     )
     cuda_graph: bool = _flag(True, "on one GPU, repeat the whole update as one CUDA graph")
     compile: bool = _flag(False, "pass the model through torch.compile")
+    profile: bool = _flag(False, "profile ten updates: trace.json in the run's folder, and a table of where they go")
     rank_timeout: int = _flag(50, "seconds without a word from another rank of torchrun after which a rank gives up")
     out: str = _flag("", "folder of the run; empty: runs/MODEL-DATA-TIME")
 
@@ -113,7 +114,10 @@ _NOTEBOOK: dict[str, Any] = {
 }
 _NOTEBOOK_INIT = {"vqvae": "uniform", "vqvae-ema": "normal", "dlvae": "uniform"}
 # What may change when a run goes on; all else is as it was.
-_RESUMABLE = ("updates", "device", "checkpoint_every", "data_dir", "loading", "cuda_graph", "compile", "rank_timeout")
+_RESUMABLE = (
+    *("updates", "device", "checkpoint_every", "data_dir"),
+    *("loading", "cuda_graph", "compile", "profile", "rank_timeout"),
+)
 
 
 @dataclass(frozen=True)

@@ -11,11 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss
+from torch.profiler import record_function
 
 from .autoencoder import Autoencoder, perplexity
 from .batches import Batches
 from .config import Config
 from .ranks import Ranks
+
+# Of an update, as a profile names them.
+PARTS = ("batch", "encoder", "bottleneck", "decoder", "backward", "optimizer")
 
 
 def learning_rate(config: Config, update: int) -> float:
@@ -36,8 +40,12 @@ class Objective(nn.Module):
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Images [B, C, H, W] in [0, 1] -> loss, normalised error, and how often each code was taken [K]."""
-        coding = self.model.code(self.model.encode(images))
-        reconstruction = self.model.decode(coding.latents)
+        with record_function("encoder"):
+            latents = self.model.encode(images)
+        with record_function("bottleneck"):
+            coding = self.model.code(latents)
+        with record_function("decoder"):
+            reconstruction = self.model.decode(coding.latents)
         nmse = mse_loss(reconstruction.float(), images) / self.variance
         return nmse + coding.loss, nmse.detach(), coding.use(len(self.model.codes))
 
@@ -107,12 +115,15 @@ class Step:
 
     def __call__(self) -> None:
         self._rate.copy_(self._rates.index_select(0, self._clock.clamp(max=len(self._rates) - 1)).squeeze())
-        images = self._batches.take(self._clock)
+        with record_function("batch"):
+            images = self._batches.take(self._clock)
         with self._autocast():
             loss, nmse, use = self._objective(images)
-        self._optimizer.zero_grad()
-        loss.backward()
-        self._optimizer.step()
+        with record_function("backward"):
+            self._optimizer.zero_grad()
+            loss.backward()
+        with record_function("optimizer"):
+            self._optimizer.step()
         row = torch.cat([torch.stack([nmse, loss.detach()]), use.float()])
         self._metrics.index_copy_(0, (self._clock % len(self._metrics)).view(1), row[None])
         self._clock.add_(1)

@@ -22,6 +22,7 @@ from .build import autocast, build_model, pick_device
 from .config import Config, parse
 from .data import DataError, load
 from .metrics import Metrics, write_whole
+from .profiling import Profile
 from .ranks import RankLostError, Ranks, join, leave, local_rank
 from .step import Objective, Reading, Step, learning_rate
 
@@ -144,12 +145,15 @@ class Run:
             disable=not self.ranks.writes,
         )
         alone = self.ranks.count == 1
+        profile = Profile(self.folder, self.device) if config.profile and self.ranks.writes else None
         metrics = self.metrics.open_board(self.update) if self.ranks.writes else self.metrics
         with metrics, bar, _interrupts(lets_second_through=alone) as interrupted, self.ranks.watched():
             begin = time.perf_counter() - self.seconds
             stops = False
             while self.update < config.updates and not stops:
                 self.step()
+                if profile:
+                    profile.step()
                 bar.update()
                 saves = self.update % config.checkpoint_every == 0
                 looks = saves or self.update - self._looked == self._look_every
@@ -162,6 +166,8 @@ class Run:
                 # Several ranks agree on the update at which they stop.
                 if alone or looks:
                     stops = self.ranks.any(bool(interrupted), self.device)
+            if profile:
+                profile.close()
             self._look(waits=True)
             self.seconds = time.perf_counter() - begin
             self._save()

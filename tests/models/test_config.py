@@ -96,8 +96,8 @@ def test_resume_keeps_the_configuration(tmp_path, capsys):
         with pytest.raises(SystemExit):
             parse(["--resume", str(tmp_path), *flags])
         assert (
-            "only updates, device, checkpoint_every, data_dir, loading, cuda_graph, compile, rank_timeout may change,"
-            f" not {flags[0][2:]}" in capsys.readouterr().err
+            "only updates, device, checkpoint_every, data_dir, loading, cuda_graph, compile, profile, rank_timeout may"
+            f" change, not {flags[0][2:]}" in capsys.readouterr().err
         )
 
 

@@ -1,0 +1,61 @@
+from __future__ import annotations
+
+import json
+import re
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch.autograd import DeviceType
+
+from models.config import parse
+from models.profiling import table
+from models.step import PARTS
+from models.train import Run
+
+
+def _train(images, folder, updates):
+    run = Run(parse([*images, "--updates", str(updates), "--profile"]).config, folder)
+    run.start()
+    assert run.train()
+
+
+def test_a_trace_and_a_table(images, tmp_path, capsys):
+    _train(images, tmp_path / "run", 30)
+    printed = capsys.readouterr().out
+    text = (tmp_path / "run/profile.txt").read_text()
+    assert text in printed
+    assert str(tmp_path / "run/trace.json") in printed
+    whole = float(re.match(r"An update takes (\S+) ms", text)[1])
+    sections = dict(re.findall(r"^(part|operation)\n((?:  .*\n)+)", text, re.MULTILINE))
+    for section in sections.values():
+        rows = re.findall(r"^  (.+?) +(\S+) ms +(\S+)%$", section, re.MULTILINE)
+        assert sum(float(ms) for _, ms, _ in rows) == pytest.approx(whole, rel=0.05)
+        assert sum(float(share) for *_, share in rows) == pytest.approx(100, rel=0.05)
+    assert re.findall(r"^  (.+?) +\S+ ms", sections["part"], re.MULTILINE) == [*PARTS, "all else"]
+    assert "  aten::convolution_backward" in text
+    events = json.loads((tmp_path / "run/trace.json").read_text())["traceEvents"]
+    for part in PARTS:
+        assert sum(event.get("name") == part and event.get("ph") == "X" for event in events) == 10
+
+
+def test_a_run_that_is_too_short_says_so(images, tmp_path, capsys):
+    _train(images, tmp_path / "run", 12)
+    assert "no profile: it needs 20 updates, the run did 12" in capsys.readouterr().err
+    assert not (tmp_path / "run/trace.json").exists()
+
+
+def test_on_a_gpu_kernels_count():
+    def event(key, device, host, kernel):
+        return SimpleNamespace(
+            key=key, device_type=device, cpu_time_total=host, self_cpu_time_total=host, self_device_time_total=kernel
+        )
+
+    events = [
+        event("aten::conv2d", DeviceType.CPU, 900, 0),
+        event("search", DeviceType.CUDA, 0, 2000),
+        event("winograd", DeviceType.CUDA, 0, 6000),
+    ]
+    text = table(events, 1e-3, torch.device("cuda"))
+    rows = re.findall(r"^  (.+?) +(\S+) ms +(\S+)%$", text, re.MULTILINE)
+    assert rows == [("winograd", "0.600", "60.0"), ("search", "0.200", "20.0"), ("all else", "0.200", "20.0")]
