@@ -92,9 +92,8 @@ class Ranks:
         except RuntimeError as error:
             # NCCL has a type of its own for its errors, gloo has not.
             if self.count > 1 and (isinstance(error, dist.DistError) or "gloo" in str(error).lower()):
-                raise RankLostError(
-                    f"rank {self.rank} can no longer reach another rank ({str(error).splitlines()[0]})"
-                ) from error
+                what, *_ = str(error).splitlines()[0].split(". This is typically")
+                raise RankLostError(f"rank {self.rank} can no longer reach another rank ({what})") from error
             raise
 
 

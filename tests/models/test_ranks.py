@@ -7,6 +7,7 @@ import re
 import signal
 import socket
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -15,9 +16,10 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 from safetensors.torch import load_file
+from torch.distributed.run import get_args_parser
 
 from models.build import pick_device
-from models.config import parse
+from models.config import Config, parse
 from models.ranks import Ranks, join, leave
 from models.train import Run
 
@@ -113,12 +115,22 @@ def _started(images, run, *flags):
         stderr=subprocess.PIPE,
         text=True,
     )
+    _wait_until_saved(run, [process])
+    return process, _worker(process, 1)
+
+
+def _wait_until_saved(run, processes):
     while not (run / "checkpoint.safetensors").exists():
-        assert process.poll() is None, process.stderr.read()
+        for process in processes:
+            assert process.poll() is None, process.stderr.read()
         time.sleep(0.01)
+
+
+def _worker(process, rank):
+    """The process of a rank that torchrun has started, if it has."""
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    second = next(int(each) for each in children if b"\0RANK=1\0" in Path(f"/proc/{each}/environ").read_bytes())
-    return process, second
+    ranks = {Path(f"/proc/{each}/environ").read_bytes().partition(b"\0RANK=")[2][:1]: int(each) for each in children}
+    return ranks.get(str(rank).encode())
 
 
 def test_a_dead_rank_ends_the_job_and_the_run_resumes(images, tmp_path):
@@ -138,6 +150,39 @@ def test_a_dead_rank_ends_the_job_and_the_run_resumes(images, tmp_path):
     result = train("--resume", run, "--updates", done + 20)
     assert result.returncode == 0, result.stderr
     assert len(rows(run)) == done + 20
+
+
+def test_a_machine_that_vanishes_ends_the_job(images, tmp_path):
+    run = tmp_path / "run"
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    words = ["--nnodes", "2", "--nproc-per-node", "1", "--rdzv-backend", "c10d", "--rdzv-id", "x"]
+    words += ["--rdzv-endpoint", f"localhost:{port}", "-m", "models.train", "--updates", "100000", "--out", str(run)]
+    # Each stands for the agent of a machine.
+    agents = [
+        subprocess.Popen(
+            [sys.executable, "-m", "torch.distributed.run", *words, *images],
+            cwd=ROOT,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for _ in range(2)
+    ]
+    _wait_until_saved(run, agents)
+    rank_of = {agent: _worker(agent, 0) for agent in agents}
+    (kept,) = (agent for agent in agents if rank_of[agent])
+    (lost,) = (agent for agent in agents if agent is not kept)
+    worker = _worker(lost, 1)
+    lost.kill()
+    os.kill(worker, signal.SIGKILL)
+    begin = time.monotonic()
+    _, errors = kept.communicate(timeout=60)
+    lost.communicate()
+    assert time.monotonic() - begin < 60
+    assert kept.returncode != 0
+    assert "error: rank 0 can no longer reach another rank" in errors
 
 
 def test_a_silent_rank_is_given_up(images, tmp_path):
@@ -178,6 +223,21 @@ def test_a_rank_that_sees_another_folder_says_so(images, tmp_path, monkeypatch):
     run = Run(parse([*images]).config, tmp_path)
     with pytest.raises(ValueError, match="holds a checkpoint of 0 updates for rank 0 and of 20 for rank 0; all ranks"):
         run.resume()
+
+
+def test_the_page_on_it_gives_commands_that_are_understood(monkeypatch, tmp_path):
+    (tmp_path / "runs/eight").mkdir(parents=True)
+    (tmp_path / "runs/eight/config.json").write_text(parse([]).config.to_json())
+    monkeypatch.chdir(tmp_path)
+    page = (ROOT / "docs/distributed.md").read_text().replace("\\\n", " ")
+    commands = re.findall(r"^(?:srun )?torchrun (.*) -m models.train (.*)$", page, re.MULTILINE)
+    assert len(commands) == 4
+    for before, after in commands:
+        get_args_parser().parse_args([*before.replace("$SLURM_NNODES", "4").split(), "x"])
+        parse(after.split())
+    named = set(re.findall(r"`(--[a-z-]+)", page))
+    known = set(get_args_parser()._option_string_actions) | {f"--{name.replace('_', '-')}" for name in vars(Config())}
+    assert named <= known | {"--resume"}
 
 
 def test_each_rank_has_a_gpu_of_its_own(monkeypatch):
