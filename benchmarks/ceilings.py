@@ -39,21 +39,14 @@ class Ceilings:
 
 
 def measure(device: torch.device) -> Ceilings:
-    size = _GEMM[device.type]
-
-    def gemm(dtype: torch.dtype) -> float:
-        a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-        return 2 * size**3 / _best(lambda: a @ b, device)
-
     source = torch.rand(_COPY_BYTES[device.type] // 4, device=device)
     target = torch.empty_like(source)
     copied = 2 * source.nbytes / _best(lambda: target.copy_(source), device)
-    flops = {"float32": gemm(torch.float32)}
-    # Where oneDNN has no product in these, torch's own takes minutes.
-    if device.type == "cuda" or torch.ops.mkldnn._is_mkldnn_fp16_supported():
-        flops["float16"] = gemm(torch.float16)
-    if device.type == "cuda" or torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        flops["bfloat16"] = gemm(torch.bfloat16)
+    flops = {"float32": product_rate(device, torch.float32)}
+    if has_products(device, torch.float16):
+        flops["float16"] = product_rate(device, torch.float16)
+    if has_products(device, torch.bfloat16):
+        flops["bfloat16"] = product_rate(device, torch.bfloat16)
         flops["float32"] = max(flops["float32"], flops["bfloat16"] / _TERMS)
         flops["tf32"] = flops["bfloat16"] / 2
     if (
@@ -64,6 +57,22 @@ def measure(device: torch.device) -> Ceilings:
         # Scores of float32 accuracy, from whatever products are fastest: torch's own may fall far behind.
         flops["float32"] = max(flops["float32"], 2 * torch.ops.dlvae_native.search_rate())
     return Ceilings(flops, copied)
+
+
+def has_products(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether there are fast products of float16 or bfloat16: where oneDNN has none, torch's own takes minutes."""
+    of_onednn = {
+        torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported,
+        torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported,
+    }
+    return device.type == "cuda" or of_onednn[dtype]()
+
+
+def product_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """Operations a second of torch's product of two large matrices."""
+    size = _GEMM[device.type]
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    return 2 * size**3 / _best(lambda: a @ b, device)
 
 
 def _best(run: Callable[[], object], device: torch.device) -> float:
