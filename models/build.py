@@ -47,19 +47,24 @@ def pick_device(name: str, local_rank: int | None = None) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
+        if device.type == "cuda" and local_rank is not None:
+            device = _own_gpu(device, local_rank)
+        # Not before: it would make every rank take memory of the first GPU.
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device is {name!r}, which cannot be used here: {str(error).splitlines()[0]}") from error
     if device.type not in ("cpu", "cuda"):
         raise ValueError(f"device is {name!r}; it needs to be cpu, cuda, cuda:N or auto")
-    if device.type == "cpu" or local_rank is None:
-        return device
+    return device
+
+
+def _own_gpu(device: torch.device, local_rank: int) -> torch.device:
     if device.index is not None:
-        raise ValueError(f"device is {name!r}; several ranks need cuda, which gives each its own")
+        raise ValueError(f"device is {str(device)!r}; several ranks need cuda, which gives each its own")
     if local_rank >= torch.cuda.device_count():
         raise ValueError(
-            f"device is {name!r}, of which there are {torch.cuda.device_count()} here, fewer than ranks;"
-            " give torchrun a smaller --nproc-per-node"
+            f"device is {str(device)!r}, of which there are {torch.cuda.device_count()} here, fewer than ranks;"
+            " give torchrun a smaller --nproc-per-node, or train with --device cpu"
         )
     return torch.device("cuda", local_rank)
 

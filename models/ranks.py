@@ -105,9 +105,12 @@ def join(device: torch.device, timeout: int) -> Ranks:
     local = local_rank()
     if local is None:
         return Ranks()
-    own: dict[str, Any] = {"device_id": device} if device.type == "cuda" else {}
-    backend = "nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(seconds=timeout), **own)
+    options: dict[str, Any] = {"backend": "gloo"}
+    if device.type == "cuda":
+        # What names no GPU goes to this one too: kernels, pinned memory, NCCL.
+        torch.cuda.set_device(device)
+        options = {"backend": "nccl", "device_id": device}
+    dist.init_process_group(timeout=timedelta(seconds=timeout), **options)
     setup = dist.new_group(backend="gloo", timeout=_SETUP_TIMEOUT)
     return Ranks(dist.get_rank(), dist.get_world_size(), local, setup)
 

@@ -9,11 +9,13 @@ import socket
 import subprocess
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 import torch.multiprocessing as mp
 from safetensors.torch import load_file
 from torch.distributed.run import get_args_parser
@@ -250,3 +252,18 @@ def test_each_rank_has_a_gpu_of_its_own(monkeypatch):
         pick_device("cuda:0", 1)
     with pytest.raises(ValueError, match="there are 2 here, fewer than ranks"):
         pick_device("cuda", 2)
+
+
+def test_gpus_meet_over_nccl(monkeypatch):
+    calls = []
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr(torch.cuda, "set_device", calls.append)
+    monkeypatch.setattr(dist, "init_process_group", lambda **options: calls.append(options))
+    monkeypatch.setattr(dist, "new_group", lambda **options: calls.append(options["backend"]))
+    monkeypatch.setattr(dist, "get_rank", lambda: 1)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
+    own = torch.device("cuda", 1)
+    ranks = join(own, 50)
+    assert calls == [own, {"timeout": timedelta(seconds=50), "backend": "nccl", "device_id": own}, "gloo"]
+    assert (ranks.rank, ranks.count, ranks.local, ranks.writes) == (1, 2, 1, False)
