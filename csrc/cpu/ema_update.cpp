@@ -29,7 +29,7 @@ void find_rows_not_finite(const Rows& rows, bool* is_not_finite) {
 Rows column_of(const char* name, const Tensor& tensor) { return rows_of(name, torch::stable::unsqueeze(tensor, -1)); }
 
 void check_state(const char* name, const Tensor& tensor, const std::vector<int64_t>& shape) {
-  check_cpu(name, tensor);
+  check_device(name, tensor);
   STD_TORCH_CHECK(tensor.scalar_type() == ScalarType::Float, name, " has a dtype that is not float32");
   STD_TORCH_CHECK(shape_of(tensor) == shape, name, " has a shape that does not go with codebook [K, D]");
   for (int64_t i = 0; i < tensor.dim(); ++i)

@@ -5,7 +5,7 @@
 namespace dlvae {
 
 Tensor gather_codes_fwd(const Tensor& codebook, const Tensor& indices) {
-  check_cpu("codebook", codebook);
+  check_device("codebook", codebook);
   type_of("codebook", codebook);
   STD_TORCH_CHECK(codebook.dim() == 2, "codebook has ", codebook.dim(), " dimensions; it needs [K, D]");
   const Indices which("indices", indices);

@@ -31,7 +31,7 @@ class Indices {
 
  private:
   static Tensor adjacent(const char* name, const Tensor& tensor) {
-    check_cpu(name, tensor);
+    check_device(name, tensor);
     STD_TORCH_CHECK(tensor.scalar_type() == ScalarType::Long, name, " have a dtype that is not int64");
     return torch::stable::contiguous(tensor);
   }

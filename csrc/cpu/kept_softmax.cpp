@@ -25,7 +25,7 @@ class Inputs {
     s.features = weight.features;
     STD_TORCH_CHECK(
         s.x.features == s.features, "x has ", s.x.features, " features; it needs the D = ", s.features, " of weight");
-    check_cpu("indices", indices);
+    check_device("indices", indices);
     STD_TORCH_CHECK(indices.scalar_type() == ScalarType::Long, "indices have a dtype that is not int64");
     STD_TORCH_CHECK(
         indices.dim() == x.dim(), "indices have ", indices.dim(), " dimensions; they need the ", x.dim(), " of x");
@@ -55,7 +55,7 @@ class Inputs {
 
  private:
   static const Tensor& checked(const Tensor& weight) {
-    check_cpu("weight", weight);
+    check_device("weight", weight);
     STD_TORCH_CHECK(weight.dim() == 2, "weight has ", weight.dim(), " dimensions; it needs [K, D]");
     return weight;
   }
@@ -66,7 +66,7 @@ class Inputs {
 
 // [..., k] float32 of the forward, adjacent.
 Tensor adjacent(const char* name, const Tensor& tensor, int64_t numel) {
-  check_cpu(name, tensor);
+  check_device(name, tensor);
   STD_TORCH_CHECK(tensor.scalar_type() == ScalarType::Float, name, " has a dtype that is not float32");
   STD_TORCH_CHECK(tensor.numel() == numel, name, " has ", tensor.numel(), " elements; it needs ", numel);
   return torch::stable::contiguous(tensor);

@@ -4,7 +4,7 @@
 #include <stdint.h>
 
 #include "codebook.h"
-#include "rows.h"
+#include "../rows.h"
 #include "segments.h"
 
 // Clang does not know `#pragma GCC target`: what it compiles is portable alone.

@@ -2,6 +2,10 @@
 
 namespace dlvae {
 
+void check_device(const char* name, const Tensor& tensor) {
+  STD_TORCH_CHECK(tensor.is_cpu(), name, " is not on the CPU");
+}
+
 Matrix::Matrix(const char* name, const Tensor& tensor) {
   const Rows view = rows_of(name, tensor);
   rows = view.count;

@@ -40,7 +40,7 @@ float start_of(const Topk& t, double square, int64_t code) {
 
 std::tuple<Tensor, Tensor> topk_codes(
     const Tensor& x, const Tensor& dictionary, int64_t k, std::string metric, std::optional<Tensor> bias) {
-  check_cpu("dictionary", dictionary);
+  check_device("dictionary", dictionary);
   STD_TORCH_CHECK(metric == "l2" || metric == "dot", "metric is '", metric, "'; it needs to be 'l2' or 'dot'");
   STD_TORCH_CHECK(dictionary.dim() == 2, "dictionary has ", dictionary.dim(), " dimensions; it needs [K, D]");
   const Matrix codes("dictionary", dictionary);

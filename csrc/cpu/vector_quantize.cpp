@@ -78,7 +78,7 @@ std::tuple<Tensor, Tensor> vector_quantize_bwd(
     segment_sum(rows, pairs, 1, weight, static_cast<float*>(grad_codebook.data_ptr()), rows.features);
   }
   if (need_x) {
-    check_cpu("grad_quantized", grad_quantized);
+    check_device("grad_quantized", grad_quantized);
     STD_TORCH_CHECK(
         shape_of(grad_quantized) == shape_of(error), "grad_quantized has a shape that is not that of error");
     grad_x = new_like(error);

@@ -1,7 +1,7 @@
 // Between rows of any strides and type and blocks of float32 rows.
 #pragma once
 
-#include "../rows.h"
+#include "../../rows.h"
 #include "simd.h"
 #include "transpose.h"
 

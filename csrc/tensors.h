@@ -1,0 +1,87 @@
+// What the wrappers of all operations say about tensors, wherever these are.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <numeric>
+#include <vector>
+
+#include "rows.h"
+
+namespace dlvae {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+inline Type type_of(const char* name, const Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float: return Type::float32;
+    case ScalarType::BFloat16: return Type::bfloat16;
+    case ScalarType::Half: return Type::float16;
+    default: break;
+  }
+  STD_TORCH_CHECK(false, name, " has a dtype that is not float32, bfloat16 or float16");
+}
+
+// Throws unless it is where the kernels of this library run.
+void check_device(const char* name, const Tensor& tensor);
+
+// x [..., D], whatever its strides; its dimensions are taken in that order, the features last.
+inline Rows rows_of(const char* name, const Tensor& x, const std::vector<int64_t>& order) {
+  check_device(name, x);
+  STD_TORCH_CHECK(x.dim() >= 1, name, " has no dimensions; it needs [..., D]");
+  const int64_t last = order.back();
+  Rows rows{};
+  rows.data = x.data_ptr();
+  rows.type = type_of(name, x);
+  rows.features = x.size(last);
+  // A single feature is adjacent to itself.
+  rows.stride = rows.features == 1 ? 1 : x.stride(last);
+  rows.count = 1;
+  rows.dims = 0;
+  for (const int64_t i : order) {
+    if (i == last) break;
+    const int64_t size = x.size(i), stride = x.stride(i);
+    rows.count *= size;
+    if (size == 1) continue;
+    if (rows.dims > 0 && rows.strides[rows.dims - 1] == stride * size) {
+      rows.sizes[rows.dims - 1] *= size;
+      rows.strides[rows.dims - 1] = stride;
+      continue;
+    }
+    STD_TORCH_CHECK(
+        rows.dims < Rows::MAX_DIMS, name, " has more than ", Rows::MAX_DIMS, " dimensions of rows that do not join");
+    rows.sizes[rows.dims] = size;
+    rows.strides[rows.dims++] = stride;
+  }
+  if (rows.dims == 0) {
+    rows.sizes[0] = rows.count;
+    rows.strides[0] = rows.features;
+    rows.dims = 1;
+  }
+  return rows;
+}
+
+inline Rows rows_of(const char* name, const Tensor& x) {
+  std::vector<int64_t> order(x.dim());
+  std::iota(order.begin(), order.end(), 0);
+  return rows_of(name, x, order);
+}
+
+inline std::vector<int64_t> shape_of(const Tensor& tensor) {
+  const auto sizes = tensor.sizes();
+  return std::vector<int64_t>(sizes.begin(), sizes.end());
+}
+
+// [..., last] with the leading dimensions of x [..., D].
+inline std::vector<int64_t> shape_with(const Tensor& x, std::initializer_list<int64_t> last) {
+  std::vector<int64_t> shape = shape_of(x);
+  shape.pop_back();
+  shape.insert(shape.end(), last);
+  return shape;
+}
+
+}  // namespace dlvae
