@@ -1,4 +1,4 @@
-.PHONY: setup train test test-asan lint bench plot gpu wheels readme-table
+.PHONY: setup train test test-asan cuda cuda-emulated test-cuda-emulator lint bench plot gpu wheels readme-table
 
 VENV := .venv
 PYTHON := $(VENV)/bin/python
@@ -43,6 +43,67 @@ build/asan/%.o: %.cpp Makefile
 	$(CXX) $(ASAN) -MMD -c $< -o $@
 
 -include $(ASAN_OBJECTS:.o=.d)
+
+# The CUDA kernels, for the GPUs that DLVAE_CUDA_ARCHS names, or "all" that there are kernels for; nvcc alone is needed, and
+# no GPU. A register that is spilled to memory is an error, as is any warning; build/cuda/*/*.ptxas.txt tells what each
+# kernel takes.
+DLVAE_CUDA_ARCHS ?= 80 90
+CUDA_ARCHS := $(if $(filter all,$(DLVAE_CUDA_ARCHS)),80 86 89 90 100 120,$(DLVAE_CUDA_ARCHS))
+NVCC ?= nvcc
+TORCH = $(shell $(PYTHON) -c "import importlib.util as i; print(*i.find_spec('torch').submodule_search_locations)")
+TORCH_FLAGS = -std=c++17 -DTORCH_TARGET_VERSION=0x020a000000000000 -isystem $(TORCH)/include
+TORCH_LIBRARIES = -L$(TORCH)/lib -ltorch -ltorch_cpu -lc10
+space := $(subst ,, )
+CUDA_BUILD := build/cuda/$(subst $(space),-,$(strip $(CUDA_ARCHS)))
+CUDA_SOURCES := $(wildcard csrc/cuda/*.cu csrc/cuda/*.cpp)
+CUDA_OBJECTS := $(CUDA_SOURCES:csrc/cuda/%=$(CUDA_BUILD)/%.o)
+# And PTX of the newest, for GPUs to come.
+CUDA_NEWEST := $(lastword $(CUDA_ARCHS))
+NVCC_FLAGS = -O3 $(TORCH_FLAGS) -Werror all-warnings -Xcompiler -fPIC,-fvisibility=hidden,-Wall,-Werror \
+	-Xptxas -v,--warn-on-spills,--warning-as-error \
+	$(foreach arch,$(CUDA_ARCHS),-gencode arch=compute_$(arch),code=sm_$(arch)) \
+	-gencode arch=compute_$(CUDA_NEWEST),code=compute_$(CUDA_NEWEST)
+
+cuda: $(CUDA_BUILD)/native_cuda.abi3.so
+	cp $< dlvae_kernels/native_cuda.abi3.so
+
+# libtorch brings libtorch_cuda along, where there is one.
+$(CUDA_BUILD)/native_cuda.abi3.so: $(CUDA_OBJECTS)
+	$(NVCC) -shared $^ -o $@ -Xlinker --no-as-needed $(TORCH_LIBRARIES)
+
+$(CUDA_BUILD)/%.o: csrc/cuda/% Makefile
+	@mkdir -p $(@D)
+	$(NVCC) $(NVCC_FLAGS) -MMD -c $< -o $@ 2> $(@:.o=.ptxas.txt) || { cat $(@:.o=.ptxas.txt); exit 1; }
+
+-include $(CUDA_OBJECTS:.o=.d)
+
+# The same kernels as functions of the CPU, to see their values without a GPU: csrc/tests/cuda/emulator.h.
+EMULATED_BUILD := build/cuda-emulated$(if $(SANITIZE),-sanitized)
+EMULATED_SOURCES := $(CUDA_SOURCES) $(wildcard csrc/tests/cuda/*.cpp)
+EMULATED_OBJECTS := $(EMULATED_SOURCES:%=$(EMULATED_BUILD)/%.o)
+# What is of the GPU alone, and what is not of the library.
+EMULATED_LIBRARY := $(filter-out %/device.cu.o %_test.cpp.o,$(EMULATED_OBJECTS))
+EMULATED_TESTS := $(filter %_test.cpp.o %/block.cpp.o %/fiber.cpp.o,$(EMULATED_OBJECTS))
+EMULATED_FLAGS = -O2 -g $(TORCH_FLAGS) -DDLVAE_EMULATE_CUDA -fPIC -fvisibility=hidden -ffp-contract=off \
+	-Wall -Wextra -Werror -Wno-unknown-pragmas -Wno-unused-parameter $(if $(SANITIZE),-fsanitize=address -fno-omit-frame-pointer)
+
+cuda-emulated: $(EMULATED_BUILD)/native_cuda_emulated.so
+
+$(EMULATED_BUILD)/native_cuda_emulated.so: $(EMULATED_LIBRARY)
+	$(CXX) $(EMULATED_FLAGS) -shared $^ -o $@ $(TORCH_LIBRARIES)
+
+# The emulator itself.
+test-cuda-emulator: $(EMULATED_BUILD)/tests
+	$<
+
+$(EMULATED_BUILD)/tests: $(EMULATED_TESTS)
+	$(CXX) $(EMULATED_FLAGS) $^ -o $@
+
+$(EMULATED_BUILD)/%.o: % Makefile
+	@mkdir -p $(@D)
+	$(CXX) $(EMULATED_FLAGS) -MMD -x c++ -c $< -o $@
+
+-include $(EMULATED_OBJECTS:.o=.d)
 
 lint: setup
 	$(VENV)/bin/ruff check .

@@ -1,0 +1,82 @@
+#include <cuda_runtime.h>
+#include <torch/csrc/stable/accelerator.h>
+
+#include <array>
+#include <mutex>
+
+#include "launch.h"
+
+// Of torch's CUDA library alone, and declared only where torch's headers are of a CUDA build.
+extern "C" AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** ret_stream);
+
+namespace dlvae {
+
+void check_device(const char* name, const Tensor& tensor) {
+  STD_TORCH_CHECK(tensor.is_cuda(), name, " is not on a CUDA device");
+}
+
+namespace cuda {
+namespace {
+
+// A block has these without asking for more.
+constexpr int64_t SHARED_BYTES = 48 * 1024;
+constexpr int MAX_DEVICES = 64;
+
+void check(cudaError_t error, const char* what) {
+  if (error == cudaSuccess) return;
+  // So that the next call doesn't tell of it.
+  cudaGetLastError();
+  STD_TORCH_CHECK(false, what, ": CUDA error: ", cudaGetErrorString(error));
+}
+
+struct Properties {
+  std::once_flag once;
+  int capability, multiprocessors, shared_bytes;
+};
+
+int attribute(cudaDeviceAttr name, int device) {
+  int value;
+  check(cudaDeviceGetAttribute(&value, name, device), "properties of the device");
+  return value;
+}
+
+const Properties& properties(int device) {
+  static std::array<Properties, MAX_DEVICES> devices;
+  Properties& found = devices.at(device);
+  std::call_once(found.once, [&] {
+    found.capability = 10 * attribute(cudaDevAttrComputeCapabilityMajor, device) +
+                       attribute(cudaDevAttrComputeCapabilityMinor, device);
+    found.multiprocessors = attribute(cudaDevAttrMultiProcessorCount, device);
+    found.shared_bytes = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  });
+  return found;
+}
+
+}  // namespace
+
+Device::Device(const Tensor& tensor) {
+  const int device = tensor.get_device_index();
+  guard_ = std::make_shared<torch::stable::accelerator::DeviceGuard>(device);
+  // The CUDA runtime of this library is not torch's.
+  check(cudaSetDevice(device), "the device of a tensor");
+  void* current;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &current));
+  stream = static_cast<cudaStream_t>(current);
+  const Properties& found = properties(device);
+  capability = found.capability;
+  multiprocessors = found.multiprocessors;
+  shared_bytes = found.shared_bytes;
+}
+
+void launch_pointer(
+    const char* name, const void* kernel, dim3 grid, dim3 block, int64_t shared_bytes, cudaStream_t stream,
+    void** args) {
+  if (shared_bytes > SHARED_BYTES) {
+    const int bytes = static_cast<int>(shared_bytes);
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes), name);
+  }
+  check(cudaLaunchKernel(kernel, grid, block, args, static_cast<size_t>(shared_bytes), stream), name);
+}
+
+}  // namespace cuda
+}  // namespace dlvae

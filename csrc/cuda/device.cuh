@@ -1,0 +1,118 @@
+// What kernels are made of. Blocks have one dimension, of whole warps.
+#pragma once
+
+#include "../rows.h"
+#if defined(DLVAE_EMULATE_CUDA)
+#include "../tests/cuda/emulator.h"
+#else
+#include "ptx.cuh"
+#endif
+
+namespace dlvae::cuda {
+
+constexpr int WARP = 32;
+constexpr uint32_t ALL_LANES = 0xffffffff;
+
+inline __device__ int lane_index() { return static_cast<int>(threadIdx.x) % WARP; }
+inline __device__ int warp_index() { return static_cast<int>(threadIdx.x) / WARP; }
+inline __device__ int warps_in_block() { return static_cast<int>(blockDim.x) / WARP; }
+
+inline __device__ float to_float(float value) { return value; }
+inline __device__ float to_float(__half value) { return __half2float(value); }
+inline __device__ float to_float(__nv_bfloat16 value) { return __bfloat162float(value); }
+
+inline __device__ void from_float(float value, float* to) { *to = value; }
+inline __device__ void from_float(float value, __half* to) { *to = __float2half_rn(value); }
+inline __device__ void from_float(float value, __nv_bfloat16* to) { *to = __float2bfloat16_rn(value); }
+
+// COUNT values that one load or store moves, of 16 bytes at most, at a multiple of their size.
+template <class T, int COUNT>
+struct alignas(sizeof(T) * COUNT) Vector {
+  static_assert(sizeof(T) * COUNT <= 16);
+  T values[COUNT];
+};
+
+template <class T, int COUNT>
+constexpr int VECTOR = COUNT * sizeof(T) <= 16 ? COUNT : static_cast<int>(16 / sizeof(T));
+
+// COUNT values as float32, by loads of 16 bytes or of all at once.
+template <int COUNT, class T>
+__device__ void load_floats(const T* from, float (&to)[COUNT]) {
+  constexpr int STEP = VECTOR<T, COUNT>;
+  static_assert(COUNT % STEP == 0);
+#pragma unroll
+  for (int i = 0; i < COUNT; i += STEP) {
+    const Vector<T, STEP> vector = *reinterpret_cast<const Vector<T, STEP>*>(from + i);
+#pragma unroll
+    for (int j = 0; j < STEP; ++j) to[i + j] = to_float(vector.values[j]);
+  }
+}
+
+template <int COUNT, class T>
+__device__ void store_floats(const float (&from)[COUNT], T* to) {
+  constexpr int STEP = VECTOR<T, COUNT>;
+  static_assert(COUNT % STEP == 0);
+#pragma unroll
+  for (int i = 0; i < COUNT; i += STEP) {
+    Vector<T, STEP> vector;
+#pragma unroll
+    for (int j = 0; j < STEP; ++j) from_float(from[i + j], &vector.values[j]);
+    *reinterpret_cast<Vector<T, STEP>*>(to + i) = vector;
+  }
+}
+
+struct Sum {
+  template <class T>
+  __device__ T operator()(T a, T b) const {
+    return a + b;
+  }
+};
+struct Least {
+  template <class T>
+  __device__ T operator()(T a, T b) const {
+    return b < a ? b : a;
+  }
+};
+struct Greatest {
+  template <class T>
+  __device__ T operator()(T a, T b) const {
+    return a < b ? b : a;
+  }
+};
+
+// Of WIDTH adjacent lanes, a power of two, in a butterfly; all of them get it. T: what a shuffle takes.
+template <int WIDTH = WARP, class T, class Op>
+__device__ T warp_reduce(T value, const Op& op) {
+#pragma unroll
+  for (int step = WIDTH / 2; step > 0; step /= 2) value = op(value, __shfl_xor_sync(ALL_LANES, value, step));
+  return value;
+}
+
+// Of all threads of a block, warp by warp in their order; all get it. scratch: shared, one element a warp.
+template <class T, class Op>
+__device__ T block_reduce(T value, const Op& op, T* scratch) {
+  value = warp_reduce(value, op);
+  if (lane_index() == 0) scratch[warp_index()] = value;
+  __syncthreads();
+  value = scratch[0];
+  for (int warp = 1; warp < warps_in_block(); ++warp) value = op(value, scratch[warp]);
+  // Before anyone writes there again.
+  __syncthreads();
+  return value;
+}
+
+// Of this lane among those of a ballot: how many are below it.
+inline __device__ int rank_in(uint32_t ballot) { return __popc(ballot & ((1u << lane_index()) - 1)); }
+
+// From the first element of all rows to the first of this one.
+inline __host__ __device__ int64_t row_offset(const Rows& rows, int64_t row) {
+  int64_t offset = 0;
+  for (int dim = rows.dims - 1; dim > 0; --dim) {
+    const int64_t above = row / rows.sizes[dim];
+    offset += (row - above * rows.sizes[dim]) * rows.strides[dim];
+    row = above;
+  }
+  return offset + row * rows.strides[0];
+}
+
+}  // namespace dlvae::cuda

@@ -1,0 +1,78 @@
+// Where and how kernels are launched.
+#pragma once
+
+#include <algorithm>
+#include <initializer_list>
+#include <memory>
+
+#include "device.cuh"
+#include "tensors.h"
+
+namespace dlvae::cuda {
+
+// The GPU of a tensor: the current one while this lives. Nothing here waits for it.
+class Device {
+ public:
+  explicit Device(const Tensor& tensor);
+
+  cudaStream_t stream;    // torch's current one
+  int capability;         // 90: 9.0
+  int multiprocessors;
+  int64_t shared_bytes;   // at most, of a block
+
+ private:
+  std::shared_ptr<void> guard_;
+};
+
+template <class T>
+struct As {
+  using type = T;
+};
+
+#if !defined(DLVAE_EMULATE_CUDA)
+void launch_pointer(
+    const char* name, const void* kernel, dim3 grid, dim3 block, int64_t shared_bytes, cudaStream_t stream, void** args);
+#endif
+
+// kernel<<<grid, block, shared_bytes, stream>>>(args...), where grid is not empty; an error tells the name.
+template <class... Parameters>
+void launch(
+    const char* name, void (*kernel)(Parameters...), dim3 grid, dim3 block, int64_t shared_bytes, cudaStream_t stream,
+    typename As<Parameters>::type... args) {
+  if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
+#if defined(DLVAE_EMULATE_CUDA)
+  emulator::run(name, grid, block, shared_bytes, [&] { kernel(args...); });
+#else
+  void* pointers[] = {const_cast<void*>(static_cast<const void*>(&args))..., nullptr};
+  launch_pointer(name, reinterpret_cast<const void*>(kernel), grid, block, shared_bytes, stream, pointers);
+#endif
+}
+
+// f(value of the C++ type).
+template <class F>
+void with_type(Type type, const F& f) {
+  switch (type) {
+    case Type::float32: return f(float());
+    case Type::bfloat16: return f(__nv_bfloat16());
+    case Type::float16: return f(__half());
+  }
+}
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// As an extent of a grid, of which the first may have as many.
+inline unsigned blocks(int64_t count) {
+  STD_TORCH_CHECK(count <= INT32_MAX, "a kernel needs ", count, " blocks; a grid has at most 2147483647");
+  return static_cast<unsigned>(count);
+}
+
+// The largest power of two, up to 16, that divides all of them.
+inline int widest_unit(std::initializer_list<int64_t> bytes) {
+  int64_t all = 16;
+  for (const int64_t each : bytes) all |= each;
+  return static_cast<int>(all & -all);
+}
+
+inline int64_t address_of(const Tensor& tensor) { return reinterpret_cast<intptr_t>(tensor.data_ptr()); }
+
+}  // namespace dlvae::cuda

@@ -1,0 +1,45 @@
+// The operations on a GPU, a file each; arguments and results are those of dlvae:: in ops.py.
+#pragma once
+
+#include <optional>
+#include <string>
+#include <tuple>
+
+#include "tensors.h"
+
+namespace dlvae::cuda {
+
+std::tuple<Tensor, Tensor> nearest_code(
+    const Tensor& x, const Tensor& codebook, bool return_distance, std::string precision);
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> vector_quantize_fwd(
+    const Tensor& x, const Tensor& codebook, bool need_error, std::string precision);
+std::tuple<Tensor, Tensor> vector_quantize_bwd(
+    const Tensor& grad_quantized, const Tensor& grad_codebook_loss, const Tensor& grad_commitment_loss,
+    const Tensor& error, const Tensor& indices, int64_t num_codes, bool need_x, bool need_codebook);
+
+Tensor one_hot(const Tensor& indices, int64_t num_codes, ScalarType dtype);
+
+Tensor gather_codes_fwd(const Tensor& codebook, const Tensor& indices);
+Tensor gather_codes_bwd(const Tensor& grad, const Tensor& indices, int64_t num_codes);
+
+Tensor ema_statistics(const Tensor& x, const Tensor& indices, int64_t num_codes);
+void ema_step(
+    const Tensor& codebook, const Tensor& cluster_size, const Tensor& embed_sum, const Tensor& statistics, double decay,
+    double epsilon);
+
+Tensor sparse_decode_fwd(const Tensor& values, const Tensor& indices, const Tensor& dictionary);
+std::tuple<Tensor, Tensor> sparse_decode_bwd(
+    const Tensor& grad, const Tensor& values, const Tensor& indices, const Tensor& dictionary, bool need_values,
+    bool need_dictionary);
+
+std::tuple<Tensor, Tensor> topk_codes(
+    const Tensor& x, const Tensor& dictionary, int64_t k, std::string metric, std::optional<Tensor> bias);
+
+std::tuple<Tensor, Tensor> kept_softmax_fwd(
+    const Tensor& x, const Tensor& weight, std::optional<Tensor> bias, const Tensor& indices);
+std::tuple<Tensor, Tensor, Tensor> kept_softmax_bwd(
+    const Tensor& grad, const Tensor& values, const Tensor& sums, const Tensor& x, const Tensor& weight,
+    std::optional<Tensor> bias, const Tensor& indices, bool need_x, bool need_weight, bool need_bias);
+
+}  // namespace dlvae::cuda

@@ -1,0 +1,17 @@
+// CUDA's language for a C++ compiler: included before a .cu file, it makes kernels of it that run on the CPU.
+//
+// Blocks run one after another. The threads of a block are fibers, which go on in turn: where a thread waits for others,
+// at a barrier or in an operation of its warp, the next one that can goes on. What no GPU says is said here: a barrier
+// that not all threads reach, a copy that nobody waited for, shared memory that nobody wrote.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#include "block.h"
+#include "half.h"
+#include "intrinsics.h"
+#include "ptx.h"
+#include "vectors.h"
+#include "warp.h"
