@@ -51,8 +51,8 @@ void make_ready(int warp, uint32_t lanes) {
 // Some thread that can go on, of this warp if there is one; or else who launched.
 Fiber* next() {
   if (block.ready_warps == 0 || block.error) return &outside;
-  const int own = current->warp;
-  const int warp = block.warps[own].ready != 0 ? own : first(block.ready_warps);
+  const bool stays = current != &outside && block.warps[current->warp].ready != 0;
+  const int warp = stays ? current->warp : first(block.ready_warps);
   Warp& lanes = block.warps[warp];
   const int lane = first(lanes.ready);
   lanes.ready &= ~(1u << lane);
