@@ -59,17 +59,17 @@ CUDA_SOURCES := $(wildcard csrc/cuda/*.cu csrc/cuda/*.cpp)
 CUDA_OBJECTS := $(CUDA_SOURCES:csrc/cuda/%=$(CUDA_BUILD)/%.o)
 # And PTX of the newest, for GPUs to come.
 CUDA_NEWEST := $(lastword $(CUDA_ARCHS))
-NVCC_FLAGS = -O3 $(TORCH_FLAGS) -Werror all-warnings -Xcompiler -fPIC,-fvisibility=hidden,-Wall,-Werror \
-	-Xptxas -v,--warn-on-spills,--warning-as-error \
-	$(foreach arch,$(CUDA_ARCHS),-gencode arch=compute_$(arch),code=sm_$(arch)) \
+GENCODE := $(foreach arch,$(CUDA_ARCHS),-gencode arch=compute_$(arch),code=sm_$(arch)) \
 	-gencode arch=compute_$(CUDA_NEWEST),code=compute_$(CUDA_NEWEST)
+NVCC_FLAGS = -O3 $(TORCH_FLAGS) $(GENCODE) -Werror all-warnings -Xcompiler -fPIC,-fvisibility=hidden,-Wall,-Werror \
+	-Xptxas -v,--warn-on-spills,--warning-as-error
 
 cuda: $(CUDA_BUILD)/native_cuda.abi3.so
 	cp $< dlvae_kernels/native_cuda.abi3.so
 
 # libtorch brings libtorch_cuda along, where there is one.
 $(CUDA_BUILD)/native_cuda.abi3.so: $(CUDA_OBJECTS)
-	$(NVCC) -shared $^ -o $@ -Xlinker --no-as-needed $(TORCH_LIBRARIES)
+	$(NVCC) $(GENCODE) -shared $^ -o $@ -Xlinker --no-as-needed $(TORCH_LIBRARIES)
 
 $(CUDA_BUILD)/%.o: csrc/cuda/% Makefile
 	@mkdir -p $(@D)

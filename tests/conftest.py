@@ -11,6 +11,12 @@ import torch
 from dlvae_kernels.backends import BACKENDS, native, use_backend, why_not
 from dlvae_kernels.backends.reference import __all__ as ALL_OPS
 
+from .emulated_cuda import EmulatedCuda
+
+# Named by tests/backends/test_cuda.py, in a process of its own.
+if emulated := os.environ.get("DLVAE_EMULATED_CUDA"):
+    BACKENDS["emulated"] = EmulatedCuda(emulated)
+
 _PLACES = [(backend, device) for backend in BACKENDS for device in ("cpu", "cuda")]
 # The best instruction set of a processor runs every test, the others those whose name holds one of these.
 _ON_EVERY_SET = ("equals", "strides", "ties", "nan", "finite", "statistics", "gradient", "by_hand")

@@ -1,4 +1,4 @@
-"""The compiled backend: the library built from csrc for the CPU, or the reason why there is none."""
+"""The compiled backend: the libraries built from csrc for the CPU and for CUDA, or the reason why there is none."""
 
 from __future__ import annotations
 
@@ -12,22 +12,38 @@ import torch
 _LIBRARY = Path(__file__).parents[1] / "native_cpu.abi3.so"
 # Left by setup.py in place of the library.
 _REASON = _LIBRARY.with_name("native_cpu.reason.txt")
+_CUDA_LIBRARY, _CUDA_REASON = _LIBRARY.with_name("native_cuda.abi3.so"), _LIBRARY.with_name("native_cuda.reason.txt")
 _OLDEST_TORCH = (2, 10)
+_OLDEST_GPU = (8, 0)
 _TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.int64)
 
 
 @functools.cache
 def _load() -> str | None:
     """Load the library, once and not before an operation asks for it; why it cannot be, or None."""
-    if not _LIBRARY.exists():
-        reason = _REASON.read_text().strip() if _REASON.exists() else "setup.py has not run here"
-        return f"the C++ library was not built: {reason}"
+    return _why_not_loaded("C++", _LIBRARY, _REASON)
+
+
+@functools.cache
+def _load_cuda() -> str | None:
+    """Load the library of CUDA kernels, whose operations the other one defines."""
+    if (reason := _load()) is not None:
+        return reason
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} was built without CUDA"
+    return _why_not_loaded("CUDA C++", _CUDA_LIBRARY, _CUDA_REASON)
+
+
+def _why_not_loaded(name: str, library: Path, reason: Path) -> str | None:
+    if not library.exists():
+        text = reason.read_text().strip() if reason.exists() else "setup.py has not run here"
+        return f"the {name} library was not built: {text}"
     if tuple(map(int, torch.__version__.split(".")[:2])) < _OLDEST_TORCH:
-        return f"torch is {torch.__version__}, and the C++ library needs 2.10 or newer"
+        return f"torch is {torch.__version__}, and the {name} library needs 2.10 or newer"
     try:
-        torch.ops.load_library(_LIBRARY)
+        torch.ops.load_library(library)
     except OSError as error:
-        return f"the C++ library does not load: {error}"
+        return f"the {name} library does not load: {error}"
     return None
 
 
@@ -51,6 +67,18 @@ def _why_not_cpu() -> str | None:
     raise ValueError(f"DLVAE_CPU is {name!r}; it needs to be one of {', '.join(instruction_sets(everywhere=True))}")
 
 
+@functools.cache
+def _why_not_cuda(op: str, device: torch.device) -> str | None:
+    if (reason := _load_cuda()) is not None:
+        return reason
+    if not torch._C._dispatch_has_kernel_for_dispatch_key(f"dlvae_native::{op}", "CUDA"):
+        return "this version has no CUDA kernel for it"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < _OLDEST_GPU:
+        return f"it needs compute capability {_OLDEST_GPU} or newer, and {device} has {capability}"
+    return None
+
+
 def why_not(op: str, *args: Any) -> str | None:
     """Why this backend cannot run `op` on `args`; None if it can.
 
@@ -61,13 +89,14 @@ def why_not(op: str, *args: Any) -> str | None:
         return reason
     if not hasattr(torch.ops.dlvae_native, op):
         return "this version has no compiled kernel for it"
-    for arg in args:
-        if not isinstance(arg, torch.Tensor):
-            continue
-        if arg.device.type != "cpu":
-            return f"the tensors are on {arg.device.type}, and it runs on the CPU"
-        if arg.dtype not in _TYPES:
-            return f"it has no kernel for {arg.dtype}"
+    tensors = [arg for arg in args if isinstance(arg, torch.Tensor)]
+    for tensor in tensors:
+        if tensor.device.type not in ("cpu", "cuda"):
+            return f"the tensors are on {tensor.device.type}, and it runs on the CPU and on CUDA"
+        if tensor.dtype not in _TYPES:
+            return f"it has no kernel for {tensor.dtype}"
+    if tensors and tensors[0].device.type == "cuda":
+        return _why_not_cuda(op, tensors[0].device)
     return _why_not_cpu()
 
 

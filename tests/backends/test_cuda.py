@@ -1,0 +1,124 @@
+"""The CUDA kernels without a GPU: their values by an emulator of ours, their code by nvcc."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch._subclasses import FakeTensorMode
+
+from dlvae_kernels.backends import native, why_not
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+ROOT = Path(__file__).parents[2]
+EMULATED = ROOT / "build" / "cuda-emulated" / "native_cuda_emulated.so"
+# Of every architecture that there are kernels for.
+ARCHITECTURES = {"80", "86", "89", "90", "100", "120"}
+
+needs_compiler = pytest.mark.skipif(
+    shutil.which("make") is None or shutil.which("g++") is None, reason="no make or no g++"
+)
+needs_nvcc = pytest.mark.skipif(shutil.which("make") is None or shutil.which("nvcc") is None, reason="no nvcc")
+
+
+def make(*words: str) -> subprocess.CompletedProcess:
+    result = subprocess.run(["make", f"PYTHON={sys.executable}", *words], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-4000:]
+    return result
+
+
+@needs_compiler
+def test_the_emulator():
+    assert "emulator: ok" in make("test-cuda-emulator").stdout
+
+
+@pytest.mark.slow
+@needs_compiler
+def test_every_operation_in_the_emulator():
+    make("cuda-emulated")
+    words = ["-m", "pytest", "tests/functional", "-q", "-k", "emulated-cpu"]
+    environment = {**os.environ, "DLVAE_EMULATED_CUDA": str(EMULATED)}
+    result = subprocess.run([sys.executable, *words], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout[-4000:]
+    assert int(re.search(r"(\d+) passed", result.stdout)[1]) >= 8
+
+
+@pytest.fixture(scope="module")
+def emulated():
+    make("cuda-emulated")
+    torch.ops.load_library(EMULATED)
+    return torch.ops.dlvae_emulated
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("num_features", [1, 2, 3, 4, 6, 8, 24, 300])
+def test_codes_of_any_strides(emulated, dtype, num_features):
+    wide = torch.randn(9, num_features + 5).to(dtype)
+    indices = torch.randint(0, 9, (2, 25)).T
+    for codebook in (wide[:, :num_features], wide[:, 1 : num_features + 1], wide[:, :num_features].T.clone().T):
+        assert torch.equal(emulated.gather_codes_fwd(codebook, indices), codebook[indices])
+    outside = torch.tensor([0, -1, 8, 9, 2**62])
+    expected = torch.where((outside[:, None] >= 0) & (outside[:, None] < 9), codebook[outside.clamp(0, 8)], 0)
+    assert torch.equal(emulated.gather_codes_fwd(codebook, outside), expected)
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", [torch.bool, torch.bfloat16, torch.float32, torch.int64, torch.complex128])
+@pytest.mark.parametrize("num_codes", [1, 7, 16, 5000])
+def test_ones_beyond_the_codes_have_no_place(emulated, dtype, num_codes):
+    indices = torch.randint(-2, num_codes + 2, (100, 3))
+    columns = torch.arange(num_codes)
+    expected = (indices[:, :, None] == columns).any(1).to(dtype)
+    assert torch.equal(emulated.one_hot(indices, num_codes, dtype), expected)
+
+
+@pytest.mark.slow
+@needs_nvcc
+def test_every_kernel_compiles_for_every_architecture_without_spills():
+    make("cuda", "DLVAE_CUDA_ARCHS=all")
+    folder = ROOT / "build" / "cuda" / "80-86-89-90-100-120"
+    found = "".join(path.read_text() for path in folder.glob("*.ptxas.txt"))
+    assert set(re.findall(r"Compiling entry function '\S*' for 'sm_(\d+)'", found)) == ARCHITECTURES
+    assert set(re.findall(r"(\d+) bytes spill", found)) == {"0"}
+    assert (ROOT / "dlvae_kernels" / "native_cuda.abi3.so").exists()
+
+
+@pytest.fixture
+def on_cuda(monkeypatch):
+    """Tensors of a GPU that isn't there."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for cached in (native._load_cuda, native._why_not_cuda):
+        monkeypatch.setattr(native, cached.__name__, cached.__wrapped__)
+    with FakeTensorMode():
+        return torch.empty(2, 3, device="cuda"), torch.empty(4, 3, device="cuda")
+
+
+@pytest.mark.skipif(native._load() is not None, reason=f"native: {native._load()}")
+def test_reasons_that_it_cannot_run(on_cuda, monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert "was built without CUDA" in why_not("native", "nearest_code", *on_cuda)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(native, "_CUDA_LIBRARY", tmp_path / "native_cuda.abi3.so")
+    monkeypatch.setattr(native, "_CUDA_REASON", tmp_path / "native_cuda.reason.txt")
+    never = "the CUDA C++ library was not built: setup.py has not run here"
+    assert why_not("native", "nearest_code", *on_cuda) == never
+    native._CUDA_REASON.write_text("no nvcc\n")
+    assert why_not("native", "nearest_code", *on_cuda) == "the CUDA C++ library was not built: no nvcc"
+    native._CUDA_LIBRARY.write_text("no library")
+    assert why_not("native", "nearest_code", *on_cuda).startswith("the CUDA C++ library does not load: ")
+    monkeypatch.setattr(native, "_load_cuda", lambda: None)
+    registered = {"dlvae_native::one_hot"}
+    monkeypatch.setattr(torch._C, "_dispatch_has_kernel_for_dispatch_key", lambda name, key: name in registered)
+    assert why_not("native", "nearest_code", *on_cuda) == "this version has no CUDA kernel for it"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    assert "compute capability (8, 0) or newer, and cuda:0 has (7, 5)" in why_not("native", "one_hot", *on_cuda)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    assert why_not("native", "one_hot", *on_cuda) is None
+    assert "no kernel for torch.float64" in why_not("native", "one_hot", *(x.double() for x in on_cuda))

@@ -1,0 +1,31 @@
+"""The CUDA kernels as functions of the CPU, which `make cuda-emulated` builds: a backend for tests alone."""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any
+
+import torch
+
+_TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.int64)
+
+
+class EmulatedCuda(ModuleType):
+    def __init__(self, library: str) -> None:
+        super().__init__("emulated")
+        torch.ops.load_library(library)
+
+    def why_not(self, op: str, *args: Any) -> str | None:
+        """Why it cannot run `op` on `args`; None if it can."""
+        name = f"dlvae_emulated::{op}"
+        if not torch._C._dispatch_has_kernel_for_dispatch_key(name, "CPU"):
+            return "there is no CUDA kernel for it"
+        for arg in args:
+            if isinstance(arg, torch.Tensor) and (arg.device.type != "cpu" or arg.dtype not in _TYPES):
+                return f"it has no kernel for {arg.dtype} on {arg.device.type}"
+        return None
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        return getattr(torch.ops.dlvae_emulated, name)
