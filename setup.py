@@ -1,6 +1,7 @@
 """Builds csrc where torch and a C++ compiler are at hand; without them the package is pure Python, and says why.
 
-DLVAE_BUILD_EXT=1 makes a failure fatal, DLVAE_BUILD_EXT=0 builds nothing.
+csrc/cuda is built where a CUDA torch and nvcc are at hand too, for the GPUs that are there or that DLVAE_CUDA_ARCHS
+names ("80 90", or "all"). DLVAE_BUILD_EXT=1 makes a failure fatal, DLVAE_BUILD_EXT=0 builds nothing.
 """
 
 from __future__ import annotations
@@ -8,9 +9,10 @@ from __future__ import annotations
 import os
 import shlex
 import shutil
+import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -29,8 +31,10 @@ except Exception as error:
     NO_TORCH = f"torch cannot be imported ({error}); pip needs --no-build-isolation to see the one that is installed"
 
 ROOT = Path(__file__).parent
-LIBRARY, REASON = "native_cpu.abi3.so", "native_cpu.reason.txt"
+CPU, CUDA = "native_cpu", "native_cuda"
+ALL_ARCHS = ["80", "86", "89", "90", "100", "120"]
 WANTED = os.environ.get("DLVAE_BUILD_EXT", "")
+TARGET = "0x020a000000000000"
 COMPILERS = ("c++", "g++", "clang++")
 # Parameters are unused in torch's headers and on some instruction sets; registers lack a value in GCC's own headers.
 WARNINGS = ("-Wall", "-Wextra", "-Wno-unused-parameter", "-Wno-maybe-uninitialized", "-Wno-unknown-warning-option")
@@ -47,7 +51,7 @@ def native_cpu() -> CppExtension:
         files("csrc/*.cpp", "csrc/cpu/**/*.cpp"),
         depends=files("csrc/*.h", "csrc/cpu/**/*.h"),
         py_limited_api=True,
-        define_macros=[("TORCH_TARGET_VERSION", "0x020a000000000000")],
+        define_macros=[("TORCH_TARGET_VERSION", TARGET)],
         extra_compile_args=["-O3", "-g0", "-std=c++17", "-fvisibility=hidden", *WARNINGS],
     )
 
@@ -67,6 +71,42 @@ def why_not() -> str | None:
     # torch compiles by this name, setuptools links by it.
     os.environ["CXX"] = found[0]
     return None
+
+
+def nvcc() -> str | None:
+    homes = [os.environ.get("CUDA_HOME"), "/usr/local/cuda"]
+    return shutil.which("nvcc") or next(filter(None, (shutil.which(f"{home}/bin/nvcc") for home in homes)), None)
+
+
+def cuda_archs() -> list[str]:
+    """Those that were asked for, or those of the GPUs of this machine."""
+    if named := os.environ.get("DLVAE_CUDA_ARCHS", "").split():
+        return ALL_ARCHS if named == ["all"] else named
+    found = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
+    return [f"{major}{minor}" for major, minor in sorted(found) if major >= 8]
+
+
+def why_not_cuda() -> str | None:
+    """Why csrc/cuda cannot be built where csrc/cpu can, or None."""
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} was installed, which has no CUDA"
+    if nvcc() is None:
+        return "no nvcc (looked on PATH, in $CUDA_HOME and in /usr/local/cuda)"
+    if not cuda_archs():
+        return "no GPU of compute capability 8.0 or newer is here, and DLVAE_CUDA_ARCHS names none"
+    return None
+
+
+def build_cuda(library: Path) -> None:
+    """One library for every torch: its CUDA runtime is its own, and libtorch brings libtorch_cuda along."""
+    archs, folder = cuda_archs(), Path(torch.__file__).parent
+    words = [nvcc(), "-O3", "-std=c++17", "--threads=0", "-shared", f"-DTORCH_TARGET_VERSION={TARGET}"]
+    words += [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
+    words += [f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}", "-Xcompiler=-fPIC,-fvisibility=hidden"]
+    words += [f"-isystem={folder}/include", *files("csrc/cuda/*.cu", "csrc/cuda/*.cpp"), "-o", str(library)]
+    words += ["-Xlinker=--no-as-needed", f"-L{folder}/lib", "-ltorch", "-ltorch_cpu", "-lc10"]
+    library.parent.mkdir(parents=True, exist_ok=True)
+    subprocess.run(words, cwd=ROOT, check=True)
 
 
 @contextmanager
@@ -100,33 +140,53 @@ def overheard() -> Iterator[list[str]]:
             os.close(stream)
 
 
+def attempt(build: Callable[[], None]) -> str | None:
+    """Why the compiler failed, or None."""
+    try:
+        with overheard() as lines:
+            build()
+    except (Exception, SystemExit) as error:
+        # Without commands, which are long.
+        last = [line for line in lines if line and len(line) < 300][-8:] or [str(error)]
+        return "\n  ".join(["the compiler failed (`pip install -v` shows all that it says):", *last])
+    return None
+
+
+def leave(folder: Path, name: str, reason: str | None) -> None:
+    """In a package: the reason in place of the library, or no reason."""
+    if reason is None:
+        (folder / f"{name}.reason.txt").unlink(missing_ok=True)
+    else:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{name}.abi3.so").unlink(missing_ok=True)
+        (folder / f"{name}.reason.txt").write_text(reason + "\n")
+
+
 class BuildOrSayWhy(BuildExtension):
-    """Leaves either the library or the reason why there is none."""
+    """Leaves of each library either itself or the reason why it isn't there."""
 
     def run(self) -> None:
-        reason = why_not()
         # Before setuptools changes its mind about --inplace.
-        folders = [Path(self.build_lib), *([ROOT] if self.inplace else [])]
-        if reason is None:
-            try:
-                with overheard() as lines:
-                    super().run()
-            except (Exception, SystemExit) as error:
-                # Without commands, which are long.
-                last = [line for line in lines if line and len(line) < 300][-8:] or [str(error)]
-                reason = "\n  ".join(["the compiler failed (`pip install -v` shows all that it says):", *last])
+        folders = [folder / "dlvae_kernels" for folder in (Path(self.build_lib), *([ROOT] if self.inplace else []))]
+        reason = why_not() or attempt(super().run)
         if reason is not None and WANTED == "1":
             sys.exit(f"error: DLVAE_BUILD_EXT=1, and the C++ library was not built: {reason}")
-        for package in (folder / "dlvae_kernels" for folder in folders):
-            if reason is None:
-                (package / REASON).unlink(missing_ok=True)
-            else:
-                package.mkdir(parents=True, exist_ok=True)
-                (package / LIBRARY).unlink(missing_ok=True)
-                (package / REASON).write_text(reason + "\n")
+        cuda_reason = reason or self._build_cuda(folders)
+        for folder in folders:
+            leave(folder, CPU, reason)
+            leave(folder, CUDA, cuda_reason)
         if reason is not None:
             print(f"warning: the package is pure Python, the C++ library was not built: {reason}", file=sys.stderr)
             self.extensions = self.distribution.ext_modules = []
+
+    def _build_cuda(self, folders: list[Path]) -> str | None:
+        library, *copies = [folder / f"{CUDA}.abi3.so" for folder in folders]
+        reason = why_not_cuda() or attempt(lambda: build_cuda(library))
+        if reason is not None and WANTED == "1" and os.environ.get("DLVAE_CUDA_ARCHS"):
+            sys.exit(f"error: DLVAE_BUILD_EXT=1, and the CUDA library was not built: {reason}")
+        for copy in copies if reason is None else []:
+            shutil.copy(library, copy)
+        return reason
 
 
 class Wheel(bdist_wheel):

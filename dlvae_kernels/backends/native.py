@@ -67,6 +67,11 @@ def _why_not_cpu() -> str | None:
     raise ValueError(f"DLVAE_CPU is {name!r}; it needs to be one of {', '.join(instruction_sets(everywhere=True))}")
 
 
+def why_no_cuda_kernels() -> str | None:
+    """Why there are no CUDA kernels for the GPU of this machine, or None."""
+    return _load_cuda() if torch.cuda.is_available() else "torch finds no CUDA device"
+
+
 @functools.cache
 def _why_not_cuda(op: str, device: torch.device) -> str | None:
     if (reason := _load_cuda()) is not None:

@@ -48,7 +48,7 @@ def with_source(checkout: Path, text: str) -> Path:
 
 def python(folder: Path, *words: str, compiler: bool = True, **variables: str) -> subprocess.CompletedProcess:
     """Run Python in a folder, by default where a compiler may be found."""
-    dropped = ("CC", "CXX", "DLVAE_BUILD_EXT", "DLVAE_BACKEND", "DLVAE_CPU")
+    dropped = ("CC", "CXX", "DLVAE_BUILD_EXT", "DLVAE_CUDA_ARCHS", "DLVAE_BACKEND", "DLVAE_CPU")
     environment = {name: value for name, value in os.environ.items() if name not in dropped} | variables
     if not compiler:
         environment["PATH"] = str(folder / "nothing")
@@ -63,6 +63,10 @@ def reason(folder: Path) -> Path:
     return folder / "dlvae_kernels" / "native_cpu.reason.txt"
 
 
+def cuda_reason(folder: Path) -> Path:
+    return folder / "dlvae_kernels" / "native_cuda.reason.txt"
+
+
 def test_without_a_compiler_the_package_is_pure_and_works(checkout):
     library(checkout).touch()
     built = python(checkout, *BUILD, compiler=False)
@@ -70,6 +74,7 @@ def test_without_a_compiler_the_package_is_pure_and_works(checkout):
     why = "the C++ library was not built: no C++ compiler (looked for c++, g++, clang++)"
     assert why in built.stderr
     assert not library(checkout).exists()
+    assert cuda_reason(checkout).read_text() == reason(checkout).read_text()
     table = python(checkout, "-m", "dlvae_kernels", compiler=False).stdout
     assert f"native, all: {why}\n" in table
     assert "instruction set of the C++ kernels: none" in table
@@ -131,6 +136,26 @@ def test_a_build_leaves_the_library_or_the_reason(checkout):
     assert python(checkout, *BUILD).returncode == 0
     assert not library(checkout).exists()
     assert reason(checkout).exists()
+
+
+@needs_compiler
+@pytest.mark.skipif(torch.version.cuda is None or shutil.which("nvcc") is None, reason="no nvcc, or no CUDA torch")
+def test_the_cuda_library_has_a_reason_of_its_own(checkout):
+    cuda = with_source(checkout, FINE) / "csrc" / "cuda"
+    cuda.mkdir()
+    (cuda / "nothing.cu").write_text(BROKEN)
+    assert python(checkout, *BUILD, DLVAE_CUDA_ARCHS="90").returncode == 0
+    assert library(checkout).exists()
+    assert "error: " in cuda_reason(checkout).read_text()
+    fatal = python(checkout, *BUILD, DLVAE_CUDA_ARCHS="90", DLVAE_BUILD_EXT="1")
+    assert "error: DLVAE_BUILD_EXT=1, and the CUDA library was not built: the compiler failed" in fatal.stderr
+    (cuda / "nothing.cu").write_text(FINE)
+    assert python(checkout, *BUILD, DLVAE_CUDA_ARCHS="90").returncode == 0
+    assert (checkout / "dlvae_kernels" / "native_cuda.abi3.so").exists()
+    assert not cuda_reason(checkout).exists()
+    if not torch.cuda.is_available():
+        assert python(checkout, *BUILD).returncode == 0
+        assert "DLVAE_CUDA_ARCHS names none" in cuda_reason(checkout).read_text()
 
 
 def test_dlvae_build_ext(checkout):

@@ -1,4 +1,5 @@
-// CUDA's language for a C++ compiler: included before a .cu file, it makes kernels of it that run on the CPU.
+// CUDA's language for a C++ compiler, by which the kernels of csrc/cuda run on the CPU: device.cuh includes it where
+// DLVAE_EMULATE_CUDA is defined.
 //
 // Blocks run one after another. The threads of a block are fibers, which go on in turn: where a thread waits for others,
 // at a barrier or in an operation of its warp, the next one that can goes on. What no GPU says is said here: a barrier
