@@ -44,9 +44,9 @@ build/asan/%.o: %.cpp Makefile
 
 -include $(ASAN_OBJECTS:.o=.d)
 
-# The CUDA kernels, for the GPUs that DLVAE_CUDA_ARCHS names, or "all" that there are kernels for; nvcc alone is needed, and
-# no GPU. A register that is spilled to memory is an error, as is any warning; build/cuda/*/*.ptxas.txt tells what each
-# kernel takes.
+# The CUDA kernels, for the GPUs that DLVAE_CUDA_ARCHS names, or "all" that there are kernels for; nvcc alone is needed,
+# and no GPU. A register that is spilled to memory is an error, as is any warning; build/cuda/*/*.ptxas.txt tells what
+# each kernel takes.
 DLVAE_CUDA_ARCHS ?= 80 90
 CUDA_ARCHS := $(if $(filter all,$(DLVAE_CUDA_ARCHS)),80 86 89 90 100 120,$(DLVAE_CUDA_ARCHS))
 NVCC ?= nvcc

@@ -15,10 +15,10 @@ class Device {
  public:
   explicit Device(const Tensor& tensor);
 
-  cudaStream_t stream;    // torch's current one
-  int capability;         // 90: 9.0
+  cudaStream_t stream;  // torch's current one
+  int capability;       // 90: 9.0
   int multiprocessors;
-  int64_t shared_bytes;   // at most, of a block
+  int64_t shared_bytes;  // of a block, at most
 
  private:
   std::shared_ptr<void> guard_;
@@ -31,7 +31,8 @@ struct As {
 
 #if !defined(DLVAE_EMULATE_CUDA)
 void launch_pointer(
-    const char* name, const void* kernel, dim3 grid, dim3 block, int64_t shared_bytes, cudaStream_t stream, void** args);
+    const char* name, const void* kernel, dim3 grid, dim3 block, int64_t shared_bytes, cudaStream_t stream,
+    void** args);
 #endif
 
 // kernel<<<grid, block, shared_bytes, stream>>>(args...), where grid is not empty; an error tells the name.

@@ -13,7 +13,7 @@ inline __device__ uint32_t shared_address(const void* shared) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(shared));
 }
 
-// Begins to copy 16 bytes from global to shared memory, both at multiples of 16; zeros follow the first `bytes` of them.
+// Begins to copy 16 bytes from global to shared memory, both at multiples of 16; zeros follow the first `bytes`.
 inline __device__ void cp_async16(void* to, const void* from, int bytes) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)),
                "l"(__cvta_generic_to_global(from)), "r"(bytes)

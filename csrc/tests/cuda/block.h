@@ -18,7 +18,7 @@ struct Copy {
   unsigned char bytes[16];
 };
 
-// What the lanes of a warp do at once, when all have come: lanes[i] is what lane i brought, `present` are those that did.
+// What the lanes of a warp do at once: lanes[i] is what lane i brought, `present` are those that came.
 using Together = void (*)(void* const* lanes, uint32_t present);
 
 struct Fiber {
