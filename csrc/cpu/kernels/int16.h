@@ -3,8 +3,33 @@
 
 #include "arithmetic.h"
 
-#if defined(DLVAE_VNNI)
+// Beside AVX2 and AVX-512 without such sums a product and an addition do no more than two of float32.
+#if defined(DLVAE_VNNI) || (defined(__SSE2__) && !defined(DLVAE_AVX2))
+#define DLVAE_INT16
 namespace {
+
+DLVAE_INLINE Ints add_pairs(Ints sum, Ints a, Ints b) {
+#if defined(DLVAE_VNNI)
+  return (Ints)_mm512_dpwssd_epi32((__m512i)sum, (__m512i)a, (__m512i)b);
+#else
+  return sum + (Ints)_mm_madd_epi16((__m128i)a, (__m128i)b);
+#endif
+}
+// To the nearest, of halfway ones the even.
+DLVAE_INLINE Ints rounded(Floats v) {
+#if defined(DLVAE_VNNI)
+  return (Ints)_mm512_cvtps_epi32(v);
+#else
+  return (Ints)_mm_cvtps_epi32(v);
+#endif
+}
+DLVAE_INLINE void store_narrow(int16_t* to, Ints v) {
+#if defined(DLVAE_VNNI)
+  _mm256_storeu_si256((__m256i*)to, _mm512_cvtsepi32_epi16((__m512i)v));
+#else
+  _mm_storel_epi64((__m128i*)to, _mm_packs_epi32((__m128i)v, (__m128i)v));
+#endif
+}
 
 // A word is two features. Scores are whole, and exact but for the rounding of features to integers.
 struct InInt16 {
@@ -21,7 +46,7 @@ struct InInt16 {
 
   static DLVAE_INLINE Vector spread(const uint32_t* word) { return fill(load<int32_t>(word)); }
   static DLVAE_INLINE Vector add_product(Vector sum, Vector a, Vector b) {
-    return (Ints)_mm512_dpwssd_epi32((__m512i)sum, (__m512i)a, (__m512i)b);
+    return add_pairs(sum, a, b);
   }
   // Never that of a code that does not count.
   static DLVAE_INLINE Score sum(Score score, float margin) {
@@ -47,10 +72,10 @@ struct InInt16 {
     Floats lost = {};
     const auto negative = [&](Floats code) {
       const Floats value = code * book.scale;
-      const __m512i whole = _mm512_cvtps_epi32(value * inverse);
-      const Floats difference = value - _mm512_cvtepi32_ps(whole) * unit;
+      const Ints whole = rounded(value * inverse);
+      const Floats difference = value - __builtin_convertvector(whole, Floats) * unit;
       lost += difference * difference;
-      return -(Ints)whole;
+      return -whole;
     };
     for_tiles(codes, book.features, [&](int64_t d, int64_t n, const Floats (&tile)[WIDTH]) {
       for (int64_t i = 0; i < n; i += 2) {
@@ -58,7 +83,8 @@ struct InInt16 {
         store(words + (d + i) / 2 * PANEL, low | high);
       }
     });
-    return _mm512_sqrt_ps(lost) * 1.0005f;
+    for (int i = 0; i < WIDTH; ++i) lost[i] = __builtin_sqrtf(lost[i]);
+    return lost * 1.0005f;
   }
 
   static float pack_row(const Codebook& book, const float* x, float unit, float norm, uint32_t* words) {
@@ -69,9 +95,9 @@ struct InInt16 {
     int64_t d = 0;
     for (; d + WIDTH <= book.features; d += WIDTH) {
       const Floats value = load<Floats>(x + d) * book.scale;
-      const __m512i whole = _mm512_cvtps_epi32(value * inverse);
-      _mm256_storeu_si256((__m256i*)(to + d), _mm512_cvtsepi32_epi16(whole));
-      const Floats difference = value - _mm512_cvtepi32_ps(whole) * unit;
+      const Ints whole = rounded(value * inverse);
+      store_narrow(to + d, whole);
+      const Floats difference = value - __builtin_convertvector(whole, Floats) * unit;
       sums += difference * difference;
     }
     for (; d < book.features; ++d) {
@@ -89,7 +115,7 @@ struct InInt16 {
   static const Score* starts(const float* start, int64_t count, float per_score, Score* converted) {
     for (int64_t i = 0; i < count; i += WIDTH) {
       const Floats from = load<Floats>(start + i);
-      const Ints whole = (Ints)_mm512_cvtps_epi32(from * per_score);
+      const Ints whole = rounded(from * per_score);
       store(converted + i, from < InFloat32::LARGEST ? whole : fill(LARGEST));
     }
     return converted;

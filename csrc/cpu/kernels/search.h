@@ -311,7 +311,7 @@ DLVAE_INLINE void in_arithmetic_of([[maybe_unused]] const Codebook& book, const 
 #if defined(DLVAE_AMX)
   f(InBFloat16{});
 #else
-#if defined(DLVAE_VNNI)
+#if defined(DLVAE_INT16)
   if (book.features <= InInt16::MOST_FEATURES) return f(InInt16{});
 #endif
   f(InFloat32{});
