@@ -9,7 +9,6 @@ STABLE_TORCH_LIBRARY(dlvae_native, m) {
   m.def("cpu_name() -> str");
   m.def("cpu_names(bool all) -> str");
   m.def("search_rate() -> float");
-  m.def("uncertain_rows(Tensor x, Tensor codebook) -> int");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(dlvae_native, CompositeExplicitAutograd, m) {

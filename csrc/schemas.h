@@ -6,6 +6,7 @@
 namespace dlvae {
 
 inline void define_operations(torch::stable::detail::StableLibrary& m) {
+  m.def("uncertain_rows(Tensor x, Tensor codebook) -> int");
   m.def("nearest_code(Tensor x, Tensor codebook, bool return_distance, str precision) -> (Tensor, Tensor)");
   m.def(
       "vector_quantize_fwd(Tensor x, Tensor codebook, bool need_error, str precision)"

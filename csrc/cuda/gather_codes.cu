@@ -1,5 +1,6 @@
 #include "launch.h"
 #include "operations.h"
+#include "segment_sum.h"
 
 namespace dlvae::cuda {
 namespace {
@@ -60,6 +61,18 @@ Tensor gather_codes_fwd(const Tensor& codebook, const Tensor& indices) {
     default: gather<uint4>(codebook, which, out); break;
   }
   return out;
+}
+
+Tensor gather_codes_bwd(const Tensor& grad, const Tensor& indices, int64_t num_codes) {
+  const Device device(grad);
+  const Rows rows = rows_of("grad", grad);
+  const Tensor codes = indices_of("indices", indices);
+  STD_TORCH_CHECK(codes.numel() == rows.count, "indices have ", codes.numel(), " elements; they need one for each row of grad");
+  const Tensor sums = new_tensor(grad, {num_codes, rows.features});
+  const SortedPairs pairs(
+      grad, {data_of<int64_t>(codes), rows.count, 1, num_codes, nullptr, nullptr}, device);
+  pairs.sum(grad, rows, nullptr, data_of<float>(sums), rows.features, device);
+  return sums;
 }
 
 }  // namespace dlvae::cuda

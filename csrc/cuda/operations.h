@@ -9,6 +9,9 @@
 
 namespace dlvae::cuda {
 
+// How many rows `nearest_code` searches a second time, since rounding might have hidden the nearest code: for tests.
+int64_t uncertain_rows(const Tensor& x, const Tensor& codebook);
+
 std::tuple<Tensor, Tensor> nearest_code(
     const Tensor& x, const Tensor& codebook, bool return_distance, std::string precision);
 

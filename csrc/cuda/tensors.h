@@ -10,6 +10,38 @@ inline Tensor new_tensor(const Tensor& like, const std::vector<int64_t>& shape, 
   return torch::stable::new_empty(like, torch::headeronly::IntHeaderOnlyArrayRef(shape), type);
 }
 
+inline Tensor new_zeroed(const Tensor& like, const std::vector<int64_t>& shape, ScalarType type = ScalarType::Float) {
+  Tensor tensor = new_tensor(like, shape, type);
+  torch::stable::zero_(tensor);
+  return tensor;
+}
+
+template <class T>
+T* data_of(const Tensor& tensor) {
+  return static_cast<T*>(tensor.data_ptr());
+}
+
+// A codebook [K, D] for rows of D features.
+inline Rows codes_of(const char* name, const Tensor& codes, const Rows& x) {
+  STD_TORCH_CHECK(codes.dim() == 2, name, " has ", codes.dim(), " dimensions; it needs [K, D]");
+  const Rows rows = rows_of(name, codes);
+  STD_TORCH_CHECK(rows.count >= 1, name, " has no rows; it needs [K, D] with K >= 1");
+  STD_TORCH_CHECK(
+      rows.features == x.features, "x has ", x.features, " features; it needs the D = ", rows.features, " of ", name);
+  return rows;
+}
+
+// A number in float32, which is read on the device.
+inline const float* number_of(const char* name, const Tensor& tensor) {
+  check_device(name, tensor);
+  STD_TORCH_CHECK(
+      tensor.numel() == 1 && tensor.scalar_type() == ScalarType::Float, name, " needs to be one float32 number");
+  return data_of<float>(tensor);
+}
+
+// As torch.empty_like: dense strides are kept.
+inline Tensor new_like(const Tensor& like) { return torch::stable::empty_like(like); }
+
 // As adjacent numbers, in the order of the tensor's dimensions. They may lie out of range: a kernel looks before it
 // uses one, as asking here would wait for the GPU.
 inline Tensor indices_of(const char* name, const Tensor& tensor) {

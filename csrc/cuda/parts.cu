@@ -1,0 +1,160 @@
+#include "parts.h"
+
+#include "launch.h"
+#include "parts.cuh"
+#include "rows.cuh"
+
+namespace dlvae::cuda {
+namespace {
+
+constexpr int STEP = 32;  // features
+
+__global__ void __launch_bounds__(RowBlock::THREADS) largest_element_kernel(Rows codes, float* extent) {
+  __shared__ int64_t offsets[RowBlock::ROWS];
+  const RowBlock block(codes, (int64_t)blockIdx.x * RowBlock::ROWS, codes.count, offsets);
+  __syncthreads();
+  float most = 0;
+  for (int64_t feature = 0; feature < codes.features; feature += RowBlock::FEATURES) {
+    block.for_each(feature, [&](int row, int i) {
+      const float size = fabsf(load_element(codes, offsets[row] + (feature + i) * codes.stride));
+      if (size < INFINITY) most = fmaxf(most, size);
+    });
+  }
+  most = warp_reduce(most, Greatest{});
+  if (lane_index() == 0) raise(extent, most);
+}
+
+// Rows [begin, end) to parts, padding included. IS_CODES: by the scale of the codebook, with half norms to `numbers`;
+// else each by its own, with `inverse` and then `lengths` to `numbers`.
+template <class Half, int PARTS, bool IS_CODES>
+__global__ void __launch_bounds__(RowBlock::THREADS) pack_kernel(
+    Rows rows, int64_t begin, int64_t end, Half* parts, int64_t count, int depth, float* numbers, float* extent) {
+  __shared__ int64_t offsets[RowBlock::ROWS];
+  __shared__ RowBlock::Tile tile;
+  const int64_t first = (int64_t)blockIdx.x * RowBlock::ROWS;
+  const RowBlock block(rows, begin + first, end, offsets);
+  constexpr int OWN = RowBlock::ROWS_OF_WARP;
+  // Of rows warp_index() * OWN + i: features lane_index(), lane_index() + 32, ...
+  float largest[OWN] = {};
+  double squares[OWN] = {};
+  const int common = PARTS == 1 ? 0 : exponent_for(extent[0]);
+  const auto for_tiles = [&](const auto& f) {
+    for (int64_t feature = 0; feature < rows.features; feature += RowBlock::FEATURES) {
+      __syncthreads();
+      block.load(feature, tile);
+      __syncthreads();
+#pragma unroll
+      for (int i = 0; i < OWN; ++i) {
+        const int row = warp_index() * OWN + i;
+        if (row < block.count && feature + lane_index() < rows.features) f(i, feature + lane_index(), tile[row][lane_index()]);
+      }
+    }
+  };
+  for_tiles([&](int i, int64_t, float value) {
+    // NaN as infinity, which a maximum keeps.
+    largest[i] = fmaxf(largest[i], value - value == 0 ? fabsf(value) : INFINITY);
+    const double scaled = ldexp((double)value, common);
+    squares[i] += scaled * scaled;
+  });
+  int exponents[OWN];
+#pragma unroll
+  for (int i = 0; i < OWN; ++i) {
+    largest[i] = warp_reduce(largest[i], Greatest{});
+    squares[i] = warp_reduce(squares[i], Sum{});
+    const bool is_finite = largest[i] < INFINITY;
+    exponents[i] = IS_CODES || PARTS == 1 ? common : exponent_for(is_finite ? largest[i] : 0);
+    const int64_t to = first + warp_index() * OWN + i;
+    if (lane_index() > 0) continue;
+    const bool is_there = warp_index() * OWN + i < block.count;
+    if (IS_CODES) {
+      numbers[to] = is_there && squares[i] / 2 < FAR ? (float)(squares[i] / 2) : FAR;
+      if (is_there && is_finite) raise(extent + 1, (float)(sqrt(squares[i]) * (1 + 1e-6)));
+    } else {
+      const float inverse = ldexpf(1.0f, common - exponents[i]);
+      // Beyond the range of float32 a row is too long or too short for these codes.
+      const bool is_fit = is_finite && inverse < INFINITY && inverse >= 0x1p-126f;
+      numbers[to] = is_fit ? inverse : 0;
+      numbers[count + to] = is_fit || !is_there ? (float)(sqrt(squares[i]) * (1 + 1e-6)) : INFINITY;
+    }
+  }
+  const auto write = [&](int i, int64_t feature, float value) {
+    Half* const to = parts + (first + warp_index() * OWN + i) * depth + feature;
+    const float scaled = PARTS == 1 ? value : ldexpf(value, exponents[i]);
+    from_float(largest[i] < INFINITY ? scaled : 0, to);
+    if (PARTS == 2) from_float(largest[i] < INFINITY ? scaled - to_float(*to) : 0, to + count * depth);
+  };
+  for_tiles(write);
+#pragma unroll
+  for (int i = 0; i < OWN; ++i) {
+    const bool is_there = warp_index() * OWN + i < block.count;
+    for (int64_t feature = (is_there ? rows.features : 0) + lane_index(); feature < depth; feature += 32) write(i, feature, 0);
+  }
+}
+
+int64_t in_tiles(int64_t count) { return ceil_div(count, TILE) * TILE; }
+// What a step of the tiles is: 16 features, or whole steps of 32.
+int depth_of(int64_t features) { return features <= 16 ? 16 : (int)(ceil_div(features, STEP) * STEP); }
+
+template <bool IS_CODES>
+void pack(
+    Arithmetic arithmetic, const Rows& rows, int64_t begin, int64_t end, void* parts, int64_t count, int depth,
+    float* numbers, float* extent, const Device& device) {
+  const auto run = [&](auto half, auto n) {
+    using Half = decltype(half);
+    launch("pack", pack_kernel<Half, decltype(n)::value, IS_CODES>, blocks(count / RowBlock::ROWS), RowBlock::THREADS, 0, device.stream, rows, begin,
+        end, static_cast<Half*>(parts), count, depth, numbers, extent);
+  };
+  switch (arithmetic) {
+    case Arithmetic::split: return run(__half{}, std::integral_constant<int, 2>{});
+    case Arithmetic::float16: return run(__half{}, std::integral_constant<int, 1>{});
+    case Arithmetic::bfloat16: return run(__nv_bfloat16{}, std::integral_constant<int, 1>{});
+  }
+}
+
+int parts_of(Arithmetic arithmetic) { return arithmetic == Arithmetic::split ? 2 : 1; }
+
+}  // namespace
+
+Arithmetic arithmetic_of(const Rows& x, const Rows& codes) {
+  if (x.type != codes.type || x.type == Type::float32) return Arithmetic::split;
+  return x.type == Type::float16 ? Arithmetic::float16 : Arithmetic::bfloat16;
+}
+
+int64_t rows_of_chunk(int64_t features) { return std::max<int64_t>(TILE, (1 << 24) / depth_of(features) / TILE * TILE); }
+
+PackedCodes pack_codes(const Tensor& like, const Rows& codes, Arithmetic arithmetic, const Device& device) {
+  const int64_t count = in_tiles(codes.count);
+  const int depth = depth_of(codes.features);
+  const int parts = parts_of(arithmetic);
+  PackedCodes packed{arithmetic, codes.count, {nullptr, count, depth}, nullptr, nullptr,
+      new_tensor(like, {parts, count, depth}, ScalarType::Half), new_tensor(like, {count}), new_zeroed(like, {2})};
+  packed.parts.data = packed.parts_data.data_ptr();
+  packed.half_norms = data_of<float>(packed.numbers);
+  packed.extent = data_of<float>(packed.extent_data);
+  if (arithmetic == Arithmetic::split) {
+    launch(
+        "largest_element", largest_element_kernel, RowBlock::blocks_of(codes.count), RowBlock::THREADS, 0, device.stream,
+        codes, packed.extent);
+  }
+  pack<true>(
+      arithmetic, codes, 0, codes.count, packed.parts_data.data_ptr(), count, depth, packed.half_norms, packed.extent,
+      device);
+  return packed;
+}
+
+PackedRows pack_rows(
+    const Tensor& like, const Rows& x, int64_t begin, int64_t end, const PackedCodes& codes, const Device& device) {
+  const int64_t count = in_tiles(end - begin);
+  const int depth = codes.parts.depth;
+  const int parts = parts_of(codes.arithmetic);
+  PackedRows packed{{nullptr, count, depth}, nullptr, nullptr,
+      new_tensor(like, {parts, count, depth}, ScalarType::Half), new_tensor(like, {2, count})};
+  packed.parts.data = packed.parts_data.data_ptr();
+  packed.inverse = data_of<float>(packed.numbers);
+  packed.lengths = packed.inverse + count;
+  pack<false>(
+      codes.arithmetic, x, begin, end, packed.parts_data.data_ptr(), count, depth, packed.inverse, codes.extent, device);
+  return packed;
+}
+
+}  // namespace dlvae::cuda

@@ -1,0 +1,51 @@
+// Rows and codes as tensor cores take them: in half precision, padded with zeros to whole tiles.
+//
+// A float32 number is the sum of two float16 ones, high and low, to 22 bits. Products of two such are summed as
+// high * low + low * high + high * high; what is left out is below 2^-20 of them. So that no part falls out of the range
+// of float16, both factors are scaled by powers of two: the codebook by one, each row by its own.
+// Half-precision numbers are taken as they are: their products are exact in float32.
+#pragma once
+
+#include "launch.h"
+
+namespace dlvae::cuda {
+
+constexpr int TILE = 128;  // rows or codes of one tile
+// The half norm of what can never be nearest: padding, or a code that holds NaN. Sums with it are finite.
+constexpr float FAR = 3e38f;
+
+enum class Arithmetic { split, float16, bfloat16 };
+Arithmetic arithmetic_of(const Rows& x, const Rows& codes);
+
+struct Parts {
+  const void* data;  // [parts][count][depth]
+  int64_t count;     // rows or codes, in whole tiles
+  int depth;         // features, in whole steps
+};
+
+// The tensors hold the memory.
+struct PackedCodes {
+  Arithmetic arithmetic;
+  int64_t codes;  // K
+  Parts parts;
+  float* half_norms;  // [count]: |c|^2 / 2 of the scaled code
+  float* extent;      // [2]: the largest finite element; and the largest length of a scaled code that is finite
+  Tensor parts_data, numbers, extent_data;
+};
+PackedCodes pack_codes(const Tensor& like, const Rows& codes, Arithmetic arithmetic, const Device& device);
+
+struct PackedRows {
+  Parts parts;
+  // A sum of products times `inverse` is the product of the row and a code, both scaled as the codebook is. [count]
+  float* inverse;
+  float* lengths;  // [count]: |x|, scaled so; infinite where products may have lost what they should hold
+  Tensor parts_data, numbers;
+};
+// Rows [begin, end) of x for those codes.
+PackedRows pack_rows(
+    const Tensor& like, const Rows& x, int64_t begin, int64_t end, const PackedCodes& codes, const Device& device);
+
+// How many rows are worth packing at a time: enough to fill a device, few enough that memory stays small beside x.
+int64_t rows_of_chunk(int64_t features);
+
+}  // namespace dlvae::cuda

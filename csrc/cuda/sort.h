@@ -1,0 +1,12 @@
+// A stable sort on the device.
+#pragma once
+
+#include "launch.h"
+
+namespace dlvae::cuda {
+
+// Sorts `count` keys below 2^bits, and with them the numbers 0, 1, ... of their places; equal keys keep their order.
+void sort_places(
+    const Tensor& like, const uint32_t* keys, int64_t count, int bits, uint32_t* sorted, uint32_t* places, const Device& device);
+
+}  // namespace dlvae::cuda
