@@ -33,7 +33,7 @@ struct Output {
 };
 
 template <class Tiles>
-__global__ void __launch_bounds__(Tiles::THREADS) products_kernel(Parts rows, Parts codes, Output out, float* shares) {
+__global__ void __launch_bounds__(Tiles::THREADS, 1) products_kernel(Parts rows, Parts codes, Output out, float* shares) {
   char* const shared = dynamic_shared<char>();
   const int64_t row_tile = blockIdx.x, code_tile = blockIdx.y;
   const int first = blockIdx.z * (CHAIN / Tiles::DEPTH), steps = rows.depth / Tiles::DEPTH;

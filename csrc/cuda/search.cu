@@ -28,7 +28,7 @@ __device__ void join(Best& best, const Best& other) {
 
 // Each program takes one tile of rows and a share of the codes.
 template <class Tiles>
-__global__ void __launch_bounds__(Tiles::THREADS) search_kernel(
+__global__ void __launch_bounds__(Tiles::THREADS, 1) search_kernel(
     Parts rows, Parts codes, const float* inverse, const float* half_norms, int tiles_of_share, Best* found) {
   char* const shared = dynamic_shared<char>();
   constexpr int GROUPS = Tiles::WARP_ROWS / 16;

@@ -46,13 +46,15 @@ struct Sums {
   float* edges;
 };
 
-// A warp a chunk of sorted pairs and FEATURES features.
-__global__ void __launch_bounds__(THREADS) sum_chunks_kernel(
+// A warp a chunk of sorted pairs and FEATURES features; T: of the rows.
+template <class T>
+__global__ void __launch_bounds__(THREADS, 2) sum_chunks_kernel(
     Rows rows, Pairs pairs, const uint32_t* keys, const uint32_t* order, const int64_t* starts, const float* scale, Sums sums) {
   const int64_t chunk = (int64_t)blockIdx.x * (THREADS / 32) + warp_index();
   const int64_t begin = chunk * CHUNK, end = min(begin + CHUNK, starts[pairs.num_codes]);
   const int64_t first = blockIdx.y * FEATURES + lane_index();
   const float factor = scale == nullptr ? 1 : *scale;
+  const T* const data = static_cast<const T*>(rows.data);
   float sum[COLUMNS] = {};
   uint32_t code = begin < end ? keys[begin] : 0;
   const auto flush = [&](bool goes_on) {
@@ -81,7 +83,7 @@ __global__ void __launch_bounds__(THREADS) sum_chunks_kernel(
         for (int i = 0; i < COLUMNS; ++i) {
           const int64_t feature = first + 32 * i;
           values[t][i] =
-              p + q + t < end && feature < rows.features ? load_element(rows, offset + feature * rows.stride) : 0;
+              p + q + t < end && feature < rows.features ? to_float(data[offset + feature * rows.stride]) : 0;
         }
       }
 #pragma unroll
@@ -149,11 +151,12 @@ void SortedPairs::sum(
   const Tensor edges = new_tensor(like, {chunks, 2, rows.features});
   const Sums to{sums, ld, data_of<float>(edges)};
   const int64_t* const starts = data_of<int64_t>(starts_);
-  if (chunks > 0) {
-    const dim3 grid(blocks(ceil_div(chunks, THREADS / WARP)), blocks(ceil_div(rows.features, FEATURES)));
-    launch("sum_chunks", sum_chunks_kernel, grid, THREADS, 0, device.stream, rows, pairs_, data_of<uint32_t>(keys_),
+  const dim3 grid(blocks(ceil_div(chunks, THREADS / WARP)), blocks(ceil_div(rows.features, FEATURES)));
+  with_type(rows.type, [&](auto zero) {
+    launch(
+        "sum_chunks", sum_chunks_kernel<decltype(zero)>, grid, THREADS, 0, device.stream, rows, pairs_, data_of<uint32_t>(keys_),
         data_of<uint32_t>(order_), starts, scale, to);
-  }
+  });
   launch("join_chunks", join_chunks_kernel, blocks(pairs_.num_codes), 128, 0, device.stream, starts, rows.features, to);
 }
 

@@ -37,7 +37,7 @@ void sort_places(
   launch("places", places_kernel, blocks(ceil_div(count, 256)), 256, 0, device.stream, count, unsorted);
   const auto sort = [&](void* room, size_t& bytes) {
     const cudaError_t error = cub::DeviceRadixSort::SortPairs(
-        room, bytes, keys, sorted, unsorted, places, count, 0, bits, device.stream);
+        room, bytes, keys, sorted, unsorted, places, static_cast<int>(count), 0, bits, device.stream);
     STD_TORCH_CHECK(error == cudaSuccess, "sort: CUDA error: ", cudaGetErrorString(error));
   };
   size_t bytes = 0;

@@ -26,7 +26,7 @@ __device__ void load_features(const Rows& rows, int64_t offset, int64_t feature,
 
 // A warp a row and 32 * V features: the sum of its atoms.
 template <class T, int V>
-__global__ void __launch_bounds__(THREADS) decode_kernel(Atoms atoms, const float* values, Rows out) {
+__global__ void __launch_bounds__(THREADS, 2) decode_kernel(Atoms atoms, const float* values, Rows out) {
   const int64_t row = (int64_t)blockIdx.x * (THREADS / 32) + warp_index();
   if (row >= out.count) return;
   const int64_t feature = ((int64_t)blockIdx.y * 32 + lane_index()) * V;
@@ -56,7 +56,7 @@ __global__ void __launch_bounds__(THREADS) decode_kernel(Atoms atoms, const floa
 
 // A warp a row: inner products of its gradient with its atoms.
 template <class T, int V>
-__global__ void __launch_bounds__(THREADS) products_kernel(Atoms atoms, Rows grad, float* values) {
+__global__ void __launch_bounds__(THREADS, 2) products_kernel(Atoms atoms, Rows grad, float* values) {
   const int64_t row = (int64_t)blockIdx.x * (THREADS / 32) + warp_index();
   if (row >= grad.count) return;
   const int64_t grad_at = row_offset(grad, row);

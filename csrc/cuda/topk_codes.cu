@@ -157,7 +157,7 @@ __global__ void starts_kernel(Topk t, const float* half_norms, int64_t padded, f
 }
 
 // A block a row: the codes whose score may be among the k best, exactly. Rows with more than `room` of them go on the list.
-__global__ void __launch_bounds__(THREADS) select_kernel(
+__global__ void __launch_bounds__(THREADS, 4) select_kernel(
     Topk t, int64_t begin, const float* scores, const float* lengths, const float* margins, int room, int* list, int* listed) {
   Exact* const found = dynamic_shared<Exact>();
   __shared__ int count;
@@ -190,7 +190,7 @@ __global__ void __launch_bounds__(THREADS) select_kernel(
 }
 
 // All codes for each row on the list: a block a row, whose scores it keeps in `scores` [blocks, K].
-__global__ void __launch_bounds__(THREADS) rescan_kernel(Topk t, const int* list, const int* listed, double* scores) {
+__global__ void __launch_bounds__(THREADS, 4) rescan_kernel(Topk t, const int* list, const int* listed, double* scores) {
   Exact* const found = dynamic_shared<Exact>();
   __shared__ int count, of_warps[THREADS / WARP];
   double* const own = scores + (int64_t)blockIdx.x * t.codes.count;
