@@ -5,8 +5,11 @@
 #include <exception>
 #include <memory>
 #include <mutex>
+#include <numeric>
+#include <random>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 #include "fiber.h"
 
@@ -34,6 +37,9 @@ struct Block {
   Warp warps[MAX_WARPS];
   // From the last thread to the first: what depends on the order shows.
   bool backwards;
+  // Or in any order, if one is asked for.
+  bool is_shuffled;
+  std::mt19937 random;
   std::exception_ptr error;
 };
 
@@ -41,20 +47,24 @@ Block block;
 Fiber* fibers[MAX_THREADS];
 Fiber outside;  // who launches
 
-int first(uint32_t bits) { return block.backwards ? 31 - __builtin_clz(bits) : __builtin_ctz(bits); }
+int pick(uint32_t bits) {
+  if (!block.is_shuffled) return block.backwards ? 31 - __builtin_clz(bits) : __builtin_ctz(bits);
+  for (unsigned others = block.random() % __builtin_popcount(bits); others > 0; --others) bits &= bits - 1;
+  return __builtin_ctz(bits);
+}
 
 void make_ready(int warp, uint32_t lanes) {
   block.warps[warp].ready |= lanes;
   if (lanes != 0) block.ready_warps |= 1u << warp;
 }
 
-// Some thread that can go on, of this warp if there is one; or else who launched.
+// Some thread that can go on, unless shuffled of this warp if there is one; or else who launched.
 Fiber* next() {
   if (block.ready_warps == 0 || block.error) return &outside;
-  const bool stays = current != &outside && block.warps[current->warp].ready != 0;
-  const int warp = stays ? current->warp : first(block.ready_warps);
+  const bool stays = !block.is_shuffled && current != &outside && block.warps[current->warp].ready != 0;
+  const int warp = stays ? current->warp : pick(block.ready_warps);
   Warp& lanes = block.warps[warp];
-  const int lane = first(lanes.ready);
+  const int lane = pick(lanes.ready);
   lanes.ready &= ~(1u << lane);
   if (lanes.ready == 0) block.ready_warps &= ~(1u << warp);
   return fibers[warp * WARP + lane];
@@ -164,6 +174,14 @@ void run_block() {
   if (block.live > 0) throw std::runtime_error("no thread can go on: " + waiting_threads());
 }
 
+// All blocks of a grid, in the order in which they run.
+std::vector<size_t> order_of_blocks(size_t count) {
+  std::vector<size_t> order(count);
+  std::iota(order.begin(), order.end(), size_t{0});
+  if (block.is_shuffled) std::shuffle(order.begin(), order.end(), block.random);
+  return order;
+}
+
 void check_limits(dim3 grid, size_t shared_bytes) {
   const size_t threads = static_cast<size_t>(block_size.x) * block_size.y * block_size.z;
   const auto check = [](bool holds, const std::string& what) {
@@ -207,20 +225,21 @@ void run(const char* name, dim3 grid, dim3 block_shape, size_t shared_bytes, Bod
   block.kernel = kernel;
   block.threads = static_cast<int>(block_size.x * block_size.y * block_size.z);
   block.error = nullptr;
+  // The same at each launch, whatever ran before.
+  const char* const seed = std::getenv("DLVAE_EMULATED_ORDER");
+  block.is_shuffled = seed != nullptr && *seed != '\0';
+  if (block.is_shuffled) block.random.seed(static_cast<unsigned>(std::strtoul(seed, nullptr, 10)));
   try {
     check_limits(grid, shared_bytes);
     const std::unique_ptr<void, void (*)(void*)> memory(
         ::operator new(shared_bytes, std::align_val_t(128)),
         [](void* bytes) { ::operator delete(bytes, std::align_val_t(128)); });
     shared_memory = memory.get();
-    for (unsigned z = 0; z < grid.z; ++z) {
-      for (unsigned y = 0; y < grid.y; ++y) {
-        for (unsigned x = 0; x < grid.x; ++x) {
-          block_index = dim3(x, y, z);
-          std::memset(shared_memory, 0xff, shared_bytes);
-          run_block();
-        }
-      }
+    const size_t across = grid.x, layer = across * grid.y;
+    for (const size_t i : order_of_blocks(layer * grid.z)) {
+      block_index = dim3(i % across, i % layer / across, i / layer);
+      std::memset(shared_memory, 0xff, shared_bytes);
+      run_block();
     }
   } catch (const std::exception& error) {
     throw std::runtime_error(std::string("kernel ") + name + ": " + error.what());

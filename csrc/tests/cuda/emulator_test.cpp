@@ -1,4 +1,5 @@
 // The emulator, and what kernels are made of on it.
+#include <cstdlib>
 #include <stdexcept>
 #include <string>
 
@@ -133,12 +134,6 @@ void test_lanes() {
 }
 
 void test_blocks() {
-  int order[2][64] = {}, count = 0;
-  for (auto& each : order) {
-    count = 0;
-    run(1, 64, 0, [&] { each[threadIdx.x] = count++; });
-  }
-  CHECK(order[0][5] == 63 - order[1][5], "%d, %d", order[0][5], order[1][5]);
   std::vector<int> sums(2 * 3 * 4);
   run(dim3(4, 3, 2), 8 * WARP, 8 * sizeof(int), [&] {
     // Some leave before the others meet.
@@ -161,6 +156,49 @@ void test_blocks() {
       CHECK(greatest == i * 127.0f, "%g", greatest);
     }
   });
+}
+
+// Of three warps the second is neither the first nor the last to come, from either end: only another order shows
+// that nothing makes it so. Likewise blocks.
+void test_orders() {
+  const auto middle_is_second = [](dim3 grid, dim3 block) {
+    int count = 0, place = -1;
+    run(grid, block, 0, [&] {
+      const unsigned number = blockIdx.x * warps_in_block() + warp_index();
+      if (lane_index() > 0) return;
+      if (number == 1) place = count;
+      ++count;
+    });
+    return place == 1;
+  };
+  const auto shown_by = [&](dim3 grid, dim3 block) {
+    int shown = 0;
+    for (int seed = 0; seed < 30; ++seed) {
+      setenv("DLVAE_EMULATED_ORDER", std::to_string(seed).c_str(), 1);
+      const bool holds = middle_is_second(grid, block);
+      CHECK(holds == middle_is_second(grid, block), "seed %d gives two orders", seed);
+      shown += !holds;
+    }
+    unsetenv("DLVAE_EMULATED_ORDER");
+    return shown;
+  };
+  int order[2][64] = {}, count = 0;
+  for (auto& each : order) {
+    count = 0;
+    run(1, 64, 0, [&] { each[threadIdx.x] = count++; });
+  }
+  CHECK(order[0][5] == 63 - order[1][5], "%d, %d", order[0][5], order[1][5]);
+  for (int i = 0; i < 2; ++i) CHECK(middle_is_second(1, 3 * WARP) && middle_is_second(3, WARP), "another order");
+  // Two in three.
+  const int of_warps = shown_by(1, 3 * WARP), of_blocks = shown_by(3, WARP);
+  CHECK(of_warps > 10 && of_warps < 30, "%d", of_warps);
+  CHECK(of_blocks > 10 && of_blocks < 30, "%d", of_blocks);
+  // A barrier holds in any order, and so do operations of a warp.
+  setenv("DLVAE_EMULATED_ORDER", "1", 1);
+  test_lanes();
+  test_blocks();
+  test_products<__half>();
+  unsetenv("DLVAE_EMULATED_ORDER");
 }
 
 void test_copies() {
@@ -268,6 +306,7 @@ int main() {
   test_products<__nv_bfloat16>();
   test_lanes();
   test_blocks();
+  test_orders();
   test_copies();
   test_errors();
 #if defined(__x86_64__)
