@@ -28,16 +28,13 @@ __global__ void __launch_bounds__(THREADS) softmax_kernel(Kept kept, int64_t beg
   const int64_t row = begin + blockIdx.x;
   const float* const own = logits + (int64_t)blockIdx.x * kept.codes;
   __shared__ float of_warps[WARP];
-  // A maximum leaves NaN out.
-  float largest = -INFINITY, nan = 0;
-  for (int64_t i = threadIdx.x; i < kept.codes; i += THREADS) {
-    largest = fmaxf(largest, own[i]);
-    if (own[i] != own[i]) nan = own[i];
-  }
+  // A maximum leaves NaN out, the sum does not.
+  float largest = -INFINITY;
+  for (int64_t i = threadIdx.x; i < kept.codes; i += THREADS) largest = fmaxf(largest, own[i]);
   largest = block_reduce(largest, Greatest{}, of_warps);
   float sum = 0;
   for (int64_t i = threadIdx.x; i < kept.codes; i += THREADS) sum += expf(own[i] - largest);
-  sum = block_reduce(sum + nan, Sum{}, of_warps);
+  sum = block_reduce(sum, Sum{}, of_warps);
   for (int64_t j = threadIdx.x; j < kept.k; j += THREADS) {
     const int64_t code = kept.indices[row * kept.k + j];
     const bool is_in = code >= 0 && code < kept.codes;
@@ -85,7 +82,7 @@ class Logits {
         rows(rows_of("x", x)),
         codes(codes_of("weight", weight, rows)),
         packed_(pack_codes(x, codes, arithmetic_of(rows, codes), device)),
-        chunk_(std::max<int64_t>(TILE, LOGITS / codes.count / TILE * TILE)),
+        chunk_(std::min(rows_of_chunk(rows.features), std::max<int64_t>(TILE, LOGITS / codes.count / TILE * TILE))),
         data_(new_tensor(x, {std::min(chunk_, rows.count), codes.count})),
         bias_(new_tensor(x, {bias.has_value() ? codes.count : 0})) {
     if (!bias.has_value()) return;

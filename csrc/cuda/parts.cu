@@ -64,18 +64,23 @@ __global__ void __launch_bounds__(RowBlock::THREADS) pack_kernel(
     const bool is_finite = largest[i] < INFINITY;
     exponents[i] = IS_CODES || PARTS == 1 ? common : exponent_for(is_finite ? largest[i] : 0);
     const int64_t to = first + warp_index() * OWN + i;
-    if (lane_index() > 0) continue;
-    const bool is_there = warp_index() * OWN + i < block.count;
+    const bool is_there = warp_index() * OWN + i < block.count, is_first = lane_index() == 0;
+    const float length = (float)(sqrt(squares[i]) * (1 + 1e-6));
+    bool is_held;
     if (IS_CODES) {
-      numbers[to] = is_there && squares[i] / 2 < FAR ? (float)(squares[i] / 2) : FAR;
-      if (is_there && is_finite) raise(extent + 1, (float)(sqrt(squares[i]) * (1 + 1e-6)));
+      is_held = is_finite && squares[i] / 2 < FAR;
+      if (is_first) numbers[to] = is_there && is_held ? (float)(squares[i] / 2) : FAR;
+      // What is lost of small elements is a share of the largest, which may be of a code that is not finite.
+      if (is_first && is_there && is_finite) raise(extent + 1, PARTS == 1 ? length : fmaxf(length, ldexpf(1, TOP)));
     } else {
       const float inverse = ldexpf(1.0f, common - exponents[i]);
       // Beyond the range of float32 a row is too long or too short for these codes.
-      const bool is_fit = is_finite && inverse < INFINITY && inverse >= 0x1p-126f;
-      numbers[to] = is_fit ? inverse : 0;
-      numbers[count + to] = is_fit || !is_there ? (float)(sqrt(squares[i]) * (1 + 1e-6)) : INFINITY;
+      is_held = is_finite && inverse < INFINITY && inverse >= 0x1p-126f && length < LONG;
+      if (is_first) numbers[to] = is_held ? inverse : 0;
+      if (is_first) numbers[count + to] = is_held || !is_there ? length : INFINITY;
     }
+    // The parts of what they do not hold are zeros.
+    if (!is_held) largest[i] = INFINITY;
   }
   const auto write = [&](int i, int64_t feature, float value) {
     Half* const to = parts + (first + warp_index() * OWN + i) * depth + feature;

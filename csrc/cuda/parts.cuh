@@ -22,6 +22,8 @@ inline __device__ float unit_of(const float* extent, bool is_split) {
 inline __device__ float error_of_products(int64_t features) { return 0x1p-19f * (1 + (float)features / 42); }
 // And a score, as a share of the half norms or biases that it is taken from.
 constexpr float ERROR_OF_START = 0x1p-22f;
+// And what underflows, which products of half-precision numbers may.
+inline __device__ float error_of_underflow(int64_t features) { return 0x1p-125f * (float)features; }
 
 // To the larger of the two; of numbers that are not negative the order is that of their bits.
 inline __device__ void raise(float* most, float value) { atomicMax(reinterpret_cast<int*>(most), __float_as_int(value)); }

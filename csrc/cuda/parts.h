@@ -13,6 +13,8 @@ namespace dlvae::cuda {
 constexpr int TILE = 128;  // rows or codes of one tile
 // The half norm of what can never be nearest: padding, or a code that holds NaN. Sums with it are finite.
 constexpr float FAR = 3e38f;
+// Rows so long that sums over them might be no number.
+constexpr float LONG = 0x1p100f;
 
 enum class Arithmetic { split, float16, bfloat16 };
 Arithmetic arithmetic_of(const Rows& x, const Rows& codes);
@@ -28,8 +30,8 @@ struct PackedCodes {
   Arithmetic arithmetic;
   int64_t codes;  // K
   Parts parts;
-  float* half_norms;  // [count]: |c|^2 / 2 of the scaled code
-  float* extent;      // [2]: the largest finite element; and the largest length of a scaled code that is finite
+  float* half_norms;  // [count]: |c|^2 / 2 of the scaled code; from FAR on its parts are zeros
+  float* extent;      // [2]: the largest finite element; and the largest length of a scaled code that is finite, or 2^TOP
   Tensor parts_data, numbers, extent_data;
 };
 PackedCodes pack_codes(const Tensor& like, const Rows& codes, Arithmetic arithmetic, const Device& device);
@@ -38,7 +40,7 @@ struct PackedRows {
   Parts parts;
   // A sum of products times `inverse` is the product of the row and a code, both scaled as the codebook is. [count]
   float* inverse;
-  float* lengths;  // [count]: |x|, scaled so; infinite where products may have lost what they should hold
+  float* lengths;  // [count]: |x|, scaled so; infinite where that is LONG or not finite, and the parts are zeros
   Tensor parts_data, numbers;
 };
 // Rows [begin, end) of x for those codes.

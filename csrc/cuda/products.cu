@@ -35,8 +35,9 @@ struct Output {
 template <class Tiles>
 __global__ void __launch_bounds__(Tiles::THREADS, 1) products_kernel(Parts rows, Parts codes, Output out, float* shares) {
   char* const shared = dynamic_shared<char>();
-  const int64_t row_tile = blockIdx.x, code_tile = blockIdx.y;
-  const int first = blockIdx.z * (CHAIN / Tiles::DEPTH), steps = rows.depth / Tiles::DEPTH;
+  // The second extent of a grid is too small for any number of tiles.
+  const int row_tiles = (int)(rows.count / TILE), row_tile = blockIdx.x % row_tiles, code_tile = blockIdx.x / row_tiles;
+  const int first = blockIdx.y * (CHAIN / Tiles::DEPTH), steps = rows.depth / Tiles::DEPTH;
   Tiles::run_steps(
       rows, row_tile, codes, code_tile, first, min(first + CHAIN / Tiles::DEPTH, steps), shared,
       [&](const typename Tiles::Sums& sums) {
@@ -44,19 +45,19 @@ __global__ void __launch_bounds__(Tiles::THREADS, 1) products_kernel(Parts rows,
         for (int i = 0; i < Tiles::WARP_ROWS / 16; ++i)
 #pragma unroll
           for (int h = 0; h < 2; ++h) {
-            const int64_t row = row_tile * TILE + Tiles::row_of(i, h);
+            const int64_t row = (int64_t)row_tile * TILE + Tiles::row_of(i, h);
             if (row >= out.rows) continue;
 #pragma unroll
             for (int j = 0; j < Tiles::WARP_CODES / 8; ++j)
 #pragma unroll
               for (int e = 0; e < 2; ++e) {
-                const int64_t code = code_tile * TILE + Tiles::code_of(j, e);
+                const int64_t code = (int64_t)code_tile * TILE + Tiles::code_of(j, e);
                 if (code >= out.codes) continue;
                 const float sum = sums[i][j][2 * h + e];
                 if (shares == nullptr) {
                   out.put(row, code, out.product_of(sum, row));
                 } else {
-                  shares[(blockIdx.z * out.rows + row) * out.codes + code] = sum;
+                  shares[(blockIdx.y * out.rows + row) * out.codes + code] = sum;
                 }
               }
           }
@@ -110,7 +111,8 @@ PackedRows products(
   float* const of_shares = shares > 1 ? data_of<float>(parts) : nullptr;
   with_tiles<0>(packed.arithmetic, packed.parts.depth, [&](auto tiles) {
     using Kind = decltype(tiles);
-    launch("products", products_kernel<Kind>, dim3(blocks(rows.parts.count / TILE), blocks(packed.parts.count / TILE), shares), Kind::THREADS,
+    const unsigned tiles_of_both = blocks(rows.parts.count / TILE * (packed.parts.count / TILE));
+    launch("products", products_kernel<Kind>, dim3(tiles_of_both, shares), Kind::THREADS,
         Kind::shared_bytes(Kind::STAGES), device.stream, rows.parts, packed.parts, output, of_shares);
   });
   if (shares > 1)

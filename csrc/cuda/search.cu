@@ -86,7 +86,8 @@ __global__ void finish_kernel(
   for (int share = 1; share < shares; ++share) join(best, found[share * padded + row]);
   indices[begin + row] = best.code;
   const float longest = extent[1], reach = lengths[row] * longest;
-  const float error = error_of_products(features) * reach + ERROR_OF_START * longest * longest;
+  const float error =
+      error_of_products(features) * reach + ERROR_OF_START * longest * longest + error_of_underflow(features);
   // What is not a number is not certain.
   const bool is_certain = reach < 0x1p100f && best.score < 0x1p100f && best.second - best.score > 2 * error;
   if (!is_certain) list[atomicAdd(listed, 1)] = (int)(begin + row);

@@ -26,6 +26,7 @@ inline Rows codes_of(const char* name, const Tensor& codes, const Rows& x) {
   STD_TORCH_CHECK(codes.dim() == 2, name, " has ", codes.dim(), " dimensions; it needs [K, D]");
   const Rows rows = rows_of(name, codes);
   STD_TORCH_CHECK(rows.count >= 1, name, " has no rows; it needs [K, D] with K >= 1");
+  STD_TORCH_CHECK(rows.count < INT32_MAX, name, " has ", rows.count, " rows; it may have ", INT32_MAX - 1);
   STD_TORCH_CHECK(
       rows.features == x.features, "x has ", x.features, " features; it needs the D = ", rows.features, " of ", name);
   return rows;

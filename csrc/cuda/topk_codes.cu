@@ -137,37 +137,40 @@ __device__ void put(const Topk& t, int64_t row, int64_t row_at, const Exact* sor
 }
 
 // [2]: how far a score may be from the true one: the first times |x|, as packed rows have it, plus the second.
-__global__ void margins_kernel(Topk t, const float* extent, const float* largest_bias, bool is_split, float* margins) {
-  const float longest = extent[1], share = error_of_products(t.x.features);
-  const float unit = t.is_product ? unit_of(extent, is_split) : 1;
+__global__ void margins_kernel(Topk t, const float* extent, const float* largest_bias, bool is_split, double* margins) {
+  const double longest = extent[1], share = error_of_products(t.x.features);
+  // Its square may be no float32.
+  const double unit = t.is_product ? unit_of(extent, is_split) : 1;
   // A code so long that its half norm is no number is among those that can never be nearest, but may have any product.
   const bool is_known = !t.is_product || longest < 0x1p60f;
   margins[0] = is_known ? share * longest * unit * unit : INFINITY;
-  margins[1] = t.is_product ? ERROR_OF_START * *largest_bias : ERROR_OF_START * longest * longest;
+  margins[1] = ERROR_OF_START * (t.is_product ? *largest_bias : longest * longest) + error_of_underflow(t.x.features);
 }
 
-// What each product is subtracted from: minus the bias, and for codes that can never be among the best FAR.
+// What each product is subtracted from: minus the bias, and for codes that can never be among the best FAR. The largest
+// bias is infinite where there is one so large that sums with it might be no number.
 __global__ void starts_kernel(Topk t, const float* half_norms, int64_t padded, float* starts, float* largest_bias) {
   const int64_t code = (int64_t)blockIdx.x * blockDim.x + threadIdx.x;
   if (code >= padded) return;
   float bias = t.bias.data == nullptr || code >= t.codes.count ? 0 : load_element(t.bias, code * t.bias.stride);
   const bool is_far = !(half_norms[code] < FAR && fabsf(bias) < 0x1p100f);
   starts[code] = is_far ? FAR : -bias;
-  if (!is_far) raise(largest_bias, fabsf(bias));
+  if (fabsf(bias) < INFINITY) raise(largest_bias, fabsf(bias) < 0x1p100f ? fabsf(bias) : INFINITY);
 }
 
 // A block a row: the codes whose score may be among the k best, exactly. Rows with more than `room` of them go on the list.
 __global__ void __launch_bounds__(THREADS, 4) select_kernel(
-    Topk t, int64_t begin, const float* scores, const float* lengths, const float* margins, int room, int* list, int* listed) {
+    Topk t, int64_t begin, const float* scores, const float* lengths, const double* margins, int room, int* list, int* listed) {
   Exact* const found = dynamic_shared<Exact>();
   __shared__ int count;
   const int64_t row = begin + blockIdx.x, row_at = row_offset(t.x, row);
   const float* const own = scores + (int64_t)blockIdx.x * t.codes.count;
   if (threadIdx.x == 0) count = 0;
   const float kth = from_ordered(kth_lowest<uint32_t>(t.codes.count, t.k, [&](int64_t i) { return ordered(own[i]); }));
-  const float length = lengths[blockIdx.x], error = margins[0] * length + margins[1], limit = kth + 2 * error;
+  const double error = margins[0] * lengths[blockIdx.x] + margins[1];
+  const float limit = (float)(kth + 2 * error);
   // What is not a number is not certain.
-  if (length < 0x1p100f && error < 0x1p80f && fabsf(kth) < 0x1p100f) {
+  if (error < 0x1p80 && fabsf(kth) < 0x1p100f) {
     for (int64_t code = threadIdx.x; code < t.codes.count; code += THREADS) {
       if (own[code] > limit) continue;
       const int place = atomicAdd(&count, 1);
@@ -264,8 +267,10 @@ std::tuple<Tensor, Tensor> topk_codes(
 
   const PackedCodes packed = pack_codes(x, t.codes, arithmetic_of(t.x, t.codes), device);
   const int64_t padded = packed.parts.count;
-  const Tensor start = new_tensor(x, {t.is_product ? padded : 0}), bound = new_zeroed(x, {1}), margin = new_tensor(x, {2});
-  float *const starts = data_of<float>(start), *const largest_bias = data_of<float>(bound), *const margins = data_of<float>(margin);
+  const Tensor start = new_tensor(x, {t.is_product ? padded : 0}), bound = new_zeroed(x, {1});
+  const Tensor margin = new_tensor(x, {2}, ScalarType::Double);
+  float *const starts = data_of<float>(start), *const largest_bias = data_of<float>(bound);
+  double* const margins = data_of<double>(margin);
   if (t.is_product)
     launch(
         "starts", starts_kernel, blocks(padded / TILE), TILE, 0, device.stream, t, packed.half_norms, padded, starts,

@@ -106,12 +106,15 @@ std::tuple<Tensor, Tensor> vector_quantize_bwd(
     const Tensor& grad_quantized, const Tensor& grad_codebook_loss, const Tensor& grad_commitment_loss,
     const Tensor& error, const Tensor& indices, int64_t num_codes, bool need_x, bool need_codebook) {
   const Device device(error);
-  const Rows errors = rows_of("error", error);
+  const Rows errors = rows_of("error", error), grad = rows_of("grad_quantized", grad_quantized);
+  STD_TORCH_CHECK(shape_of(grad_quantized) == shape_of(error), "grad_quantized has another shape than error");
+  STD_TORCH_CHECK(
+      indices.numel() == errors.count, "indices have ", indices.numel(), " elements; they need one for each row of error");
   // d mean((q - x)^2) / d q, before the factor of either loss.
   const float slope = (float)(2.0 / std::max<int64_t>(1, error.numel()));
   const Tensor grad_x = need_x ? new_like(error) : new_tensor(error, {0});
   if (need_x) {
-    launch("grad_rows", grad_rows_kernel, RowBlock::blocks_of(errors.count), RowBlock::THREADS, 0, device.stream, rows_of("grad_quantized", grad_quantized), errors,
+    launch("grad_rows", grad_rows_kernel, RowBlock::blocks_of(errors.count), RowBlock::THREADS, 0, device.stream, grad, errors,
         slope, number_of("grad_commitment_loss", grad_commitment_loss), rows_of("grad_x", grad_x));
   }
   const Tensor grad_codebook =
