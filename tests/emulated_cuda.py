@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
 
+ROOT = Path(__file__).parents[1]
+LIBRARY = ROOT / "build" / "cuda-emulated" / "native_cuda_emulated.so"
+HAS_COMPILER = shutil.which("make") is not None and shutil.which("g++") is not None
 _TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.int64)
+
+
+def make(*words: str) -> subprocess.CompletedProcess:
+    result = subprocess.run(["make", f"PYTHON={sys.executable}", *words], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-4000:]
+    return result
 
 
 class EmulatedCuda(ModuleType):

@@ -66,6 +66,7 @@ Device::Device(const Tensor& tensor) {
   capability = found.capability;
   multiprocessors = found.multiprocessors;
   shared_bytes = found.shared_bytes;
+  chunk_elements = 1 << 24;
 }
 
 void launch_pointer(

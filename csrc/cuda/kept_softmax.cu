@@ -9,7 +9,6 @@ namespace dlvae::cuda {
 namespace {
 
 constexpr int THREADS = 256;
-constexpr int64_t LOGITS = 1 << 24;  // that are held at a time, if those of one tile of rows are not more
 
 struct Kept {
   const int64_t* indices;  // [N, k]; the value of an index outside [0, K) is 0
@@ -82,7 +81,7 @@ class Logits {
         rows(rows_of("x", x)),
         codes(codes_of("weight", weight, rows)),
         packed_(pack_codes(x, codes, arithmetic_of(rows, codes), device)),
-        chunk_(std::min(rows_of_chunk(rows.features), std::max<int64_t>(TILE, LOGITS / codes.count / TILE * TILE))),
+        chunk_(rows_of_chunk(std::max(rows.features, codes.count), device)),
         data_(new_tensor(x, {std::min(chunk_, rows.count), codes.count})),
         bias_(new_tensor(x, {bias.has_value() ? codes.count : 0})) {
     if (!bias.has_value()) return;

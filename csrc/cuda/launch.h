@@ -19,6 +19,8 @@ class Device {
   int capability;       // 90: 9.0
   int multiprocessors;
   int64_t shared_bytes;  // of a block, at most
+  // Elements of scratch memory that rows are worth at a time: enough to fill the device, few beside what it holds.
+  int64_t chunk_elements;
 
  private:
   std::shared_ptr<void> guard_;

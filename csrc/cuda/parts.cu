@@ -125,7 +125,9 @@ Arithmetic arithmetic_of(const Rows& x, const Rows& codes) {
   return x.type == Type::float16 ? Arithmetic::float16 : Arithmetic::bfloat16;
 }
 
-int64_t rows_of_chunk(int64_t features) { return std::max<int64_t>(TILE, (1 << 24) / depth_of(features) / TILE * TILE); }
+int64_t rows_of_chunk(int64_t elements, const Device& device) {
+  return std::max<int64_t>(TILE, device.chunk_elements / std::max<int64_t>(1, elements) / TILE * TILE);
+}
 
 PackedCodes pack_codes(const Tensor& like, const Rows& codes, Arithmetic arithmetic, const Device& device) {
   const int64_t count = in_tiles(codes.count);

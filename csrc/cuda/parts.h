@@ -47,7 +47,7 @@ struct PackedRows {
 PackedRows pack_rows(
     const Tensor& like, const Rows& x, int64_t begin, int64_t end, const PackedCodes& codes, const Device& device);
 
-// How many rows are worth packing at a time: enough to fill a device, few enough that memory stays small beside x.
-int64_t rows_of_chunk(int64_t features);
+// How many rows to take at a time, in whole tiles, where each takes so many elements of scratch memory.
+int64_t rows_of_chunk(int64_t elements, const Device& device);
 
 }  // namespace dlvae::cuda

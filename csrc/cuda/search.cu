@@ -158,7 +158,7 @@ Tensor search(const Tensor& like, const Rows& x, const Rows& codes, int64_t* ind
   const PackedCodes packed = pack_codes(like, codes, arithmetic_of(x, codes), device);
   const Tensor list = new_tensor(like, {x.count}, ScalarType::Int), listed = new_zeroed(like, {1}, ScalarType::Int);
   const int code_tiles = (int)(packed.parts.count / TILE);
-  const int64_t chunk = rows_of_chunk(x.features);
+  const int64_t chunk = rows_of_chunk(packed.parts.depth, device);
   for (int64_t begin = 0; begin < x.count; begin += chunk) {
     const int64_t end = std::min(begin + chunk, x.count);
     const PackedRows rows = pack_rows(like, x, begin, end, packed, device);

@@ -14,7 +14,6 @@ namespace {
 constexpr int THREADS = 128;
 constexpr int MOST = 2048;       // codes of a row that are compared exactly
 constexpr int64_t MOST_K = 1024;
-constexpr int64_t SCORES = 1 << 23;  // that are held at a time, if those of one tile of rows are not more
 
 struct Topk {
   Rows x, codes, bias;  // bias without data: none
@@ -281,8 +280,7 @@ std::tuple<Tensor, Tensor> topk_codes(
   const Tensor list = new_tensor(x, {t.x.count}, ScalarType::Int), listed = new_zeroed(x, {1}, ScalarType::Int);
   const int room = std::min(MOST, power_of_two_from(k + k / 4 + 32));
   const int64_t shared = room * sizeof(Exact);
-  const int64_t chunk =
-      std::min(rows_of_chunk(t.x.features), std::max<int64_t>(TILE, SCORES / t.codes.count / TILE * TILE));
+  const int64_t chunk = rows_of_chunk(std::max<int64_t>(packed.parts.depth, 2 * t.codes.count), device);
   const Tensor scores = new_tensor(x, {std::min(chunk, t.x.count), t.codes.count});
   float* const score = data_of<float>(scores);
   const Affine affine{t.is_product ? starts : packed.half_norms, -1, !t.is_product, false};

@@ -7,30 +7,20 @@ import re
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 from torch._subclasses import FakeTensorMode
 
 from dlvae_kernels.backends import native, why_not
+from tests.emulated_cuda import HAS_COMPILER, LIBRARY, ROOT, make
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-ROOT = Path(__file__).parents[2]
-EMULATED = ROOT / "build" / "cuda-emulated" / "native_cuda_emulated.so"
 # Of every architecture that there are kernels for.
 ARCHITECTURES = {"80", "86", "89", "90", "100", "120"}
 
-needs_compiler = pytest.mark.skipif(
-    shutil.which("make") is None or shutil.which("g++") is None, reason="no make or no g++"
-)
+needs_compiler = pytest.mark.skipif(not HAS_COMPILER, reason="no make or no g++")
 needs_nvcc = pytest.mark.skipif(shutil.which("make") is None or shutil.which("nvcc") is None, reason="no nvcc")
-
-
-def make(*words: str) -> subprocess.CompletedProcess:
-    result = subprocess.run(["make", f"PYTHON={sys.executable}", *words], cwd=ROOT, capture_output=True, text=True)
-    assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-4000:]
-    return result
 
 
 @needs_compiler
@@ -42,21 +32,13 @@ def test_the_emulator():
 @needs_compiler
 def test_every_operation_in_the_emulator():
     make("cuda-emulated")
-    words = ["-m", "pytest", "tests/functional", "-q", "-k", "emulated-cpu"]
-    environment = {**os.environ, "DLVAE_EMULATED_CUDA": str(EMULATED)}
+    words = ["-m", "pytest", "tests/functional", "tests/backends/test_native_fuzz.py", "-q", "-k", "emulated"]
+    environment = {**os.environ, "DLVAE_EMULATED_CUDA": str(LIBRARY)}
     result = subprocess.run([sys.executable, *words], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout[-4000:]
     assert int(re.search(r"(\d+) passed", result.stdout)[1]) >= 8
 
 
-@pytest.fixture(scope="module")
-def emulated():
-    make("cuda-emulated")
-    torch.ops.load_library(EMULATED)
-    return torch.ops.dlvae_emulated
-
-
-@needs_compiler
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("num_features", [1, 2, 3, 4, 6, 8, 24, 300])
 def test_codes_of_any_strides(emulated, dtype, num_features):
@@ -69,7 +51,6 @@ def test_codes_of_any_strides(emulated, dtype, num_features):
     assert torch.equal(emulated.gather_codes_fwd(codebook, outside), expected)
 
 
-@needs_compiler
 @pytest.mark.parametrize("dtype", [torch.bool, torch.bfloat16, torch.float32, torch.int64, torch.complex128])
 @pytest.mark.parametrize("num_codes", [1, 7, 16, 5000])
 def test_ones_beyond_the_codes_have_no_place(emulated, dtype, num_codes):

@@ -12,10 +12,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dlvae_kernels.backends import native, reference, use_backend, why_not
+from dlvae_kernels.backends import BACKENDS, native, reference, use_backend, why_not
 from dlvae_kernels.testing import assert_accurate, assert_same_codes, assert_same_topk, exact_distances, exact_products
 
-SETS = native.instruction_sets()
+# And the CUDA kernels, where tests/conftest.py has found them.
+SETS = [*native.instruction_sets(), *(["emulated"] if "emulated" in BACKENDS else [])]
 TYPES = (torch.float32, torch.bfloat16, torch.float16)
 ODD = (math.nan, math.inf, -math.inf)
 # Below and above a vector, a tile, a panel and a block of rows, of any instruction set.
@@ -38,6 +39,9 @@ def fuzz(*ops: str):
 
 
 def run(cpu: str, op: str, *args):
+    if cpu == "emulated":
+        with use_backend(cpu):
+            return getattr(torch.ops.dlvae, op)(*args)
     with mock.patch.dict(os.environ, DLVAE_CPU=cpu), use_backend("native"):
         return getattr(torch.ops.dlvae, op)(*args)
 

@@ -78,6 +78,9 @@ def test_several_tiles_and_chunks(device, monkeypatch):
         # Its sizes are fixed: chunks of 512 codes, blocks of at most 128 rows, and superblocks of 256 rows beside so
         # many codes.
         *inputs, indices = case(600, 8300, 20, 3, device)
+    elif forced_backend() == "emulated":
+        # Chunks of 128 rows, and chains of at most 1024 rows or codes.
+        *inputs, indices = case(300, 1200, 40, 3, device)
     else:
         module, name, few = {
             "triton": ("triton.tuning", "WANTED_PROGRAMS", 1),

@@ -1,0 +1,308 @@
+"""The CUDA kernels in the emulator: any order of threads, and every path that sizes or data choose."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from dlvae_kernels.backends import reference
+from dlvae_kernels.testing import assert_accurate, assert_same_topk, exact_distances, exact_products
+
+from .test_native_fuzz import THREADED
+
+# As csrc/tests/cuda/device.cpp has them.
+MULTIPROCESSORS, CHUNK_ELEMENTS = 3, 1 << 15
+TILE = 128
+
+ORDERED = {
+    **THREADED,
+    "topk_codes dot": lambda x, codes, i, w: (x, codes, 8, "dot", codes[:, 0]),
+    "one_hot": lambda x, codes, i, w: (i, len(codes), torch.bfloat16),
+    "gather_codes_fwd": lambda x, codes, i, w: (codes, i),
+    "kept_softmax_bwd": lambda x, codes, i, w: (w, w.sigmoid(), x[:, :2].abs(), x, codes, None, i, True, True, True),
+}
+
+
+@pytest.mark.parametrize("name", ORDERED)
+def test_the_order_of_threads_and_blocks_changes_no_bit(emulated, monkeypatch, name):
+    # The operations that are updated in place come with `ema_step` below.
+    x, codes = torch.randn(150, 40), torch.randn(300, 40)
+    # Rows that are searched again, rows with more ties than a selection has room for, and such as no part holds.
+    codes[40:200] = codes[40]
+    x[60:90] = codes[40]
+    x[3, 3], x[4, 4], codes[5, 5], x[6] = math.nan, math.inf, -math.inf, 1e30
+    indices = torch.rand(150, 300).argsort(1)[:, :6]
+    indices[:130, 0] = 7
+    args = ORDERED[name](x, codes, indices, torch.randn(150, 6))
+
+    def run() -> list[bytes]:
+        results = getattr(emulated, name.split()[0])(*args)
+        return [bits(each) for each in ((results,) if isinstance(results, Tensor) else results)]
+
+    expected = run()
+    for seed in "123":
+        monkeypatch.setenv("DLVAE_EMULATED_ORDER", seed)
+        assert run() == expected, f"another result with DLVAE_EMULATED_ORDER={seed}"
+
+
+def bits(values: Tensor) -> bytes:
+    # A NaN has many, of which none means anything.
+    plain = values.masked_fill(values.isnan(), math.nan) if values.is_floating_point() else values
+    return plain.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+
+
+def test_the_order_of_threads_changes_no_bit_of_the_averages(emulated, monkeypatch):
+    state, statistics = (torch.randn(70, 9), torch.rand(70), torch.randn(70, 9)), torch.rand(70, 10)
+
+    def run() -> list[Tensor]:
+        changed = [each.clone() for each in state]
+        emulated.ema_step(*changed, statistics, 0.9, 1e-5)
+        return changed
+
+    expected = run()
+    for seed in "123":
+        monkeypatch.setenv("DLVAE_EMULATED_ORDER", seed)
+        assert all(torch.equal(a, b) for a, b in zip(run(), expected, strict=True))
+
+
+def nearest(emulated, x: Tensor, codes: Tensor) -> Tensor:
+    return emulated.nearest_code(x, codes, False, "float32")[0]
+
+
+def first_of_nearest(x: Tensor, codes: Tensor) -> Tensor:
+    return exact_distances(x, codes).nan_to_num(torch.inf).argmin(1)
+
+
+@pytest.mark.parametrize("d", [1, 16, 17, 96, 97, 200])
+def test_rows_that_rounding_might_decide_are_searched_again(emulated, d):
+    codes = torch.randn(300, d).repeat_interleave(2, 0)
+    codes[1::2, 0] += 1e-6
+    # More than there are blocks.
+    x = torch.randn(40, d)
+    assert emulated.uncertain_rows(x, codes) == 40 > 4 * MULTIPROCESSORS
+    assert torch.equal(nearest(emulated, x, codes), first_of_nearest(x, codes))
+
+
+def test_few_rows_are_searched_again(emulated):
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        x, codes = torch.randn(300, 24).to(dtype), torch.randn(200, 24).to(dtype)
+        assert emulated.uncertain_rows(x, codes) < 10
+        assert torch.equal(nearest(emulated, x, codes), first_of_nearest(x, codes))
+
+
+def test_ties_between_shares_of_the_codes_take_the_lowest(emulated):
+    # One tile of rows alone: two blocks share its four tiles of codes.
+    codes = torch.randn(4 * TILE - 7, 20)
+    codes[3 * TILE :] = codes[: TILE - 7]
+    x = codes[torch.arange(40) * 12]
+    assert torch.equal(nearest(emulated, x, codes), first_of_nearest(x, codes))
+
+
+@pytest.mark.parametrize("scale", [1e-44, 1e-30, 1e-22, 3e-23, 1e-18, 1.0, 1e18, 1e30])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_nearest_of_codes_of_any_scale(emulated, dtype, scale):
+    x, codes = ((torch.randn(n, 8) * scale).to(dtype) for n in (100, 200))
+    assert torch.equal(nearest(emulated, x, codes), first_of_nearest(x, codes))
+    # Values may be beyond float32.
+    indices, _ = emulated.topk_codes(x, codes, 3, "l2", None)
+    assert torch.equal(indices, exact_distances(x, codes).sort(dim=1, stable=True).indices[:, :3])
+
+
+@pytest.mark.parametrize("outlier", [1e3, 1e8, 1e30])
+def test_a_code_that_is_not_finite_blurs_no_other(emulated, outlier):
+    x, codes = torch.randn(200, 8), torch.randn(200, 8)
+    # The scale of all parts is by this element, whose code counts for nothing.
+    codes[7, 0], codes[7, 1] = outlier, torch.inf
+    assert torch.equal(nearest(emulated, x, codes), first_of_nearest(x, codes))
+    others = torch.cat([codes[:7], codes[8:]])
+    indices, values = emulated.topk_codes(x, codes, 3, "l2", None)
+    assert_same_topk(torch.where(indices > 7, indices - 1, indices), values, x, others)
+
+
+def test_rows_and_codes_of_hugely_different_lengths(emulated):
+    x, codes = torch.randn(100, 16), torch.randn(200, 16)
+    x *= 10.0 ** torch.randint(-30, 30, (100, 1))
+    codes *= 10.0 ** torch.randint(-12, 12, (200, 1))
+    distances = exact_distances(x, codes)
+    # Beside a long row float64 rounds the short codes away.
+    found = distances.gather(1, nearest(emulated, x, codes)[:, None])
+    assert (found <= distances.amin(1, keepdim=True) * (1 + 1e-14)).all()
+    for metric, exact in (("l2", distances), ("dot", -exact_products(x, codes))):
+        indices, _ = emulated.topk_codes(x, codes, 5, metric, None)
+        best = exact.sort(dim=1, stable=True).values[:, :5]
+        torch.testing.assert_close(exact.gather(1, indices), best, rtol=1e-14, atol=0)
+
+
+@pytest.mark.parametrize("scale", [1e-10, 1e-20, 1e-25, 1e20])
+def test_products_with_codes_of_any_scale(emulated, scale):
+    # Neighbours that only exact products tell apart.
+    codes = (torch.randn(200, 64).repeat_interleave(2, 0) + 1e-7 * torch.randn(400, 64)) * scale
+    x = torch.randn(50, 64)
+    indices, _ = emulated.topk_codes(x, codes, 5, "dot", None)
+    exact = exact_products(x, codes)
+    assert torch.equal(indices, exact.sort(dim=1, descending=True, stable=True).indices[:, :5])
+
+
+def test_biases_that_are_huge_or_no_number(emulated):
+    x, codes, bias = torch.randn(20, 8), torch.randn(150, 8), torch.randn(150)
+    bias[[17, 100, 30, 60, 90]] = torch.tensor([1e31, 1e38, -1e31, math.inf, math.nan])
+    indices, values = emulated.topk_codes(x, codes, 150, "dot", bias)
+    assert (indices[:, :2] == torch.tensor([100, 17])).all()
+    assert (indices[:, -3:] == torch.tensor([30, 60, 90])).all()
+    assert (values[:, -2] == torch.inf).all() and values[:, -1].isnan().all()
+    finite = bias.isfinite().nonzero().squeeze(1)
+    place = torch.full((150,), -1)
+    place[finite] = torch.arange(len(finite))
+    assert_same_topk(
+        place[indices[:, :148]], values[:, :148], x, codes[finite], metric="dot", bias=bias[finite]
+    )
+
+
+@pytest.mark.parametrize("k", [1, 7, 40])
+def test_more_ties_than_a_selection_has_room_for(emulated, k):
+    # Beyond k + k / 4 + 32 in a power of two none are compared: without the second search nobody would write a result.
+    codes = torch.randn(300, 6)
+    codes[torch.randperm(300)[:200]] = torch.ones(6)
+    x = torch.cat([torch.ones(3, 6), torch.randn(3, 6)])
+    for metric in ("l2", "dot"):
+        indices, _ = emulated.topk_codes(x, codes, k, metric, None)
+        exact = exact_distances(x, codes) if metric == "l2" else -exact_products(x, codes)
+        assert torch.equal(indices, exact.sort(dim=1, stable=True).indices[:, :k])
+
+
+@pytest.mark.parametrize("d", [1025, 5000])
+def test_products_in_several_chains(emulated, d):
+    x, codes, bias = torch.randn(5, d), torch.randn(9, d) / d**0.5, torch.randn(9)
+    for metric, offset in (("l2", None), ("dot", bias)):
+        indices, values = emulated.topk_codes(x, codes, 9, metric, offset)
+        assert_same_topk(indices, values, x, codes, metric=metric, bias=offset)
+    assert torch.equal(nearest(emulated, x, codes), first_of_nearest(x, codes))
+    assert_softmax(emulated, x, codes, bias, torch.arange(9).expand(5, 9))
+
+
+def assert_softmax(emulated, x, weight, bias, indices, needs=(True, True, True)) -> None:
+    values, sums = emulated.kept_softmax_fwd(x, weight, bias, indices)
+    like, like_sums = reference.kept_softmax_fwd(x, weight, bias, indices)
+    double = [each if each is None else each.double() for each in (x, weight, bias)]
+    exact, exact_sums = reference.kept_softmax_fwd(*double, indices)
+    assert_accurate(values, exact, like)
+    grad = torch.randn(indices.shape)
+    found = emulated.kept_softmax_bwd(grad, values, sums, x, weight, bias, indices, *needs)
+    expected = reference.kept_softmax_bwd(grad, like, like_sums, x, weight, bias, indices, *needs)
+    true = reference.kept_softmax_bwd(grad.double(), exact, exact_sums, *double, indices, *needs)
+    for each in zip(found, true, expected, strict=True):
+        assert_accurate(*each, floor=1e-5)
+
+
+@pytest.mark.parametrize("needs", [(i & 1 > 0, i & 2 > 0, i & 4 > 0) for i in range(8)])
+def test_every_set_of_gradients_over_several_chunks(emulated, needs):
+    n, k = 2 * TILE + 5, 140
+    assert CHUNK_ELEMENTS // k // TILE <= 1, "several chunks"
+    indices = torch.randint(0, k, (n, 3))
+    assert_softmax(emulated, torch.randn(n, 20), torch.randn(k, 20), torch.randn(k), indices, needs)
+
+
+@pytest.mark.parametrize("power", [-60, 57, 60, 90])
+def test_softmax_of_rows_that_the_parts_do_not_hold(emulated, power):
+    x, weight = torch.randn(20, 8) * 2.0**power, torch.randn(30, 8) * 2.0**-power
+    indices = torch.randint(0, 30, (20, 3))
+    values, _ = emulated.kept_softmax_fwd(x, weight, None, indices)
+    exact, _ = reference.kept_softmax_fwd(x.double(), weight.double(), None, indices)
+    assert_accurate(values, exact, reference.kept_softmax_fwd(x, weight, None, indices)[0])
+
+
+@pytest.mark.parametrize("power", [-65, 65])
+def test_softmax_of_long_half_precision(emulated, power):
+    # The squares of codes, or of rows, are beyond float32; their products are not.
+    x, weight = torch.randn(20, 8) * 2.0**-power, torch.randn(30, 8) * 2.0**power
+    inputs = x.bfloat16(), weight.bfloat16(), None, torch.randint(0, 30, (20, 3))
+    values, _ = emulated.kept_softmax_fwd(*inputs)
+    exact, _ = reference.kept_softmax_fwd(inputs[0].double(), inputs[1].double(), *inputs[2:])
+    assert_accurate(values, exact, reference.kept_softmax_fwd(*inputs)[0])
+
+
+def test_softmax_of_what_is_not_finite(emulated):
+    x, weight, bias = torch.randn(20, 8), torch.randn(30, 8), torch.randn(30)
+    x[2, 1], x[3, 1], bias[5] = math.nan, math.inf, -math.inf
+    indices = torch.arange(30).expand(20, 30)
+    values, _ = emulated.kept_softmax_fwd(x, weight, bias, indices)
+    like, _ = reference.kept_softmax_fwd(x, weight, bias, indices)
+    assert torch.equal(values.isnan(), like.isnan())
+    torch.testing.assert_close(values, like, equal_nan=True)
+    weight[7, 2] = -math.inf
+    values, _ = emulated.kept_softmax_fwd(x.abs(), weight, bias, indices)
+    torch.testing.assert_close(values, reference.kept_softmax_fwd(x.abs(), weight, bias, indices)[0], equal_nan=True)
+
+
+@pytest.mark.parametrize("n", [0, 1, 127, 128, 129, 256, 1000])
+@pytest.mark.parametrize("d", [1, 130])
+def test_codes_whose_pairs_fill_many_chunks(emulated, n, d):
+    # One code has nearly all rows, and the codes beside it have none; whole numbers, of which sums are exact.
+    x = torch.randint(-8, 9, (n, d)).float()
+    indices = torch.full((n,), 3)
+    indices[::127] = 5
+    expected = torch.zeros(7, d).index_add(0, indices, x)
+    assert torch.equal(emulated.gather_codes_bwd(x, indices, 7), expected)
+    counts = torch.bincount(indices, minlength=7).float()[:, None]
+    assert torch.equal(emulated.ema_statistics(x, indices, 7), torch.cat([expected, counts], 1))
+    outside = torch.where(indices == 5, 2**40, indices)
+    expected[5] = 0
+    assert torch.equal(emulated.gather_codes_bwd(x, outside, 7), expected)
+
+
+def test_indices_out_of_range_read_nothing(emulated):
+    x, codes, values = torch.randn(9, 5), torch.randn(6, 5), torch.randn(9, 2)
+    indices = torch.randint(0, 6, (9, 2))
+    outside = indices.clone()
+    outside[0, 0], outside[1, 1], outside[2, 0] = -1, 6, -(2**62)
+    is_in = outside == indices
+    assert torch.equal(
+        emulated.sparse_decode_fwd(values, outside, codes), emulated.sparse_decode_fwd(values * is_in, indices, codes)
+    )
+    found = emulated.sparse_decode_bwd(x, values, outside, codes, True, True)
+    expected = emulated.sparse_decode_bwd(x, values * is_in, indices, codes, True, True)
+    assert torch.equal(found[0], expected[0] * is_in)
+    torch.testing.assert_close(found[1], expected[1])
+    assert not emulated.kept_softmax_fwd(x, codes, None, outside)[0][~is_in].any()
+
+
+def test_errors_name_the_argument(emulated):
+    x, codes, i, one = torch.zeros(2, 3), torch.zeros(5, 3), torch.zeros(2, 1).long(), torch.tensor(1.0)
+    row, statistics = i[:, 0], torch.zeros(5, 4)
+    for message, op, args in (
+        ("x has a dtype", "nearest_code", (x.double(), codes, False, "float32")),
+        ("x has no dimensions", "nearest_code", (one, codes, False, "float32")),
+        ("codebook has 1 dimensions", "nearest_code", (x, codes[0], False, "float32")),
+        ("codebook has no rows", "nearest_code", (x, codes[:0], False, "float32")),
+        ("x has 2 features; it needs the D = 3", "nearest_code", (x[:, :2], codes, False, "float32")),
+        ("codebook has no rows", "vector_quantize_fwd", (x, codes[:0], True, "float32")),
+        ("grad_quantized has another shape", "vector_quantize_bwd", (x[:1], one, one, x, row, 5, True, True)),
+        ("indices have 1 elements", "vector_quantize_bwd", (x, one, one, x, row[:1], 5, True, True)),
+        ("grad_codebook_loss needs", "vector_quantize_bwd", (x, x, one, x, row, 5, True, True)),
+        ("grad_commitment_loss needs", "vector_quantize_bwd", (x, one, one.double(), x, row, 5, True, True)),
+        ("k is 6; it needs to be in", "topk_codes", (x, codes, 6, "l2", None)),
+        ("k is 0; it needs to be in", "topk_codes", (x, codes, 0, "l2", None)),
+        ("k is 1025; .* at most 1024", "topk_codes", (x, codes.repeat(300, 1), 1025, "l2", None)),
+        ("metric is 'cosine'", "topk_codes", (x, codes, 1, "cosine", None)),
+        ("bias is given", "topk_codes", (x, codes, 1, "l2", torch.zeros(5))),
+        ("bias has another shape", "topk_codes", (x, codes, 1, "dot", torch.zeros(4))),
+        ("bias has another shape", "kept_softmax_fwd", (x, codes, torch.zeros(4), i)),
+        ("weight has 1 dimensions", "kept_softmax_fwd", (x, codes[0], None, i)),
+        ("indices have other rows", "kept_softmax_fwd", (x, codes, None, i[:1])),
+        ("indices have a dtype", "kept_softmax_fwd", (x, codes, None, i.int())),
+        ("grad and values need", "kept_softmax_bwd", (x, x, x[:, :2], x, codes, None, i, True, True, False)),
+        ("indices have 1 elements", "gather_codes_bwd", (x, row[:1], 5)),
+        ("codebook has 1 dimensions", "gather_codes_fwd", (x[0], row)),
+        ("indices have 1 elements", "ema_statistics", (x, row[:1], 5)),
+        ("cluster_size, embed_sum and statistics need", "ema_step", (codes, x[0], codes, statistics, 0.9, 1e-5)),
+        ("values and indices need", "sparse_decode_fwd", (x, i, codes)),
+        ("dictionary needs", "sparse_decode_fwd", (x[:, :1], i, codes[:0])),
+        ("grad needs", "sparse_decode_bwd", (x[:, :2], x[:, :1], i, codes, True, True)),
+        ("indices have 3 dimensions", "one_hot", (i[None], 5, torch.float32)),
+        ("num_codes is 0", "one_hot", (row, 0, torch.float32)),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            getattr(emulated, op)(*args)
