@@ -27,7 +27,7 @@ __global__ void __launch_bounds__(RowBlock::THREADS) largest_element_kernel(Rows
 // Rows [begin, end) to parts, padding included. IS_CODES: by the scale of the codebook, with half norms to `numbers`;
 // else each by its own, with `inverse` and then `lengths` to `numbers`.
 template <class Half, int PARTS, bool IS_CODES>
-__global__ void __launch_bounds__(RowBlock::THREADS) pack_kernel(
+__global__ void __launch_bounds__(RowBlock::THREADS, 2) pack_kernel(
     Rows rows, int64_t begin, int64_t end, Half* parts, int64_t count, int depth, float* numbers, float* extent) {
   __shared__ int64_t offsets[RowBlock::ROWS];
   __shared__ RowBlock::Tile tile;
@@ -38,6 +38,7 @@ __global__ void __launch_bounds__(RowBlock::THREADS) pack_kernel(
   float largest[OWN] = {};
   double squares[OWN] = {};
   const int common = PARTS == 1 ? 0 : exponent_for(extent[0]);
+  const double unit = ldexp(1.0, common);
   const auto for_tiles = [&](const auto& f) {
     for (int64_t feature = 0; feature < rows.features; feature += RowBlock::FEATURES) {
       __syncthreads();
@@ -53,7 +54,7 @@ __global__ void __launch_bounds__(RowBlock::THREADS) pack_kernel(
   for_tiles([&](int i, int64_t, float value) {
     // NaN as infinity, which a maximum keeps.
     largest[i] = fmaxf(largest[i], value - value == 0 ? fabsf(value) : INFINITY);
-    const double scaled = ldexp((double)value, common);
+    const double scaled = value * unit;
     squares[i] += scaled * scaled;
   });
   int exponents[OWN];
