@@ -13,6 +13,12 @@
 
 #include "fiber.h"
 
+// Where the variables that are __shared__ lie, if there are any.
+extern "C" {
+extern char __start_dlvae_shared[] __attribute__((weak, visibility("hidden")));
+extern char __stop_dlvae_shared[] __attribute__((weak, visibility("hidden")));
+}
+
 namespace dlvae::emulator {
 
 Fiber* current;
@@ -239,6 +245,7 @@ void run(const char* name, dim3 grid, dim3 block_shape, size_t shared_bytes, Bod
     for (const size_t i : order_of_blocks(layer * grid.z)) {
       block_index = dim3(i % across, i % layer / across, i / layer);
       std::memset(shared_memory, 0xff, shared_bytes);
+      std::memset(__start_dlvae_shared, 0xff, __stop_dlvae_shared - __start_dlvae_shared);
       run_block();
     }
   } catch (const std::exception& error) {

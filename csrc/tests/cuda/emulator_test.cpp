@@ -133,6 +133,15 @@ void test_lanes() {
   });
 }
 
+void test_shared_variables() {
+  run(3, WARP, 0, [] {
+    __shared__ int values[WARP];
+    CHECK(values[lane_index()] == -1, "shared memory of another block");
+    __syncwarp();
+    values[lane_index()] = lane_index();
+  });
+}
+
 void test_blocks() {
   std::vector<int> sums(2 * 3 * 4);
   run(dim3(4, 3, 2), 8 * WARP, 8 * sizeof(int), [&] {
@@ -305,6 +314,9 @@ int main() {
   test_products<__half>();
   test_products<__nv_bfloat16>();
   test_lanes();
+#if !defined(__SANITIZE_ADDRESS__)
+  test_shared_variables();
+#endif
   test_blocks();
   test_orders();
   test_copies();
