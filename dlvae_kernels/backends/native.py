@@ -15,6 +15,8 @@ _REASON = _LIBRARY.with_name("native_cpu.reason.txt")
 _CUDA_LIBRARY, _CUDA_REASON = _LIBRARY.with_name("native_cuda.abi3.so"), _LIBRARY.with_name("native_cuda.reason.txt")
 _OLDEST_TORCH = (2, 10)
 _OLDEST_GPU = (8, 0)
+# Of topk_codes on CUDA: csrc/cuda/topk_codes.cu, MOST_K.
+_MOST_KEPT = 1024
 _TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.int64)
 
 
@@ -101,6 +103,8 @@ def why_not(op: str, *args: Any) -> str | None:
         if tensor.dtype not in _TYPES:
             return f"it has no kernel for {tensor.dtype}"
     if tensors and tensors[0].device.type == "cuda":
+        if op == "topk_codes" and len(args) > 2 and args[2] > _MOST_KEPT:
+            return f"it keeps at most {_MOST_KEPT} codes of a row, and k is {args[2]}"
         return _why_not_cuda(op, tensors[0].device)
     return _why_not_cpu()
 

@@ -102,4 +102,5 @@ def test_reasons_that_it_cannot_run(on_cuda, monkeypatch, tmp_path):
     assert "compute capability (8, 0) or newer, and cuda:0 has (7, 5)" in why_not("native", "one_hot", *on_cuda)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     assert why_not("native", "one_hot", *on_cuda) is None
+    assert "at most 1024 codes of a row, and k is 1025" in why_not("native", "topk_codes", *on_cuda, 1025, "l2", None)
     assert "no kernel for torch.float64" in why_not("native", "one_hot", *(x.double() for x in on_cuda))
