@@ -73,7 +73,8 @@ __device__ uint64_t ordered(double value) {
 
 constexpr int DIGIT = 8, BINS = 1 << DIGIT;
 
-// The k-th lowest of `count` keys, key(i) each, by all threads of the block, from the highest digit on.
+// The k-th lowest of `count` keys, key(i) each, by all threads of the block, from the highest digit on. The block is
+// synchronised before the first key is taken and after the last.
 template <class Key, class F>
 __device__ Key kth_lowest(int64_t count, int64_t k, const F& key) {
   __shared__ int bins[BINS];
@@ -99,7 +100,6 @@ __device__ Key kth_lowest(int64_t count, int64_t k, const F& key) {
     __syncthreads();
     prefix |= (Key)chosen << shift;
     k = left;
-    __syncthreads();
   }
   return prefix;
 }
@@ -213,7 +213,6 @@ __global__ void __launch_bounds__(THREADS, 4) rescan_kernel(Topk t, const int* l
       own[code] = is_nan_row ? 0 : is_last ? (double)INFINITY : fabs(score) <= DBL_MAX ? score : DBL_MAX;
     }
     if (threadIdx.x == 0) count = 0;
-    __syncthreads();
     const uint64_t kth = kth_lowest<uint64_t>(t.codes.count, t.k, [&](int64_t i) { return ordered(own[i]); });
     for (int64_t code = threadIdx.x; code < t.codes.count; code += THREADS)
       if (ordered(own[code]) < kth) found[atomicAdd(&count, 1)] = {own[code], (int)code};
@@ -229,7 +228,6 @@ __global__ void __launch_bounds__(THREADS, 4) rescan_kernel(Topk t, const int* l
     }
     sort_exact(found, (int)t.k);
     put(t, row, row_at, found);
-    __syncthreads();
   }
 }
 
