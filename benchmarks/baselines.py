@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import mse_loss
 
+from dlvae_kernels.backends import native, use_backend
+
 from .entry import Call, Inputs, MissingError
 
 
@@ -31,6 +33,23 @@ def library(name: str, extra: str = "bench") -> ModuleType:
 def needs(device: str, inputs: Inputs) -> None:
     if inputs.x.device.type != device:
         raise MissingError("it needs a CUDA device" if device == "cuda" else "it runs on the CPU alone")
+
+
+def in_cuda_cpp(prepare: Callable[[Inputs], Call], inputs: Inputs) -> Call:
+    """Ours on the compiled kernels of a GPU."""
+    needs("cuda", inputs)
+    if (reason := native.why_no_cuda_kernels()) is not None:
+        raise MissingError(reason)
+
+    def forced(function: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any) -> Any:
+            with use_backend("native"):
+                return function(*args)
+
+        return run
+
+    call = prepare(inputs)
+    return Call(forced(call.forward), forced(call.backward) if call.backward else None, call.answer)
 
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:

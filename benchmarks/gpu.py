@@ -18,7 +18,7 @@ from . import results, run, targets, training
 # Seconds, together with what starts in between under ten minutes.
 _TESTS, _SANITIZER, _BENCHMARK, _TRAINING, _TIMING = 200, 40, 110, 70, 110
 # Tests that launch every kernel on small inputs: under the sanitizer everything is slow.
-_SMALL = "triton-cuda and (by_hand or integers or told_apart)"
+_SMALL = "(triton-cuda or native-cuda) and (by_hand or integers or told_apart)"
 _UPDATES = 2000
 # Enough to project all of the notebook's from.
 _TIMED_UPDATES = 20_000

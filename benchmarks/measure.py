@@ -121,7 +121,7 @@ def prepare(entry: Entry, contender: Contender, inputs: list[Inputs]) -> Result:
         result.reason = f"missing: {error}"
     except Exception as error:
         # Another library may raise anything; ours must not.
-        if contender.exact and not isinstance(error, torch.OutOfMemoryError):
+        if contender is entry.contenders[0] and not isinstance(error, torch.OutOfMemoryError):
             raise
         result.reason = (
             f"failed: {type(error).__name__}: {str(error).strip().splitlines()[0][:200] if str(error) else ''}"

@@ -41,8 +41,12 @@ from .sparse_coding import SPARSE_AUTOENCODER, TOPK_PRODUCTS
 from .training import TRAINING
 
 
-def _ours(prepare: Callable[[Inputs], Call]) -> Contender:
-    return Contender("dlvae_kernels", prepare, exact=True)
+def _ours(prepare: Callable[[Inputs], Call]) -> tuple[Contender, Contender]:
+    """Ours as it chooses a backend, and on a GPU the kernels in CUDA C++, to which it prefers Triton's."""
+    return (
+        Contender("dlvae_kernels", prepare, exact=True),
+        Contender("dlvae_kernels, CUDA C++", lambda inputs: baselines.in_cuda_cpp(prepare, inputs), exact=True),
+    )
 
 
 def _search(function: Callable[[Tensor, Tensor], Any]) -> Callable[[Inputs], Call]:
@@ -81,7 +85,7 @@ NEAREST_CODE = Entry(
         ),
     },
     (
-        _ours(_search(dlvae.nearest_code)),
+        *_ours(_search(dlvae.nearest_code)),
         Contender("plain PyTorch", _search(baselines.argmin)),
         Contender("plain PyTorch, tf32", baselines.argmin_tf32, precision="tf32"),
         Contender("torch.compile", _compiled_search(baselines.argmin)),
@@ -112,7 +116,7 @@ TOPK_CODES = Entry(
     ("topk_codes",),
     {"cpu": (DICTIONARY, LASER), "cuda": (DICTIONARY, LASER, SAE)},
     (
-        _ours(_topk(dlvae.topk_codes)),
+        *_ours(_topk(dlvae.topk_codes)),
         Contender("plain PyTorch", _topk(baselines.topk)),
         Contender("torch.compile", _topk_compiled),
         Contender("torch.cdist", _topk(baselines.topk_by_cdist)),
@@ -144,7 +148,7 @@ ONE_HOT = Entry(
     ("one_hot",),
     {"cpu": (CIFAR,), "cuda": (CIFAR, VQGAN)},
     (
-        _ours(_one_hot(dlvae.one_hot)),
+        *_ours(_one_hot(dlvae.one_hot)),
         Contender("F.one_hot", _one_hot(lambda i, k: torch.nn.functional.one_hot(i, k).float())),
         Contender(
             "scatter_", _one_hot(lambda i, k: torch.zeros(len(i), k, device=i.device).scatter_(1, i[:, None], 1))
@@ -175,7 +179,7 @@ GATHER_CODES = Entry(
     ("gather_codes_fwd", "gather_codes_bwd"),
     {"cpu": (CIFAR, LLAMAGEN), "cuda": (CIFAR, LLAMAGEN, VQVAE2)},
     (
-        _ours(_gather(dlvae.gather_codes)),
+        *_ours(_gather(dlvae.gather_codes)),
         Contender("F.embedding", _gather(lambda codes, i: torch.nn.functional.embedding(i, codes))),
         Contender("indexing", _gather(lambda codes, i: codes[i])),
     ),
@@ -212,7 +216,7 @@ VECTOR_QUANTIZE = Entry(
     ("vector_quantize_fwd", "vector_quantize_bwd"),
     {"cpu": (CIFAR, LLAMAGEN), "cuda": (CIFAR, WIDE, VQGAN, LLAMAGEN, VQVAE2)},
     (
-        _ours(_quantize(_vector_quantize)),
+        *_ours(_quantize(_vector_quantize)),
         Contender("plain PyTorch", _quantize(baselines.quantize)),
         Contender("torch.compile", lambda inputs: _quantize(compiled(baselines.quantize))(inputs)),
         Contender("one-hot matmul", _quantize(baselines.quantize_by_one_hot)),
@@ -257,7 +261,7 @@ EMA_UPDATE = Entry(
     ("ema_statistics", "ema_step"),
     {"cpu": (CIFAR, VQGAN), "cuda": (CIFAR, VQVAE2, VQGAN, KMEANS)},
     (
-        _ours(_ema(_ema_update)),
+        *_ours(_ema(_ema_update)),
         Contender("one-hot matmul", _ema(baselines.ema_by_one_hot)),
         Contender("index_add_", _ema(baselines.ema_by_index_add)),
         Contender("torch.compile", lambda inputs: _ema(compiled(baselines.ema_by_one_hot))(inputs)),
@@ -293,7 +297,7 @@ SPARSE_DECODE = Entry(
     ("sparse_decode_fwd", "sparse_decode_bwd"),
     {"cpu": (DICTIONARY, LASER), "cuda": (DICTIONARY, LASER, SAE)},
     (
-        _ours(_decode(dlvae.sparse_decode)),
+        *_ours(_decode(dlvae.sparse_decode)),
         Contender("dense matmul", _decode(baselines.decode_densely)),
         Contender("embedding_bag", _decode(baselines.decode_by_embedding_bag)),
         Contender(
@@ -343,7 +347,7 @@ KEPT_SOFTMAX = Entry(
     ("kept_softmax_fwd", "kept_softmax_bwd"),
     {"cpu": (DICTIONARY, LASER), "cuda": (DICTIONARY, LASER)},
     (
-        _ours(_softmax(dlvae.kept_softmax)),
+        *_ours(_softmax(dlvae.kept_softmax)),
         Contender("plain PyTorch", _softmax(baselines.softmax_at)),
         Contender("torch.compile", lambda inputs: _softmax(compiled(baselines.softmax_at))(inputs)),
     ),

@@ -25,6 +25,7 @@ from .sizes import (
 )
 
 OURS = "dlvae_kernels"
+CUDA_CPP = "dlvae_kernels, CUDA C++"
 _MIDDLE = GROWTH["cuda"][0]
 
 
@@ -37,14 +38,17 @@ class Speed:
     contender: str
     least: float
     only: str | None = None  # "forward" or "backward"
+    ours: str = OURS
 
     def __str__(self) -> str:
-        what = f"{self.op} {self.only}" if self.only else self.op
+        what = " ".join(filter(None, (self.op, self.only, self.ours.removeprefix(OURS).strip(", "))))
         return f"{what} at {self.size} {self.size.precision}: {self.least:g}x as fast as {self.contender}"
 
     def reached(self, rows: Iterable[Row]) -> tuple[bool, str] | None:
         """Whether it is held, and the figures; None where one of the two was not measured right."""
-        mine, theirs = (_milliseconds(rows, self.op, self.size, name, self.only) for name in (OURS, self.contender))
+        mine, theirs = (
+            _milliseconds(rows, self.op, self.size, name, self.only) for name in (self.ours, self.contender)
+        )
         if mine is None or theirs is None:
             return None
         return theirs >= self.least * mine, f"{theirs / mine:.2f}x: {mine:.4g} ms against {theirs:.4g} ms"
@@ -69,6 +73,18 @@ class Memory:
 
 Target = Speed | Memory
 
+# Each operation, and what one would write in plain PyTorch.
+_PLAIN = (
+    ("nearest_code", WIDE, "plain PyTorch"),
+    ("topk_codes", DICTIONARY, "plain PyTorch"),
+    ("one_hot", CIFAR, "F.one_hot"),
+    ("gather_codes", VQVAE2, "F.embedding"),
+    ("vector_quantize", WIDE, "plain PyTorch"),
+    ("ema_update", VQVAE2, "one-hot matmul"),
+    ("sparse_decode", DICTIONARY, "dense matmul"),
+    ("kept_softmax", DICTIONARY, "plain PyTorch"),
+)
+
 _CUDA: tuple[Target, ...] = (
     *(
         Speed("nearest_code", size, name, least)
@@ -89,6 +105,8 @@ _CUDA: tuple[Target, ...] = (
     Speed("DictionaryLearning", DICTIONARY, "notebook", 4),
     Speed("SparseAutoencoder", SAE, "sparsify", 2),
     Memory("nearest_code", LARGEST, 200),
+    *(Speed(op, size, plain, 1.5, ours=CUDA_CPP) for op, size, plain in _PLAIN),
+    *(Speed(op, size, OURS, 0.5, ours=CUDA_CPP) for op, size, _ in _PLAIN),
 )
 
 _CPU: tuple[Target, ...] = (

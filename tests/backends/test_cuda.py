@@ -7,13 +7,19 @@ import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+import triton
+from PIL import Image
 from torch._subclasses import FakeTensorMode
 
-from dlvae_kernels.backends import native, why_not
-from tests.emulated_cuda import HAS_COMPILER, LIBRARY, ROOT, make
+from dlvae_kernels.backends import BACKENDS, choose, native, reference, use_backend, why_not
+from models.config import Config
+from models.train import Run
+from tests.emulated_cuda import HAS_COMPILER, LIBRARY, ROOT, EmulatedCuda, make
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # Of every architecture that there are kernels for.
@@ -21,6 +27,12 @@ ARCHITECTURES = {"80", "86", "89", "90", "100", "120"}
 
 needs_compiler = pytest.mark.skipif(not HAS_COMPILER, reason="no make or no g++")
 needs_nvcc = pytest.mark.skipif(shutil.which("make") is None or shutil.which("nvcc") is None, reason="no nvcc")
+
+
+def cuobjdump(*words: object) -> str:
+    """NVIDIA's tool that reads compiled kernels, which comes with Triton."""
+    program = shutil.which("cuobjdump") or Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    return subprocess.run([program, *words], check=True, capture_output=True, text=True).stdout
 
 
 @needs_compiler
@@ -36,7 +48,7 @@ def test_every_operation_in_the_emulator():
     environment = {**os.environ, "DLVAE_EMULATED_CUDA": str(LIBRARY)}
     result = subprocess.run([sys.executable, *words], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout[-4000:]
-    assert int(re.search(r"(\d+) passed", result.stdout)[1]) >= 8
+    assert int(re.search(r"(\d+) passed", result.stdout)[1]) >= 310
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -63,12 +75,23 @@ def test_ones_beyond_the_codes_have_no_place(emulated, dtype, num_codes):
 @pytest.mark.slow
 @needs_nvcc
 def test_every_kernel_compiles_for_every_architecture_without_spills():
-    make("cuda", "DLVAE_CUDA_ARCHS=all")
+    make("-j2", "cuda", "DLVAE_CUDA_ARCHS=all")
     folder = ROOT / "build" / "cuda" / "80-86-89-90-100-120"
     found = "".join(path.read_text() for path in folder.glob("*.ptxas.txt"))
     assert set(re.findall(r"Compiling entry function '\S*' for 'sm_(\d+)'", found)) == ARCHITECTURES
     assert set(re.findall(r"(\d+) bytes spill", found)) == {"0"}
-    assert (ROOT / "dlvae_kernels" / "native_cuda.abi3.so").exists()
+    library = ROOT / "dlvae_kernels" / "native_cuda.abi3.so"
+    assert set(re.findall(r"sm_(\d+)", cuobjdump("--list-elf", library))) == ARCHITECTURES
+    assert set(re.findall(r"sm_(\d+)", cuobjdump("--list-ptx", library))) == {"120"}
+
+
+@pytest.mark.slow
+@needs_nvcc
+@pytest.mark.parametrize("file", ["search", "products"])
+def test_tensor_cores_and_copies_ahead_are_used(file):
+    code = cuobjdump("-sass", "-arch", "sm_90", ROOT / f"build/cuda/80-86-89-90-100-120/{file}.cu.o")
+    for instruction in ("HMMA.16816.F32 ", "HMMA.16816.F32.BF16 ", "LDGSTS.E.BYPASS.128", "LDSM.16.M88.4"):
+        assert instruction in code
 
 
 @pytest.fixture
@@ -104,3 +127,46 @@ def test_reasons_that_it_cannot_run(on_cuda, monkeypatch, tmp_path):
     assert why_not("native", "one_hot", *on_cuda) is None
     assert "at most 1024 codes of a row, and k is 1025" in why_not("native", "topk_codes", *on_cuda, 1025, "l2", None)
     assert "no kernel for torch.float64" in why_not("native", "one_hot", *(x.double() for x in on_cuda))
+
+
+@pytest.mark.skipif(native._load() is not None, reason=f"native: {native._load()}")
+def test_a_gpu_without_triton_has_the_compiled_kernels(on_cuda, monkeypatch):
+    monkeypatch.setitem(sys.modules, "triton", None)
+    assert why_not("triton", "nearest_code", *on_cuda) == "the package triton is not installed"
+    monkeypatch.setattr(native, "_load_cuda", lambda: None)
+    monkeypatch.setattr(torch._C, "_dispatch_has_kernel_for_dispatch_key", lambda name, key: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    for op in reference.__all__:
+        assert choose(op, *on_cuda, 1) is getattr(torch.ops.dlvae_native, op)
+    # What they cannot take goes to the reference.
+    assert choose("topk_codes", *on_cuda, 1025) is reference.topk_codes
+
+
+@needs_compiler
+@pytest.mark.parametrize("model", ["vqvae", "vqvae-ema", "dlvae"])
+def test_models_train_without_triton(model, monkeypatch, tmp_path):
+    """Their kernels run in the emulator, on tensors of the CPU."""
+    make("cuda-emulated")
+    config = Config(
+        model=model,
+        data=f"folder:{photographs(tmp_path)}",
+        **{"hiddens": 8, "residual_hiddens": 4, "num_embeddings": 40, "embedding_dim": 8, "sparsity_level": 4},
+        **{"batch_size": 2, "lr": 1e-2, "schedule": "constant", "device": "cpu", "precision": "float32"},
+    )
+    losses = {}
+    for name, module in (("reference", reference), ("native", EmulatedCuda(str(LIBRARY)))):
+        monkeypatch.setitem(BACKENDS, name, module)
+        monkeypatch.setitem(sys.modules, "triton", None)
+        with use_backend(name):
+            run = Run(config, tmp_path / name)
+            losses[name] = torch.stack([run.step() for _ in range(12)])[:, 1]  # of (nmse, loss, perplexity)
+    torch.testing.assert_close(losses["native"][:4], losses["reference"][:4], rtol=1e-3, atol=1e-4)
+    assert losses["native"][-3:].mean() < losses["native"][:3].mean()
+
+
+def photographs(folder: Path) -> Path:
+    generator = np.random.default_rng(0)
+    for i in range(20):
+        coarse = generator.integers(0, 256, (2, 2, 3), dtype=np.uint8)
+        Image.fromarray(coarse).resize((32, 32), Image.Resampling.BILINEAR).save(folder / f"{i}.png")
+    return folder
