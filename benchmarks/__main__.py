@@ -18,7 +18,7 @@ import torch
 from dlvae_kernels.functional.checks import check_size
 from models.build import pick_device
 
-from . import gpu, plot, readme, results, run, targets, updates, verify
+from . import gpu, plot, readme, recipes, results, run, targets, updates, verify
 from .registry import ENTRIES
 
 
@@ -80,6 +80,7 @@ def _parser() -> argparse.ArgumentParser:
     updating.add_argument("--updates", type=int, default=20, help="to time in each round")
     updating.add_argument("--rounds", type=int, default=3, help="in which the contenders take turns")
     updating.add_argument("--csv", type=Path, help="where rows go; by default benchmarks/results/updates-DEVICE.csv")
+    recipes.add_arguments(commands.add_parser("recipes", help="how many updates recipes of training take to an error"))
     verifies = commands.add_parser("verify", help="test an operation, then time it against another commit")
     _add_selection(verifies.add_argument, "store")
     verifies.add_argument("--base", default="main", help="the commit to compare with")
@@ -130,6 +131,8 @@ def _run(arguments: argparse.Namespace) -> int:
         path = arguments.csv or results.FOLDER / f"updates-{device.type}.csv"
         updates.measure(device, path, arguments.updates, arguments.rounds)
         return 0
+    if arguments.command == "recipes":
+        return recipes.main(arguments)
     if arguments.command == "compare":
         return _compare(arguments)
     if arguments.command == "cpu":
