@@ -159,7 +159,9 @@ def test_models_train_without_triton(model, monkeypatch, tmp_path):
         monkeypatch.setitem(sys.modules, "triton", None)
         with use_backend(name):
             run = Run(config, tmp_path / name)
-            losses[name] = torch.stack([run.step() for _ in range(12)])[:, 1]  # of (nmse, loss, perplexity)
+            for _ in range(12):
+                run.step()
+            losses[name] = torch.tensor([loss for _, loss, _ in run._step.read(run.ranks).rows(0, 12)])
     torch.testing.assert_close(losses["native"][:4], losses["reference"][:4], rtol=1e-3, atol=1e-4)
     assert losses["native"][-3:].mean() < losses["native"][:3].mean()
 
