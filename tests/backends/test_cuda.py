@@ -75,7 +75,7 @@ def test_ones_beyond_the_codes_have_no_place(emulated, dtype, num_codes):
 @pytest.mark.slow
 @needs_nvcc
 def test_every_kernel_compiles_for_every_architecture_without_spills():
-    make("-j2", "cuda", "DLVAE_CUDA_ARCHS=all")
+    make("cuda", "DLVAE_CUDA_ARCHS=all")
     folder = ROOT / "build" / "cuda" / "80-86-89-90-100-120"
     found = "".join(path.read_text() for path in folder.glob("*.ptxas.txt"))
     assert set(re.findall(r"Compiling entry function '\S*' for 'sm_(\d+)'", found)) == ARCHITECTURES
