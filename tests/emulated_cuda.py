@@ -18,7 +18,9 @@ _TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.int64)
 
 
 def make(*words: str) -> subprocess.CompletedProcess:
-    result = subprocess.run(["make", "-j2", f"PYTHON={sys.executable}", *words], cwd=ROOT, capture_output=True, text=True)
+    result = subprocess.run(
+        ["make", "-j2", f"PYTHON={sys.executable}", *words], cwd=ROOT, capture_output=True, text=True
+    )
     assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-4000:]
     return result
 

@@ -18,10 +18,9 @@ inline __device__ float unit_of(const float* extent, bool is_split) {
 }
 
 // How far a product may be off, as a share of |x| |c|: the parts leave out 2^-20, and each of D / 16 additions on tensor
-// cores, for each of 4 terms, may cut off 2^-22 of its sum. That is no bound for any numbers: 16 addends, each cut at
-// 2^-24 of the largest (Fasi et al. 2021, doi:10.7717/peerj-cs.330), could lose 2^-20 where one is as large as |x| |c|
-// all along and the others lose nearly all they can. Of numbers that are alike each loses half, of a sum that grows.
-inline __device__ float error_of_products(int64_t features) { return 0x1p-19f * (1 + (float)features / 32); }
+// cores, for each of 4 terms, cuts each of 16 addends at 2^-24 of the largest (Fasi et al. 2021,
+// doi:10.7717/peerj-cs.330), which is at most |x| |c|.
+inline __device__ float error_of_products(int64_t features) { return 0x1p-20f * (1 + (float)features / 4); }
 // And a score, as a share of the half norms or biases that it is taken from.
 constexpr float ERROR_OF_START = 0x1p-22f;
 // And what underflows, which products of half-precision numbers may.
