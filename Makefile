@@ -40,7 +40,7 @@ build/asan/tests: $(ASAN_OBJECTS)
 
 build/asan/%.o: %.cpp Makefile
 	@mkdir -p $(@D)
-	$(CXX) $(ASAN) -MMD -c $< -o $@
+	$(CXX) $(ASAN) -MMD -MP -c $< -o $@
 
 -include $(ASAN_OBJECTS:.o=.d)
 
@@ -73,7 +73,7 @@ $(CUDA_BUILD)/native_cuda.abi3.so: $(CUDA_OBJECTS)
 
 $(CUDA_BUILD)/%.o: csrc/cuda/% Makefile
 	@mkdir -p $(@D)
-	$(NVCC) $(NVCC_FLAGS) -MMD -c $< -o $@ 2> $(@:.o=.ptxas.txt) || { cat $(@:.o=.ptxas.txt); exit 1; }
+	$(NVCC) $(NVCC_FLAGS) -MMD -MP -c $< -o $@ 2> $(@:.o=.ptxas.txt) || { cat $(@:.o=.ptxas.txt); exit 1; }
 
 -include $(CUDA_OBJECTS:.o=.d)
 
@@ -101,7 +101,7 @@ $(EMULATED_BUILD)/tests: $(EMULATED_TESTS)
 
 $(EMULATED_BUILD)/%.o: % Makefile
 	@mkdir -p $(@D)
-	$(CXX) $(EMULATED_FLAGS) -MMD -x c++ -c $< -o $@
+	$(CXX) $(EMULATED_FLAGS) -MMD -MP -x c++ -c $< -o $@
 
 -include $(EMULATED_OBJECTS:.o=.d)
 

@@ -45,6 +45,8 @@ struct InFloat32 {
 
   static int64_t steps(int64_t features) { return features; }
 
+  // How often each word of a packed row stands there side by side.
+  static constexpr int COPIES = 1;
   static DLVAE_INLINE Vector spread(const uint32_t* word) { return fill(load<float>(word)); }
   static DLVAE_INLINE Vector add_product(Vector sum, Vector a, Vector b) { return sum + a * b; }
   static DLVAE_INLINE Score sum(Score score, float margin) { return score + margin; }
@@ -97,7 +99,7 @@ DLVAE_INLINE void vector_scores(
     });
     unroll<R>([&](auto r) {
       constexpr int j = decltype(r)::value;
-      const Vector value = A::spread(x + j * ld + s);
+      const Vector value = A::spread(x + j * ld + s * A::COPIES);
       unroll<V>([&](auto v) {
         constexpr int i = decltype(v)::value;
         sums[j][i] = A::add_product(sums[j][i], value, codes[i]);

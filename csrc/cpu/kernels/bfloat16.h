@@ -16,6 +16,7 @@ struct InBFloat16 {
   using Score = float;
   static constexpr Score LARGEST = 3e38f;
   // Two tiles of rows by two of codes.
+  static constexpr int COPIES = 1;
   static constexpr int BLOCK_ROWS = 2 * TILE_ROWS;
   static constexpr int GROUPED_ROWS = BLOCK_ROWS;
 

@@ -44,7 +44,14 @@ struct InInt16 {
 
   static int64_t steps(int64_t features) { return (features + 1) / 2; }
 
+#if defined(DLVAE_VNNI)
+  static constexpr int COPIES = 1;
   static DLVAE_INLINE Vector spread(const uint32_t* word) { return fill(load<int32_t>(word)); }
+#else
+  // SSE2 takes an instruction to spread a word: here once, and not again for each code.
+  static constexpr int COPIES = WIDTH;
+  static DLVAE_INLINE Vector spread(const uint32_t* word) { return load<Ints>(word); }
+#endif
   static DLVAE_INLINE Vector add_product(Vector sum, Vector a, Vector b) {
     return add_pairs(sum, a, b);
   }

@@ -81,11 +81,12 @@ struct Block {
   using Vector = typename A::Vector;
   static_assert(BLOCK % A::BLOCK_ROWS == 0);
 
-  explicit Block(const Codebook& book) : steps(book.steps), words(BLOCK * book.steps), lanes(BLOCK) {}
+  explicit Block(const Codebook& book)
+      : steps(book.steps), ld(book.steps * A::COPIES), words(BLOCK * ld), lanes(BLOCK) {}
 
   int64_t count;  // rows, padded with zeros to a multiple of A::BLOCK_ROWS
-  int64_t steps;
-  Buffer<uint32_t> words;  // [BLOCK, steps]
+  int64_t steps, ld;
+  Buffer<uint32_t> words;  // [BLOCK, steps, COPIES]
   Buffer<Lanes<Vector>> lanes;
   Measure measure;
   float per_score;       // units of a score that make one in the scale of the codes
@@ -128,11 +129,13 @@ void pack_rows(const Codebook& book, const float* x, int64_t count, Block<A>& bl
   const float unit = A::row_unit(book, block.measure);
   block.per_score = A::per_score(book, unit);
   for (int64_t r = 0; r < block.count; ++r) {
-    uint32_t* words = block.words + r * block.steps;
+    uint32_t* words = block.words + r * block.ld;
     if (r < count && !block.measure.is_slow[r]) {
       block.margins[r] = A::pack_row(book, x + r * book.features, unit, block.measure.norms[r], words);
+      for (int64_t s = block.steps - 1; A::COPIES > 1 && s >= 0; --s)
+        for (int i = A::COPIES - 1; i >= 0; --i) words[s * A::COPIES + i] = words[s];
     } else {
-      memset(words, 0, block.steps * sizeof(uint32_t));
+      memset(words, 0, block.ld * sizeof(uint32_t));
     }
   }
 }
@@ -157,14 +160,14 @@ void scan(const Codebook& book, Block<A>& block) {
     const auto* start = A::starts(book.start + p0 * PANEL, (p1 - p0) * PANEL, block.per_score, converted);
     for (int64_t p = p0; p < p1; p += GROUPED ? GROUP : 1) {
       for (int64_t r = 0; r < block.count; r += R) {
-        const uint32_t* rows = block.words + r * steps;
+        const uint32_t* rows = block.words + r * block.ld;
         Lanes<Vector>* lanes = block.lanes + r;
         if constexpr (GROUPED) {
           Vector low[R];
           unroll<R>([&](auto i) { low[decltype(i)::value] = fill(A::LARGEST); });
           for (int64_t q = p; q < (p + GROUP < p1 ? p + GROUP : p1); ++q) {
             Vector sums[R][2];
-            A::scores(start + (q - p0) * PANEL, rows, steps, book.words + q * steps * PANEL, steps, sums);
+            A::scores(start + (q - p0) * PANEL, rows, block.ld, book.words + q * steps * PANEL, steps, sums);
             unroll<R>([&](auto i) {
               constexpr int j = decltype(i)::value;
               low[j] = smaller(low[j], smaller(sums[j][0], sums[j][1]));
@@ -179,7 +182,7 @@ void scan(const Codebook& book, Block<A>& block) {
           });
         } else {
           Vector sums[R][2];
-          A::scores(start + (p - p0) * PANEL, rows, steps, book.words + p * steps * PANEL, steps, sums);
+          A::scores(start + (p - p0) * PANEL, rows, block.ld, book.words + p * steps * PANEL, steps, sums);
           const Ints id = fill((int32_t)(2 * p)), next = fill((int32_t)(2 * p + 1));
           unroll<R>([&](auto i) {
             constexpr int j = decltype(i)::value;
@@ -224,7 +227,7 @@ void compare_close(
   constexpr int64_t STRIDE = 4;  // panels
   const int64_t panels = panels_of(book), steps = block.steps;
   Buffer<typename A::Score> converted(STRIDE * PANEL);
-  const uint32_t* words = block.words + row * steps;
+  const uint32_t* words = block.words + row * block.ld;
   const auto compare = [&](Vector score, int64_t first) {
     const Ints is_close = score <= threshold;
     if (any(is_close)) compare_lanes(is_close, first, nearest);
@@ -233,7 +236,7 @@ void compare_close(
     constexpr int V = decltype(vectors)::value;
     Vector sums[1][V];
     const auto* start = A::starts(book.start + p * PANEL, V * WIDTH, block.per_score, converted);
-    A::scores(start, words, steps, book.words + p * steps * PANEL, steps, sums);
+    A::scores(start, words, block.ld, book.words + p * steps * PANEL, steps, sums);
     unroll<V>([&](auto v) { compare(sums[0][decltype(v)::value], p * PANEL + decltype(v)::value * WIDTH); });
   };
   int64_t p = 0;
@@ -368,16 +371,17 @@ inline int64_t repeat_scores(int64_t rounds) {
   in_arithmetic_of(book, [&](auto arithmetic) {
     using A = decltype(arithmetic);
     const int64_t steps = A::steps(FEATURES);
-    Buffer<uint32_t> rows(A::BLOCK_ROWS * steps), codes(PANEL * steps);
+    const int64_t ld = steps * A::COPIES;
+    Buffer<uint32_t> rows(A::BLOCK_ROWS * ld), codes(PANEL * steps);
     Buffer<typename A::Score> start(PANEL);
-    memset(rows, 0, A::BLOCK_ROWS * steps * sizeof(uint32_t));
+    memset(rows, 0, A::BLOCK_ROWS * ld * sizeof(uint32_t));
     memset(codes, 0, PANEL * steps * sizeof(uint32_t));
     memset(start, 0, PANEL * sizeof(typename A::Score));
     typename A::Vector total = {};
     A::begin();
     for (int64_t i = 0; i < rounds; ++i) {
       typename A::Vector sums[A::BLOCK_ROWS][2];
-      A::scores(start, rows, steps, codes, steps, sums);
+      A::scores(start, rows, ld, codes, steps, sums);
       unroll<A::BLOCK_ROWS>([&](auto r) { total += sums[decltype(r)::value][0] + sums[decltype(r)::value][1]; });
       // The compiler may not know that nothing changes between rounds, nor that nobody reads the sum.
       asm volatile("" ::: "memory");
