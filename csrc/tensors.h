@@ -76,6 +76,15 @@ inline std::vector<int64_t> shape_of(const Tensor& tensor) {
   return std::vector<int64_t>(sizes.begin(), sizes.end());
 }
 
+// The coefficients and numbers of the atoms that each row keeps.
+inline void check_atoms(const Tensor& values, const Tensor& indices, const Tensor& dictionary) {
+  STD_TORCH_CHECK(
+      values.dim() >= 1 && shape_of(values) == shape_of(indices), "values and indices need one shape [..., k]");
+  STD_TORCH_CHECK(
+      dictionary.dim() == 2 && dictionary.size(0) >= 1 && dictionary.size(1) >= 1,
+      "dictionary needs [K, D] with K >= 1 and D >= 1");
+}
+
 // [..., last] with the leading dimensions of x [..., D].
 inline std::vector<int64_t> shape_with(const Tensor& x, std::initializer_list<int64_t> last) {
   std::vector<int64_t> shape = shape_of(x);

@@ -64,18 +64,10 @@ class Kept {
   std::optional<Matrix> whole_;
 };
 
-void check_sizes(const Tensor& values, const Tensor& indices, const Tensor& dictionary) {
-  STD_TORCH_CHECK(
-      values.dim() >= 1 && shape_of(values) == shape_of(indices), "values and indices need one shape [..., k]");
-  STD_TORCH_CHECK(
-      dictionary.dim() == 2 && dictionary.size(0) >= 1 && dictionary.size(1) >= 1,
-      "dictionary needs [K, D] with K >= 1 and D >= 1");
-}
-
 }  // namespace
 
 Tensor sparse_decode_fwd(const Tensor& values, const Tensor& indices, const Tensor& dictionary) {
-  check_sizes(values, indices, dictionary);
+  check_atoms(values, indices, dictionary);
   const Indices which("indices", indices);
   const Matrix coefficients("values", values);
   const Kept kept(dictionary, which, coefficients.features);
@@ -92,7 +84,7 @@ Tensor sparse_decode_fwd(const Tensor& values, const Tensor& indices, const Tens
 std::tuple<Tensor, Tensor> sparse_decode_bwd(
     const Tensor& grad, const Tensor& values, const Tensor& indices, const Tensor& dictionary, bool need_values,
     bool need_dictionary) {
-  check_sizes(values, indices, dictionary);
+  check_atoms(values, indices, dictionary);
   const Rows rows = rows_of("grad", grad);
   const Indices which("indices", indices);
   const int64_t per_row = indices.size(indices.dim() - 1);

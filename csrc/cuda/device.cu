@@ -15,7 +15,6 @@ void check_device(const char* name, const Tensor& tensor) {
   STD_TORCH_CHECK(tensor.is_cuda(), name, " is not on a CUDA device");
 }
 
-namespace cuda {
 namespace {
 
 // A block has these without asking for more.
@@ -79,5 +78,4 @@ void launch_pointer(
   check(cudaLaunchKernel(kernel, grid, block, args, static_cast<size_t>(shared_bytes), stream), name);
 }
 
-}  // namespace cuda
 }  // namespace dlvae

@@ -8,7 +8,7 @@
 #include "ptx.cuh"
 #endif
 
-namespace dlvae::cuda {
+namespace dlvae {
 
 constexpr int WARP = 32;
 constexpr uint32_t ALL_LANES = 0xffffffff;
@@ -115,4 +115,4 @@ inline __host__ __device__ int64_t row_offset(const Rows& rows, int64_t row) {
   return offset + row * rows.strides[0];
 }
 
-}  // namespace dlvae::cuda
+}  // namespace dlvae

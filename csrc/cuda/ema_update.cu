@@ -1,9 +1,9 @@
+#include "../operations.h"
 #include "launch.h"
-#include "operations.h"
 #include "rows.cuh"
 #include "segment_sum.h"
 
-namespace dlvae::cuda {
+namespace dlvae {
 namespace {
 
 constexpr int THREADS = 256;
@@ -36,7 +36,8 @@ __global__ void __launch_bounds__(1024) sizes_kernel(Rows sizes, Rows statistics
   __shared__ double of_warps[WARP];
   double sum = 0;
   for (int64_t code = threadIdx.x; code < sizes.features; code += blockDim.x) {
-    const float count = load_element(statistics, row_offset(statistics, code) + (statistics.features - 1) * statistics.stride);
+    const int64_t at = row_offset(statistics, code) + (statistics.features - 1) * statistics.stride;
+    const float count = load_element(statistics, at);
     const float size = lerp(load_element(sizes, code * sizes.stride), count, weight);
     store_element(sizes, code * sizes.stride, size);
     sum += size;
@@ -50,7 +51,8 @@ __global__ void codes_kernel(
     Rows codebook, Rows sizes, Rows sums, Rows statistics, float weight, double epsilon, const double* total) {
   const int64_t code = ((int64_t)blockIdx.x * blockDim.x + threadIdx.x) / 32;
   if (code >= codebook.count) return;
-  const int64_t at = row_offset(codebook, code), sum_at = row_offset(sums, code), batch_at = row_offset(statistics, code);
+  const int64_t at = row_offset(codebook, code), sum_at = row_offset(sums, code);
+  const int64_t batch_at = row_offset(statistics, code);
   const float count = load_element(statistics, batch_at + codebook.features * statistics.stride);
   const float size = load_element(sizes, code * sizes.stride);
   const double smoothed = (size + epsilon) / (*total + codebook.count * epsilon) * *total;
@@ -69,11 +71,14 @@ Tensor ema_statistics(const Tensor& x, const Tensor& indices, int64_t num_codes)
   const Device device(x);
   const Rows rows = rows_of("x", x);
   const Tensor codes = indices_of("indices", indices);
-  STD_TORCH_CHECK(codes.numel() == rows.count, "indices have ", codes.numel(), " elements; they need one for each row of x");
+  STD_TORCH_CHECK(
+      codes.numel() == rows.count, "indices have ", codes.numel(), " elements; they need one for each row of x");
   const Tensor statistics = new_tensor(x, {num_codes, rows.features + 1});
   const Tensor left_out = new_tensor(x, {rows.count}, ScalarType::Bool);
   bool* const flags = data_of<bool>(left_out);
-    launch("not_finite", not_finite_kernel, RowBlock::blocks_of(rows.count), RowBlock::THREADS, 0, device.stream, rows, flags);
+    launch(
+        "not_finite", not_finite_kernel, RowBlock::blocks_of(rows.count), RowBlock::THREADS, 0, device.stream, rows,
+        flags);
   const SortedPairs pairs(
       x, {data_of<int64_t>(codes), rows.count, 1, num_codes, flags, nullptr}, device);
   float* const to = data_of<float>(statistics);
@@ -96,8 +101,9 @@ void ema_step(
   double* const at = data_of<double>(total);
   const float weight = (float)(1 - decay);
   launch("sizes", sizes_kernel, 1, 1024, 0, device.stream, sizes, batch, weight, at);
-  launch("codes", codes_kernel, blocks(ceil_div(codes.count, THREADS / WARP)), THREADS, 0, device.stream, codes, sizes, sums, batch, weight,
-      epsilon, at);
+  launch(
+      "codes", codes_kernel, blocks(ceil_div(codes.count, THREADS / WARP)), THREADS, 0, device.stream, codes, sizes,
+      sums, batch, weight, epsilon, at);
 }
 
-}  // namespace dlvae::cuda
+}  // namespace dlvae

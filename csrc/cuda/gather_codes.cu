@@ -1,8 +1,8 @@
+#include "../operations.h"
 #include "launch.h"
-#include "operations.h"
 #include "segment_sum.h"
 
-namespace dlvae::cuda {
+namespace dlvae {
 namespace {
 
 constexpr int THREADS = 256;
@@ -67,7 +67,8 @@ Tensor gather_codes_bwd(const Tensor& grad, const Tensor& indices, int64_t num_c
   const Device device(grad);
   const Rows rows = rows_of("grad", grad);
   const Tensor codes = indices_of("indices", indices);
-  STD_TORCH_CHECK(codes.numel() == rows.count, "indices have ", codes.numel(), " elements; they need one for each row of grad");
+  STD_TORCH_CHECK(
+      codes.numel() == rows.count, "indices have ", codes.numel(), " elements; they need one for each row of grad");
   const Tensor sums = new_tensor(grad, {num_codes, rows.features});
   const SortedPairs pairs(
       grad, {data_of<int64_t>(codes), rows.count, 1, num_codes, nullptr, nullptr}, device);
@@ -75,4 +76,4 @@ Tensor gather_codes_bwd(const Tensor& grad, const Tensor& indices, int64_t num_c
   return sums;
 }
 
-}  // namespace dlvae::cuda
+}  // namespace dlvae

@@ -1,11 +1,11 @@
 // softmax(x W^T + b) at the kept codes, and its gradients: the logits of some rows at a time.
+#include "../operations.h"
 #include "launch.h"
-#include "operations.h"
 #include "parts.cuh"
 #include "products.h"
 #include "rows.cuh"
 
-namespace dlvae::cuda {
+namespace dlvae {
 namespace {
 
 constexpr int THREADS = 256;
@@ -43,7 +43,8 @@ __global__ void __launch_bounds__(THREADS) softmax_kernel(Kept kept, int64_t beg
 }
 
 // A block a row: logits to their gradients, p (g - sum of g p) where g is that of the kept values and 0 elsewhere.
-__global__ void __launch_bounds__(THREADS) grad_logits_kernel(Kept kept, const float* grad, int64_t begin, float* logits) {
+__global__ void __launch_bounds__(THREADS) grad_logits_kernel(
+    Kept kept, const float* grad, int64_t begin, float* logits) {
   const int64_t row = begin + blockIdx.x;
   float* const own = logits + (int64_t)blockIdx.x * kept.codes;
   __shared__ float of_warps[WARP];
@@ -60,7 +61,8 @@ __global__ void __launch_bounds__(THREADS) grad_logits_kernel(Kept kept, const f
 }
 
 // 32 codes a block: sums over rows, in the same order at each run, are added to those before.
-__global__ void __launch_bounds__(THREADS) grad_bias_kernel(const float* logits, int64_t rows, int64_t codes, float* bias) {
+__global__ void __launch_bounds__(THREADS) grad_bias_kernel(
+    const float* logits, int64_t rows, int64_t codes, float* bias) {
   __shared__ float of_warps[THREADS / 32][32];
   const int64_t code = blockIdx.x * 32 + lane_index();
   float sum = 0;
@@ -87,9 +89,12 @@ class Logits {
     if (!bias.has_value()) return;
     const Rows column = rows_of("bias", *bias);
     STD_TORCH_CHECK(
-        column.features == codes.count && column.count == 1, "bias has another shape; it needs [K] with the K = ", codes.count,
+        column.features == codes.count && column.count == 1, "bias has another shape; it needs [K] with the K = ",
+        codes.count,
         " of weight");
-    launch("bias", bias_kernel, blocks(ceil_div(codes.count, THREADS)), THREADS, 0, device.stream, column, data_of<float>(bias_));
+    launch(
+        "bias", bias_kernel, blocks(ceil_div(codes.count, THREADS)), THREADS, 0, device.stream, column,
+        data_of<float>(bias_));
   }
 
   // f(begin, count, logits [count, K]) for all rows in turn.
@@ -173,10 +178,14 @@ std::tuple<Tensor, Tensor, Tensor> kept_softmax_bwd(
   std::optional<PackedCodes> packed_atoms;
   if (need_x) packed_atoms = pack_codes(x, atoms, Arithmetic::split, device);
   logits.for_chunks([&](int64_t begin, int64_t count, float* data) {
-    launch("grad_logits", grad_logits_kernel, blocks(count), THREADS, 0, device.stream, kept, data_of<float>(of_values), begin, data);
+    launch(
+        "grad_logits", grad_logits_kernel, blocks(count), THREADS, 0, device.stream, kept, data_of<float>(of_values),
+        begin, data);
     if (need_x) {
       const Rows slopes{data, Type::float32, count, codes.count, 1, 1, {count}, {codes.count}};
-      multiply(x, slopes, atoms, *packed_atoms, false, data_of<float>(grad_x) + begin * rows.features, rows.features, device);
+      multiply(
+          x, slopes, atoms, *packed_atoms, false, data_of<float>(grad_x) + begin * rows.features, rows.features,
+          device);
     }
     if (need_weight) {
       const Tensor part = rows_in_float32(x, rows, begin, begin + count, device);
@@ -186,9 +195,11 @@ std::tuple<Tensor, Tensor, Tensor> kept_softmax_bwd(
       multiply(x, slopes, features, packed, true, data_of<float>(grad_weight), rows.features, device);
     }
     if (need_bias)
-      launch("grad_bias", grad_bias_kernel, blocks(ceil_div(codes.count, WARP)), THREADS, 0, device.stream, data, count, codes.count, data_of<float>(grad_bias));
+      launch(
+          "grad_bias", grad_bias_kernel, blocks(ceil_div(codes.count, WARP)), THREADS, 0, device.stream, data, count,
+          codes.count, data_of<float>(grad_bias));
   });
   return {grad_x, grad_weight, grad_bias};
 }
 
-}  // namespace dlvae::cuda
+}  // namespace dlvae

@@ -8,7 +8,7 @@
 #include "device.cuh"
 #include "tensors.h"
 
-namespace dlvae::cuda {
+namespace dlvae {
 
 // The GPU of a tensor: the current one while this lives. Nothing here waits for it.
 class Device {
@@ -78,4 +78,4 @@ inline int widest_unit(std::initializer_list<int64_t> bytes) {
 
 inline int64_t address_of(const Tensor& tensor) { return reinterpret_cast<intptr_t>(tensor.data_ptr()); }
 
-}  // namespace dlvae::cuda
+}  // namespace dlvae

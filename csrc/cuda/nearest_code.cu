@@ -1,9 +1,9 @@
+#include "../operations.h"
 #include "launch.h"
-#include "operations.h"
 #include "rows.cuh"
 #include "search.h"
 
-namespace dlvae::cuda {
+namespace dlvae {
 namespace {
 
 constexpr int THREADS = 256;
@@ -33,7 +33,9 @@ std::tuple<Tensor, Tensor> nearest_code(
   int64_t* const to = data_of<int64_t>(indices);
   search(x, rows, codes, to, device);
   if (return_distance) {
-    launch("distances", distances_kernel, blocks(ceil_div(rows.count, THREADS / WARP)), THREADS, 0, device.stream, rows, codes, to,
+    launch(
+        "distances", distances_kernel, blocks(ceil_div(rows.count, THREADS / WARP)), THREADS, 0, device.stream, rows,
+        codes, to,
         data_of<float>(distances));
   }
   return {indices, distances};
@@ -49,4 +51,4 @@ int64_t uncertain_rows(const Tensor& x, const Tensor& codebook) {
   return count;
 }
 
-}  // namespace dlvae::cuda
+}  // namespace dlvae

@@ -1,9 +1,9 @@
 #include <cstring>
 
+#include "../operations.h"
 #include "launch.h"
-#include "operations.h"
 
-namespace dlvae::cuda {
+namespace dlvae {
 namespace {
 
 constexpr int THREADS = 256;
@@ -74,4 +74,4 @@ Tensor one_hot(const Tensor& indices, int64_t num_codes, ScalarType dtype) {
   return out;
 }
 
-}  // namespace dlvae::cuda
+}  // namespace dlvae

@@ -4,7 +4,7 @@
 #include "parts.cuh"
 #include "rows.cuh"
 
-namespace dlvae::cuda {
+namespace dlvae {
 namespace {
 
 constexpr int STEP = 32;  // features
@@ -47,7 +47,8 @@ __global__ void __launch_bounds__(RowBlock::THREADS, 2) pack_kernel(
 #pragma unroll
       for (int i = 0; i < OWN; ++i) {
         const int row = warp_index() * OWN + i;
-        if (row < block.count && feature + lane_index() < rows.features) f(i, feature + lane_index(), tile[row][lane_index()]);
+        const int64_t own = feature + lane_index();
+        if (row < block.count && own < rows.features) f(i, own, tile[row][lane_index()]);
       }
     }
   };
@@ -93,7 +94,8 @@ __global__ void __launch_bounds__(RowBlock::THREADS, 2) pack_kernel(
 #pragma unroll
   for (int i = 0; i < OWN; ++i) {
     const bool is_there = warp_index() * OWN + i < block.count;
-    for (int64_t feature = (is_there ? rows.features : 0) + lane_index(); feature < depth; feature += 32) write(i, feature, 0);
+    const int64_t written = is_there ? rows.features : 0;
+    for (int64_t feature = written + lane_index(); feature < depth; feature += WARP) write(i, feature, 0);
   }
 }
 
@@ -107,8 +109,9 @@ void pack(
     float* numbers, float* extent, const Device& device) {
   const auto run = [&](auto half, auto n) {
     using Half = decltype(half);
-    launch("pack", pack_kernel<Half, decltype(n)::value, IS_CODES>, blocks(count / RowBlock::ROWS), RowBlock::THREADS, 0, device.stream, rows, begin,
-        end, static_cast<Half*>(parts), count, depth, numbers, extent);
+    launch(
+        "pack", pack_kernel<Half, decltype(n)::value, IS_CODES>, blocks(count / RowBlock::ROWS), RowBlock::THREADS, 0,
+        device.stream, rows, begin, end, static_cast<Half*>(parts), count, depth, numbers, extent);
   };
   switch (arithmetic) {
     case Arithmetic::split: return run(__half{}, std::integral_constant<int, 2>{});
@@ -141,8 +144,8 @@ PackedCodes pack_codes(const Tensor& like, const Rows& codes, Arithmetic arithme
   packed.extent = data_of<float>(packed.extent_data);
   if (arithmetic == Arithmetic::split) {
     launch(
-        "largest_element", largest_element_kernel, RowBlock::blocks_of(codes.count), RowBlock::THREADS, 0, device.stream,
-        codes, packed.extent);
+        "largest_element", largest_element_kernel, RowBlock::blocks_of(codes.count), RowBlock::THREADS, 0,
+        device.stream, codes, packed.extent);
   }
   pack<true>(
       arithmetic, codes, 0, codes.count, packed.parts_data.data_ptr(), count, depth, packed.half_norms, packed.extent,
@@ -161,8 +164,9 @@ PackedRows pack_rows(
   packed.inverse = data_of<float>(packed.numbers);
   packed.lengths = packed.inverse + count;
   pack<false>(
-      codes.arithmetic, x, begin, end, packed.parts_data.data_ptr(), count, depth, packed.inverse, codes.extent, device);
+      codes.arithmetic, x, begin, end, packed.parts_data.data_ptr(), count, depth, packed.inverse, codes.extent,
+      device);
   return packed;
 }
 
-}  // namespace dlvae::cuda
+}  // namespace dlvae

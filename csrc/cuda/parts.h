@@ -1,14 +1,14 @@
 // Rows and codes as tensor cores take them: in half precision, padded with zeros to whole tiles.
 //
 // A float32 number is the sum of two float16 ones, high and low, to 22 bits. Products of two such are summed as
-// high * low + low * high + high * high; what is left out is below 2^-20 of them. So that no part falls out of the range
-// of float16, both factors are scaled by powers of two: the codebook by one, each row by its own.
-// Half-precision numbers are taken as they are: their products are exact in float32.
+// high * low + low * high + high * high; what is left out is below 2^-20 of them. So that no part falls out of the
+// range of float16, both factors are scaled by powers of two: the codebook by one, each row by its own. Half-precision
+// numbers are taken as they are: their products are exact in float32.
 #pragma once
 
 #include "launch.h"
 
-namespace dlvae::cuda {
+namespace dlvae {
 
 constexpr int TILE = 128;  // rows or codes of one tile
 // The half norm of what can never be nearest: padding, or a code that holds NaN. Sums with it are finite.
@@ -31,7 +31,8 @@ struct PackedCodes {
   int64_t codes;  // K
   Parts parts;
   float* half_norms;  // [count]: |c|^2 / 2 of the scaled code; from FAR on its parts are zeros
-  float* extent;      // [2]: the largest finite element; and the largest length of a scaled code that is finite, or 2^TOP
+  // [2]: the largest finite element; and the largest length of a scaled code that is finite, or 2^TOP.
+  float* extent;
   Tensor parts_data, numbers, extent_data;
 };
 PackedCodes pack_codes(const Tensor& like, const Rows& codes, Arithmetic arithmetic, const Device& device);
@@ -50,4 +51,4 @@ PackedRows pack_rows(
 // How many rows to take at a time, in whole tiles, where each takes so many elements of scratch memory.
 int64_t rows_of_chunk(int64_t elements, const Device& device);
 
-}  // namespace dlvae::cuda
+}  // namespace dlvae

@@ -5,7 +5,7 @@
 #include "rows.cuh"
 #include "tiles.cuh"
 
-namespace dlvae::cuda {
+namespace dlvae {
 namespace {
 
 // Features that one chain of additions goes through: what tensor cores cut off adds up along it.
@@ -33,7 +33,8 @@ struct Output {
 };
 
 template <class Tiles>
-__global__ void __launch_bounds__(Tiles::THREADS, 1) products_kernel(Parts rows, Parts codes, Output out, float* shares) {
+__global__ void __launch_bounds__(Tiles::THREADS, 1) products_kernel(
+    Parts rows, Parts codes, Output out, float* shares) {
   char* const shared = dynamic_shared<char>();
   // The second extent of a grid is too small for any number of tiles.
   const int row_tiles = (int)(rows.count / TILE), row_tile = blockIdx.x % row_tiles, code_tile = blockIdx.x / row_tiles;
@@ -101,8 +102,8 @@ Output output_of(
 }  // namespace
 
 PackedRows products(
-    const Tensor& like, const Rows& x, int64_t begin, int64_t end, const PackedCodes& packed, const Affine& affine, float* out,
-    int64_t ld, const Device& device) {
+    const Tensor& like, const Rows& x, int64_t begin, int64_t end, const PackedCodes& packed, const Affine& affine,
+    float* out, int64_t ld, const Device& device) {
   const PackedRows rows = pack_rows(like, x, begin, end, packed, device);
   const Output output = output_of(end - begin, rows, packed, affine, out, ld);
   const int shares = (int)ceil_div(packed.parts.depth, CHAIN);
@@ -116,16 +117,18 @@ PackedRows products(
         Kind::shared_bytes(Kind::STAGES), device.stream, rows.parts, packed.parts, output, of_shares);
   });
   if (shares > 1)
-    launch("add_shares", add_shares_kernel, blocks(ceil_div(elements, THREADS)), THREADS, 0, device.stream, of_shares, shares, output);
+    launch(
+        "add_shares", add_shares_kernel, blocks(ceil_div(elements, THREADS)), THREADS, 0, device.stream, of_shares,
+        shares, output);
   return rows;
 }
 
 void repair_products(
-    const Rows& x, int64_t begin, const PackedRows& rows, const Rows& codes, const PackedCodes& packed, const Affine& affine,
-    float* out, int64_t ld, const Device& device) {
+    const Rows& x, int64_t begin, const PackedRows& rows, const Rows& codes, const PackedCodes& packed,
+    const Affine& affine, float* out, int64_t ld, const Device& device) {
   const Output output = output_of(std::min(rows.parts.count, x.count - begin), rows, packed, affine, out, ld);
   const int64_t many = std::min<int64_t>(output.rows + output.codes, 4 * device.multiprocessors);
   launch("repair", repair_kernel, blocks(many), THREADS, 0, device.stream, x, begin, codes, output);
 }
 
-}  // namespace dlvae::cuda
+}  // namespace dlvae

@@ -7,7 +7,7 @@
 
 #include <type_traits>
 
-namespace dlvae::cuda {
+namespace dlvae {
 
 inline __device__ uint32_t shared_address(const void* shared) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(shared));
@@ -82,4 +82,4 @@ __device__ T* dynamic_shared() {
   return reinterpret_cast<T*>(dlvae_dynamic_shared);
 }
 
-}  // namespace dlvae::cuda
+}  // namespace dlvae

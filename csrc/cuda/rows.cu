@@ -1,6 +1,6 @@
 #include "rows.cuh"
 
-namespace dlvae::cuda {
+namespace dlvae {
 namespace {
 
 __global__ void __launch_bounds__(RowBlock::THREADS) widen_kernel(Rows rows, int64_t begin, int64_t end, float* to) {
@@ -34,4 +34,4 @@ Tensor in_float32(const char* name, const Tensor& tensor, const Device& device) 
   return is_adjacent ? tensor : rows_in_float32(tensor, rows, 0, rows.count, device);
 }
 
-}  // namespace dlvae::cuda
+}  // namespace dlvae

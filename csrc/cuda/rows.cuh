@@ -3,7 +3,7 @@
 
 #include "launch.h"
 
-namespace dlvae::cuda {
+namespace dlvae {
 
 inline __device__ float load_element(const Rows& rows, int64_t offset) {
   switch (rows.type) {
@@ -68,4 +68,4 @@ Tensor rows_in_float32(const Tensor& like, const Rows& rows, int64_t begin, int6
 // [..., D] likewise: the tensor itself where it is that.
 Tensor in_float32(const char* name, const Tensor& tensor, const Device& device);
 
-}  // namespace dlvae::cuda
+}  // namespace dlvae

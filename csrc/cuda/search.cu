@@ -7,7 +7,7 @@
 #include "rows.cuh"
 #include "tiles.cuh"
 
-namespace dlvae::cuda {
+namespace dlvae {
 namespace {
 
 // The best scores of a row so far: half the squared distance, less what all codes share.
@@ -66,7 +66,10 @@ __global__ void __launch_bounds__(Tiles::THREADS, 1) search_kernel(
       Best& own = best[i][h];
 #pragma unroll
       for (int step = 1; step < 4; step *= 2)
-        join(own, {__shfl_xor_sync(ALL_LANES, own.score, step), __shfl_xor_sync(ALL_LANES, own.second, step), __shfl_xor_sync(ALL_LANES, own.code, step)});
+        join(
+            own,
+            {__shfl_xor_sync(ALL_LANES, own.score, step), __shfl_xor_sync(ALL_LANES, own.second, step),
+            __shfl_xor_sync(ALL_LANES, own.code, step)});
       if (lane_index() % 4 == 0) of_warps[warp_index() % Tiles::WARPS_OF_CODES * TILE + Tiles::row_of(i, h)] = own;
     }
   __syncthreads();
@@ -78,8 +81,8 @@ __global__ void __launch_bounds__(Tiles::THREADS, 1) search_kernel(
 
 // Joins the shares; rows that are not certain go on the list.
 __global__ void finish_kernel(
-    const Best* found, int shares, int64_t padded, int64_t begin, int64_t end, const float* lengths, const float* extent,
-    int64_t features, int64_t* indices, int* list, int* listed) {
+    const Best* found, int shares, int64_t padded, int64_t begin, int64_t end, const float* lengths,
+    const float* extent, int64_t features, int64_t* indices, int* list, int* listed) {
   const int64_t row = (int64_t)blockIdx.x * blockDim.x + threadIdx.x;
   if (begin + row >= end) return;
   Best best = found[row];
@@ -139,7 +142,9 @@ __global__ void __launch_bounds__(RESCAN_THREADS) rescan_kernel(
       take_nearer(nearest, {sum - sum == 0 ? sum : DBL_MAX, (int)code});
     }
     for (int step = LANES; step < 32; step *= 2)
-      take_nearer(nearest, {__shfl_xor_sync(ALL_LANES, nearest.distance, step), __shfl_xor_sync(ALL_LANES, nearest.code, step)});
+      take_nearer(
+          nearest,
+          {__shfl_xor_sync(ALL_LANES, nearest.distance, step), __shfl_xor_sync(ALL_LANES, nearest.code, step)});
     if (lane_index() == 0) of_warps[warp_index()] = nearest;
     // Of a row that holds NaN all distances are equal.
     const bool is_nan = block_reduce((int)is_nan_row, Greatest{}, of_row) != 0;
@@ -171,15 +176,17 @@ Tensor search(const Tensor& like, const Rows& x, const Rows& codes, int64_t* ind
     with_tiles<1>(packed.arithmetic, packed.parts.depth, [&](auto tiles) {
       using Kind = decltype(tiles);
       launch("search", search_kernel<Kind>, dim3(row_tiles, shares), Kind::THREADS,
-          Kind::shared_bytes(Kind::row_slots(packed.parts.depth / Kind::DEPTH)), device.stream,          rows.parts, packed.parts, rows.inverse, packed.half_norms, tiles_of_share, best);
+          Kind::shared_bytes(Kind::row_slots(packed.parts.depth / Kind::DEPTH)), device.stream, rows.parts,
+          packed.parts, rows.inverse, packed.half_norms, tiles_of_share, best);
     });
-    launch("finish", finish_kernel, blocks(ceil_div(end - begin, 256)), 256, 0, device.stream, best, shares, rows.parts.count, begin, end, rows.lengths,
-        packed.extent, x.features, indices, data_of<int>(list), data_of<int>(listed));
+    launch(
+        "finish", finish_kernel, blocks(ceil_div(end - begin, 256)), 256, 0, device.stream, best, shares,
+        rows.parts.count, begin, end, rows.lengths, packed.extent, x.features, indices, data_of<int>(list), data_of<int>(listed));
   }
   launch(
-      "rescan", rescan_kernel, blocks(std::min<int64_t>(x.count, 4 * device.multiprocessors)), RESCAN_THREADS, 0, device.stream,
-      x, codes, data_of<int>(list), data_of<int>(listed), indices);
+      "rescan", rescan_kernel, blocks(std::min<int64_t>(x.count, 4 * device.multiprocessors)), RESCAN_THREADS, 0,
+      device.stream, x, codes, data_of<int>(list), data_of<int>(listed), indices);
   return listed;
 }
 
-}  // namespace dlvae::cuda
+}  // namespace dlvae

@@ -4,7 +4,7 @@
 #include "rows.cuh"
 #include "sort.h"
 
-namespace dlvae::cuda {
+namespace dlvae {
 namespace {
 
 constexpr int THREADS = 256;
@@ -17,7 +17,8 @@ __global__ void keys_kernel(Pairs pairs, uint32_t* keys) {
   const int64_t p = (int64_t)blockIdx.x * blockDim.x + threadIdx.x;
   if (p >= pairs.count) return;
   const int64_t code = pairs.codes[p];
-  const bool is_in = code >= 0 && code < pairs.num_codes && (pairs.left_out == nullptr || !pairs.left_out[p / pairs.per_row]);
+  const bool is_left_out = pairs.left_out != nullptr && pairs.left_out[p / pairs.per_row];
+  const bool is_in = code >= 0 && code < pairs.num_codes && !is_left_out;
   keys[p] = (uint32_t)(is_in ? code : pairs.num_codes);
 }
 
@@ -41,15 +42,16 @@ __global__ void counts_kernel(const int64_t* starts, int64_t num_codes, float* c
 struct Sums {
   float* data;
   int64_t ld;
-  // [chunks][2][D]: what a chunk has of the code of its first pair, where that began before, and of the code of its last,
-  // where that goes on.
+  // [chunks][2][D]: what a chunk has of the code of its first pair, where that began before, and of the code of its
+  // last, where that goes on.
   float* edges;
 };
 
 // A warp a chunk of sorted pairs and FEATURES features; T: of the rows.
 template <class T>
 __global__ void __launch_bounds__(THREADS, 2) sum_chunks_kernel(
-    Rows rows, Pairs pairs, const uint32_t* keys, const uint32_t* order, const int64_t* starts, const float* scale, Sums sums) {
+    Rows rows, Pairs pairs, const uint32_t* keys, const uint32_t* order, const int64_t* starts, const float* scale,
+    Sums sums) {
   const int64_t chunk = (int64_t)blockIdx.x * (THREADS / 32) + warp_index();
   const int64_t begin = chunk * CHUNK, end = min(begin + CHUNK, starts[pairs.num_codes]);
   const int64_t first = blockIdx.y * FEATURES + lane_index();
@@ -140,7 +142,9 @@ SortedPairs::SortedPairs(const Tensor& like, const Pairs& pairs, const Device& d
         like, keys + pairs.count, pairs.count, bits_of(pairs.num_codes + 1), keys, data_of<uint32_t>(order_),
         device);
   }
-  launch("starts", starts_kernel, blocks_of(pairs.num_codes + 1), THREADS, 0, device.stream, keys, pairs.count, pairs.num_codes,
+  launch(
+      "starts", starts_kernel, blocks_of(pairs.num_codes + 1), THREADS, 0, device.stream, keys, pairs.count,
+      pairs.num_codes,
       data_of<int64_t>(starts_));
 }
 
@@ -154,7 +158,8 @@ void SortedPairs::sum(
   const dim3 grid(blocks(ceil_div(chunks, THREADS / WARP)), blocks(ceil_div(rows.features, FEATURES)));
   with_type(rows.type, [&](auto zero) {
     launch(
-        "sum_chunks", sum_chunks_kernel<decltype(zero)>, grid, THREADS, 0, device.stream, rows, pairs_, data_of<uint32_t>(keys_),
+        "sum_chunks", sum_chunks_kernel<decltype(zero)>, grid, THREADS, 0, device.stream, rows, pairs_,
+        data_of<uint32_t>(keys_),
         data_of<uint32_t>(order_), starts, scale, to);
   });
   launch("join_chunks", join_chunks_kernel, blocks(pairs_.num_codes), 128, 0, device.stream, starts, rows.features, to);
@@ -165,4 +170,4 @@ void SortedPairs::count(float* counts, int64_t ld, const Device& device) const {
       pairs_.num_codes, counts, ld);
 }
 
-}  // namespace dlvae::cuda
+}  // namespace dlvae

@@ -1,10 +1,10 @@
-// Sums of rows by code, always in the same order: pairs of a row and a code are sorted by code, which keeps the order of
-// rows, and summed in chunks of the same size whatever the device.
+// Sums of rows by code, always in the same order: pairs of a row and a code are sorted by code, which keeps the order
+// of rows, and summed in chunks of the same size whatever the device.
 #pragma once
 
 #include "launch.h"
 
-namespace dlvae::cuda {
+namespace dlvae {
 
 // Pairs [P] of a row and a code: pair p is of row p / per_row.
 struct Pairs {
@@ -20,7 +20,8 @@ class SortedPairs {
   SortedPairs(const Tensor& like, const Pairs& pairs, const Device& device);
 
   // sums[c] [., D], `ld` apart: of weight * row over the pairs of code c, times *scale unless that is null.
-  void sum(const Tensor& like, const Rows& rows, const float* scale, float* sums, int64_t ld, const Device& device) const;
+  void sum(
+      const Tensor& like, const Rows& rows, const float* scale, float* sums, int64_t ld, const Device& device) const;
   // counts[c * ld]: how many pairs code c has.
   void count(float* counts, int64_t ld, const Device& device) const;
 
@@ -29,4 +30,4 @@ class SortedPairs {
   Tensor keys_, order_, starts_;
 };
 
-}  // namespace dlvae::cuda
+}  // namespace dlvae

@@ -7,7 +7,7 @@
 #include <cub/device/device_radix_sort.cuh>
 #endif
 
-namespace dlvae::cuda {
+namespace dlvae {
 
 #if defined(DLVAE_EMULATE_CUDA)
 
@@ -48,4 +48,4 @@ void sort_places(
 
 #endif
 
-}  // namespace dlvae::cuda
+}  // namespace dlvae

@@ -3,10 +3,11 @@
 
 #include "launch.h"
 
-namespace dlvae::cuda {
+namespace dlvae {
 
 // Sorts `count` keys below 2^bits, and with them the numbers 0, 1, ... of their places; equal keys keep their order.
 void sort_places(
-    const Tensor& like, const uint32_t* keys, int64_t count, int bits, uint32_t* sorted, uint32_t* places, const Device& device);
+    const Tensor& like, const uint32_t* keys, int64_t count, int bits, uint32_t* sorted, uint32_t* places,
+    const Device& device);
 
-}  // namespace dlvae::cuda
+}  // namespace dlvae

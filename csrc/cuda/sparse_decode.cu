@@ -1,9 +1,9 @@
+#include "../operations.h"
 #include "launch.h"
-#include "operations.h"
 #include "rows.cuh"
 #include "segment_sum.h"
 
-namespace dlvae::cuda {
+namespace dlvae {
 namespace {
 
 constexpr int THREADS = 256;
@@ -94,11 +94,7 @@ void with_vectors(const Rows& dictionary, const F& f) {
 unsigned blocks_of(int64_t rows) { return blocks(ceil_div(rows, THREADS / WARP)); }
 
 Atoms atoms_of(const Tensor& values, const Tensor& indices, const Tensor& dictionary) {
-  STD_TORCH_CHECK(
-      values.dim() >= 1 && shape_of(values) == shape_of(indices), "values and indices need one shape [..., k]");
-  STD_TORCH_CHECK(
-      dictionary.dim() == 2 && dictionary.size(0) >= 1 && dictionary.size(1) >= 1,
-      "dictionary needs [K, D] with K >= 1 and D >= 1");
+  check_atoms(values, indices, dictionary);
   return {rows_of("dictionary", dictionary), data_of<int64_t>(indices), indices.size(indices.dim() - 1)};
 }
 
@@ -114,7 +110,9 @@ Tensor sparse_decode_fwd(const Tensor& values, const Tensor& indices, const Tens
   if (rows.count == 0) return out;
   with_vectors(atoms.dictionary, [&](auto kind, auto vector) {
     constexpr int V = decltype(vector)::value;
-    launch("decode", decode_kernel<decltype(kind), V>, dim3(blocks_of(rows.count), blocks(ceil_div(rows.features, WARP * V))), THREADS, 0,
+    launch(
+        "decode", decode_kernel<decltype(kind), V>,
+        dim3(blocks_of(rows.count), blocks(ceil_div(rows.features, WARP * V))), THREADS, 0,
         device.stream, atoms, data_of<float>(coefficients), rows);
   });
   return out;
@@ -134,7 +132,9 @@ std::tuple<Tensor, Tensor> sparse_decode_bwd(
   const Tensor grad_dictionary = new_tensor(grad, need_dictionary ? shape_of(dictionary) : std::vector<int64_t>{0});
   if (need_values && rows.count > 0) {
     with_vectors(atoms.dictionary, [&](auto kind, auto vector) {
-      launch("products", products_kernel<decltype(kind), decltype(vector)::value>, blocks_of(rows.count), THREADS, 0, device.stream, atoms, rows,
+      launch(
+          "products", products_kernel<decltype(kind), decltype(vector)::value>, blocks_of(rows.count), THREADS, 0,
+          device.stream, atoms, rows,
           data_of<float>(grad_values));
     });
   }
@@ -149,4 +149,4 @@ std::tuple<Tensor, Tensor> sparse_decode_bwd(
   return {grad_values, grad_dictionary};
 }
 
-}  // namespace dlvae::cuda
+}  // namespace dlvae

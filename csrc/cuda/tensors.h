@@ -3,7 +3,7 @@
 
 #include "../tensors.h"
 
-namespace dlvae::cuda {
+namespace dlvae {
 
 // Scratch memory too is torch's: what is freed serves only what comes later on the stream, and graphs keep it.
 inline Tensor new_tensor(const Tensor& like, const std::vector<int64_t>& shape, ScalarType type = ScalarType::Float) {
@@ -51,4 +51,4 @@ inline Tensor indices_of(const char* name, const Tensor& tensor) {
   return torch::stable::contiguous(tensor);
 }
 
-}  // namespace dlvae::cuda
+}  // namespace dlvae

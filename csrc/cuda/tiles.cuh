@@ -7,7 +7,7 @@
 #include "device.cuh"
 #include "parts.h"
 
-namespace dlvae::cuda {
+namespace dlvae {
 
 // LEAST_TERM: 1 leaves out low * low, which is below 2^-22 of high * high.
 template <class Half_, int PARTS_, int DEPTH_, int LEAST_TERM>
@@ -44,7 +44,8 @@ struct Tiles {
   // use(sums) of one tile of rows and one of codes, over features of steps [first, last).
   template <class Use>
   static __device__ void run_steps(
-      const Parts& rows, int64_t row_tile, const Parts& codes, int code_tile, int first, int last, char* shared, const Use& use) {
+      const Parts& rows, int64_t row_tile, const Parts& codes, int code_tile, int first, int last, char* shared,
+      const Use& use) {
     run_turns(
         rows, row_tile, codes, code_tile, first, last - first, last - first, STAGES, shared,
         [&](int, const Sums& sums) { use(sums); });
@@ -95,7 +96,9 @@ struct Tiles {
       const Half* source = static_cast<const Half*>(from.data) + (part * from.count + tile * TILE) * from.depth;
       for (int i = threadIdx.x; i < TILE * UNITS; i += THREADS) {
         const int row = i / UNITS, unit = i % UNITS;
-        cp_async16(to + part * TILE * DEPTH + place(row, unit), source + (int64_t)row * from.depth + step * DEPTH + unit * 8, 16);
+        cp_async16(
+            to + part * TILE * DEPTH + place(row, unit), source + (int64_t)row * from.depth + step * DEPTH + unit * 8,
+            16);
       }
     }
   }
@@ -109,7 +112,8 @@ struct Tiles {
 #pragma unroll
         for (int i = 0; i < WARP_ROWS / 16; ++i)
           ldmatrix_x4(
-              row[part][i], rows + part * TILE * DEPTH + place(first_row() + i * 16 + lane_index() % 16, unit + lane_index() / 16));
+              row[part][i],
+              rows + part * TILE * DEPTH + place(first_row() + i * 16 + lane_index() % 16, unit + lane_index() / 16));
         // Two fragments at once, of 8 codes each.
 #pragma unroll
         for (int j = 0; j < WARP_CODES / 8; j += 2) {
@@ -163,4 +167,4 @@ void with_tiles(Arithmetic arithmetic, int depth, const F& f) {
   }
 }
 
-}  // namespace dlvae::cuda
+}  // namespace dlvae

@@ -2,13 +2,13 @@
 // these in order by exact scores.
 #include <cfloat>
 
+#include "../operations.h"
 #include "launch.h"
-#include "operations.h"
 #include "parts.cuh"
 #include "products.h"
 #include "rows.cuh"
 
-namespace dlvae::cuda {
+namespace dlvae {
 namespace {
 
 constexpr int THREADS = 128;
@@ -34,12 +34,14 @@ __device__ bool comes_before(const Exact& a, const Exact& b) {
 
 constexpr int LANES = 8;  // that share a code
 
-// The squared distance, or the negative product, as it is; equal for equal codes. All lanes of a warp come here together.
+// The squared distance, or the negative product, as it is; equal for equal codes. All lanes of a warp come here
+// together.
 __device__ double exact_score(const Topk& t, int64_t row_at, int64_t code) {
   const int64_t code_at = row_offset(t.codes, code);
   double sum = 0;
   for (int64_t d = threadIdx.x % LANES; d < t.x.features; d += LANES) {
-    const double a = load_element(t.x, row_at + d * t.x.stride), c = load_element(t.codes, code_at + d * t.codes.stride);
+    const double a = load_element(t.x, row_at + d * t.x.stride);
+    const double c = load_element(t.codes, code_at + d * t.codes.stride);
     sum += t.is_product ? a * c : (a - c) * (a - c);
   }
   for (int step = 1; step < LANES; step *= 2) sum += __shfl_xor_sync(ALL_LANES, sum, step);
@@ -157,9 +159,11 @@ __global__ void starts_kernel(Topk t, const float* half_norms, int64_t padded, f
   if (fabsf(bias) < INFINITY) raise(largest_bias, fabsf(bias) < 0x1p100f ? fabsf(bias) : INFINITY);
 }
 
-// A block a row: the codes whose score may be among the k best, exactly. Rows with more than `room` of them go on the list.
+// A block a row: the codes whose score may be among the k best, exactly. Rows with more than `room` of them go on the
+// list.
 __global__ void __launch_bounds__(THREADS, 4) select_kernel(
-    Topk t, int64_t begin, const float* scores, const float* lengths, const double* margins, int room, int* list, int* listed) {
+    Topk t, int64_t begin, const float* scores, const float* lengths, const double* margins, int room, int* list,
+    int* listed) {
   Exact* const found = dynamic_shared<Exact>();
   __shared__ int count;
   const int64_t row = begin + blockIdx.x, row_at = row_offset(t.x, row);
@@ -192,7 +196,8 @@ __global__ void __launch_bounds__(THREADS, 4) select_kernel(
 }
 
 // All codes for each row on the list: a block a row, whose scores it keeps in `scores` [blocks, K].
-__global__ void __launch_bounds__(THREADS, 4) rescan_kernel(Topk t, const int* list, const int* listed, double* scores) {
+__global__ void __launch_bounds__(THREADS, 4) rescan_kernel(
+    Topk t, const int* list, const int* listed, double* scores) {
   Exact* const found = dynamic_shared<Exact>();
   __shared__ int count, of_warps[THREADS / WARP];
   double* const own = scores + (int64_t)blockIdx.x * t.codes.count;
@@ -246,7 +251,8 @@ std::tuple<Tensor, Tensor> topk_codes(
   Topk t{};
   t.x = rows_of("x", x);
   t.codes = codes_of("dictionary", dictionary, t.x);
-  STD_TORCH_CHECK(k >= 1 && k <= t.codes.count && k <= MOST_K, "k is ", k, "; it needs to be in [1, K], and at most ", MOST_K);
+  STD_TORCH_CHECK(
+      k >= 1 && k <= t.codes.count && k <= MOST_K, "k is ", k, "; it needs to be in [1, K], and at most ", MOST_K);
   STD_TORCH_CHECK(t.x.count < INT32_MAX, "x has ", t.x.count, " rows; it may have ", INT32_MAX - 1);
   t.k = k;
   t.is_product = metric == "dot";
@@ -257,7 +263,8 @@ std::tuple<Tensor, Tensor> topk_codes(
         t.bias.features == t.codes.count && t.bias.count == 1, "bias has another shape; it needs [K] with the K = ",
         t.codes.count, " of dictionary");
   }
-  const Tensor indices = new_tensor(x, shape_with(x, {k}), ScalarType::Long), values = new_tensor(x, shape_with(x, {k}));
+  const Tensor indices = new_tensor(x, shape_with(x, {k}), ScalarType::Long);
+  const Tensor values = new_tensor(x, shape_with(x, {k}));
   t.indices = data_of<int64_t>(indices);
   t.values = data_of<float>(values);
   if (t.x.count == 0) return {indices, values};
@@ -285,12 +292,17 @@ std::tuple<Tensor, Tensor> topk_codes(
   for (int64_t begin = 0; begin < t.x.count; begin += chunk) {
     const int64_t end = std::min(begin + chunk, t.x.count);
     const PackedRows rows = products(x, t.x, begin, end, packed, affine, score, t.codes.count, device);
-    launch("select", select_kernel, blocks(end - begin), THREADS, shared, device.stream, t, begin, score, rows.lengths, margins, room, data_of<int>(list), data_of<int>(listed));
+    launch(
+        "select", select_kernel, blocks(end - begin), THREADS, shared, device.stream, t, begin, score, rows.lengths,
+        margins, room, data_of<int>(list), data_of<int>(listed));
   }
-  const int64_t many = std::clamp<int64_t>((1 << 22) / t.codes.count, 1, std::min<int64_t>(t.x.count, device.multiprocessors));
+  const int64_t most = std::min<int64_t>(t.x.count, device.multiprocessors);
+  const int64_t many = std::clamp<int64_t>((1 << 22) / t.codes.count, 1, most);
   const Tensor exact = new_tensor(x, {many, t.codes.count}, ScalarType::Double);
-  launch("rescan", rescan_kernel, blocks(many), THREADS, shared, device.stream, t, data_of<int>(list), data_of<int>(listed), data_of<double>(exact));
+  launch(
+      "rescan", rescan_kernel, blocks(many), THREADS, shared, device.stream, t, data_of<int>(list),
+      data_of<int>(listed), data_of<double>(exact));
   return {indices, values};
 }
 
-}  // namespace dlvae::cuda
+}  // namespace dlvae

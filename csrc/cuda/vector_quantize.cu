@@ -1,15 +1,16 @@
+#include "../operations.h"
 #include "launch.h"
-#include "operations.h"
 #include "rows.cuh"
 #include "search.h"
 #include "segment_sum.h"
 
-namespace dlvae::cuda {
+namespace dlvae {
 namespace {
 
 // The codes of 32 rows, their errors unless those have no data, the sum of squared errors and the counts.
 __global__ void __launch_bounds__(RowBlock::THREADS) quantize_kernel(
-    Rows x, Rows codes, const int64_t* indices, Rows quantized, Rows error, double* losses, unsigned long long* counts) {
+    Rows x, Rows codes, const int64_t* indices, Rows quantized, Rows error, double* losses,
+    unsigned long long* counts) {
   __shared__ int64_t offsets[4][RowBlock::ROWS];
   __shared__ RowBlock::Tile rows, picked;
   const int64_t first = (int64_t)blockIdx.x * RowBlock::ROWS;
@@ -45,7 +46,8 @@ __global__ void __launch_bounds__(RowBlock::THREADS) quantize_kernel(
 }
 
 // One block: the mean of what the blocks found, always in the same order.
-__global__ void mean_kernel(const double* losses, int64_t count, int64_t elements, float* codebook_loss, float* commitment_loss) {
+__global__ void mean_kernel(
+    const double* losses, int64_t count, int64_t elements, float* codebook_loss, float* commitment_loss) {
   __shared__ double of_warps[WARP];
   double sum = 0;
   for (int64_t i = threadIdx.x; i < count; i += blockDim.x) sum += losses[i];
@@ -109,12 +111,15 @@ std::tuple<Tensor, Tensor> vector_quantize_bwd(
   const Rows errors = rows_of("error", error), grad = rows_of("grad_quantized", grad_quantized);
   STD_TORCH_CHECK(shape_of(grad_quantized) == shape_of(error), "grad_quantized has another shape than error");
   STD_TORCH_CHECK(
-      indices.numel() == errors.count, "indices have ", indices.numel(), " elements; they need one for each row of error");
+      indices.numel() == errors.count, "indices have ", indices.numel(),
+      " elements; they need one for each row of error");
   // d mean((q - x)^2) / d q, before the factor of either loss.
   const float slope = (float)(2.0 / std::max<int64_t>(1, error.numel()));
   const Tensor grad_x = need_x ? new_like(error) : new_tensor(error, {0});
   if (need_x) {
-    launch("grad_rows", grad_rows_kernel, RowBlock::blocks_of(errors.count), RowBlock::THREADS, 0, device.stream, grad, errors,
+    launch(
+        "grad_rows", grad_rows_kernel, RowBlock::blocks_of(errors.count), RowBlock::THREADS, 0, device.stream, grad,
+        errors,
         slope, number_of("grad_commitment_loss", grad_commitment_loss), rows_of("grad_x", grad_x));
   }
   const Tensor grad_codebook =
@@ -122,7 +127,9 @@ std::tuple<Tensor, Tensor> vector_quantize_bwd(
   if (need_codebook) {
     const Tensor codes = indices_of("indices", indices), scale = new_tensor(error, {1});
     float* const factor = data_of<float>(scale);
-    launch("scale", scale_kernel, 1, 1, 0, device.stream, number_of("grad_codebook_loss", grad_codebook_loss), slope, factor);
+    launch(
+        "scale", scale_kernel, 1, 1, 0, device.stream, number_of("grad_codebook_loss", grad_codebook_loss), slope,
+        factor);
     const SortedPairs pairs(
         error, {data_of<int64_t>(codes), errors.count, 1, num_codes, nullptr, nullptr}, device);
     pairs.sum(error, errors, factor, data_of<float>(grad_codebook), errors.features, device);
@@ -130,4 +137,4 @@ std::tuple<Tensor, Tensor> vector_quantize_bwd(
   return {grad_x, grad_codebook};
 }
 
-}  // namespace dlvae::cuda
+}  // namespace dlvae

@@ -9,17 +9,16 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 import triton
-from PIL import Image
 from torch._subclasses import FakeTensorMode
 
 from dlvae_kernels.backends import BACKENDS, choose, native, reference, use_backend, why_not
 from models.config import Config
 from models.train import Run
 from tests.emulated_cuda import HAS_COMPILER, LIBRARY, ROOT, EmulatedCuda, make
+from tests.models.runs import write_images
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # Of every architecture that there are kernels for.
@@ -147,9 +146,10 @@ def test_a_gpu_without_triton_has_the_compiled_kernels(on_cuda, monkeypatch):
 def test_models_train_without_triton(model, monkeypatch, tmp_path):
     """Their kernels run in the emulator, on tensors of the CPU."""
     make("cuda-emulated")
+    write_images(tmp_path, 20)
     config = Config(
         model=model,
-        data=f"folder:{photographs(tmp_path)}",
+        data=f"folder:{tmp_path}",
         **{"hiddens": 8, "residual_hiddens": 4, "num_embeddings": 40, "embedding_dim": 8, "sparsity_level": 4},
         **{"batch_size": 2, "lr": 1e-2, "schedule": "constant", "device": "cpu", "precision": "float32"},
     )
@@ -164,11 +164,3 @@ def test_models_train_without_triton(model, monkeypatch, tmp_path):
             losses[name] = torch.tensor([loss for _, loss, _ in run._step.read(run.ranks).rows(0, 12)])
     torch.testing.assert_close(losses["native"][:4], losses["reference"][:4], rtol=1e-3, atol=1e-4)
     assert losses["native"][-3:].mean() < losses["native"][:3].mean()
-
-
-def photographs(folder: Path) -> Path:
-    generator = np.random.default_rng(0)
-    for i in range(20):
-        coarse = generator.integers(0, 256, (2, 2, 3), dtype=np.uint8)
-        Image.fromarray(coarse).resize((32, 32), Image.Resampling.BILINEAR).save(folder / f"{i}.png")
-    return folder

@@ -1,20 +1,15 @@
 from __future__ import annotations
 
-import numpy as np
 import pytest
-from PIL import Image
 
-from .runs import SMALL
+from .runs import SMALL, write_images
 
 
 @pytest.fixture(scope="session")
 def images(tmp_path_factory):
     """Flags of a small model and small images."""
     folder = tmp_path_factory.mktemp("images")
-    generator = np.random.default_rng(0)
-    for i in range(60):
-        coarse = generator.integers(0, 256, (2, 2, 3), dtype=np.uint8)
-        Image.fromarray(coarse).resize((32, 32), Image.Resampling.BILINEAR).save(folder / f"{i}.png")
+    write_images(folder, 60)
     return [*SMALL, "--data", f"folder:{folder}"]
 
 

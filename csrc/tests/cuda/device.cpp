@@ -9,7 +9,7 @@ void check_device(const char* name, const Tensor& tensor) {
 
 // The oldest that there are kernels for, and the least that any of them has; few multiprocessors and
 // small chunks, so that small inputs are more than one block each, and more than one chunk.
-cuda::Device::Device(const Tensor&)
+Device::Device(const Tensor&)
     : stream(nullptr), capability(80), multiprocessors(3), shared_bytes(99 * 1024), chunk_elements(1 << 15) {}
 
 }  // namespace dlvae

@@ -6,7 +6,7 @@
 #include "../../cuda/device.cuh"
 #include "../check.h"
 
-namespace dlvae::cuda {
+namespace dlvae {
 namespace {
 
 template <class F>
@@ -307,10 +307,10 @@ void test_row_offsets() {
 }
 
 }  // namespace
-}  // namespace dlvae::cuda
+}  // namespace dlvae
 
 int main() {
-  using namespace dlvae::cuda;
+  using namespace dlvae;
   test_products<__half>();
   test_products<__nv_bfloat16>();
   test_lanes();

@@ -92,7 +92,7 @@ void mma(float (&sums)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
 
 }  // namespace dlvae::emulator
 
-namespace dlvae::cuda {
+namespace dlvae {
 
 // What is read before the wait is poison: the bytes come then.
 inline void cp_async16(void* to, const void* from, int bytes) {
@@ -137,4 +137,4 @@ T* dynamic_shared() {
   return static_cast<T*>(emulator::shared_memory);
 }
 
-}  // namespace dlvae::cuda
+}  // namespace dlvae

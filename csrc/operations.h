@@ -1,5 +1,8 @@
-// The operations on a GPU, a file each; arguments and results are those of dlvae:: in ops.py.
+// The operations that schemas.h defines, a file each; arguments and results are those of dlvae:: in ops.py. Each
+// library has functions of its own by these names, for its device.
 #pragma once
+
+#include <torch/csrc/stable/library.h>
 
 #include <optional>
 #include <string>
@@ -7,7 +10,7 @@
 
 #include "tensors.h"
 
-namespace dlvae::cuda {
+namespace dlvae {
 
 // How many rows `nearest_code` searches a second time, since rounding might have hidden the nearest code: for tests.
 int64_t uncertain_rows(const Tensor& x, const Tensor& codebook);
@@ -45,4 +48,21 @@ std::tuple<Tensor, Tensor, Tensor> kept_softmax_bwd(
     const Tensor& grad, const Tensor& values, const Tensor& sums, const Tensor& x, const Tensor& weight,
     std::optional<Tensor> bias, const Tensor& indices, bool need_x, bool need_weight, bool need_bias);
 
-}  // namespace dlvae::cuda
+inline void implement_operations(torch::stable::detail::StableLibrary& m) {
+  m.impl("nearest_code", TORCH_BOX(&nearest_code));
+  m.impl("uncertain_rows", TORCH_BOX(&uncertain_rows));
+  m.impl("topk_codes", TORCH_BOX(&topk_codes));
+  m.impl("one_hot", TORCH_BOX(&one_hot));
+  m.impl("gather_codes_fwd", TORCH_BOX(&gather_codes_fwd));
+  m.impl("gather_codes_bwd", TORCH_BOX(&gather_codes_bwd));
+  m.impl("vector_quantize_fwd", TORCH_BOX(&vector_quantize_fwd));
+  m.impl("vector_quantize_bwd", TORCH_BOX(&vector_quantize_bwd));
+  m.impl("ema_statistics", TORCH_BOX(&ema_statistics));
+  m.impl("ema_step", TORCH_BOX(&ema_step));
+  m.impl("sparse_decode_fwd", TORCH_BOX(&sparse_decode_fwd));
+  m.impl("sparse_decode_bwd", TORCH_BOX(&sparse_decode_bwd));
+  m.impl("kept_softmax_fwd", TORCH_BOX(&kept_softmax_fwd));
+  m.impl("kept_softmax_bwd", TORCH_BOX(&kept_softmax_bwd));
+}
+
+}  // namespace dlvae
