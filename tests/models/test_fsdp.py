@@ -17,6 +17,8 @@ from models.build import build_model
 from models.config import Config
 from models.step import Objective
 
+from .runs import end_rank
+
 pytestmark = pytest.mark.slow
 
 STEPS = 4
@@ -69,6 +71,7 @@ def _work(rank: int, port: int, folder: Path) -> None:
         results[case] = sharded, losses / 2, codes
     torch.save(results, folder / f"{rank}.pt")
     dist.destroy_process_group()
+    end_rank()
 
 
 @pytest.fixture(scope="module")

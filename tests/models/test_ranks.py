@@ -25,7 +25,7 @@ from models.config import Config, parse
 from models.ranks import Ranks, join, leave
 from models.train import Run
 
-from .runs import ROOT, command, rows, train
+from .runs import ROOT, command, end_rank, rows, train
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("without_umap")]
 
@@ -59,6 +59,7 @@ def _work(rank: int, port: int, images: list[str], folder: Path) -> None:
     weights = {case: _train(images, case, folder / case, ranks).model.state_dict() for case in CASES}
     torch.save(weights, folder / f"{rank}.pt")
     leave(ranks)
+    end_rank()
 
 
 @pytest.fixture(scope="module")
