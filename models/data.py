@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import shutil
+import tempfile
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -155,13 +156,15 @@ def _unpack(packed: Path, target: Path) -> None:
     if target.exists():
         return
     target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_suffix(".partial")
-    try:
-        with gzip.open(packed, "rb") as source, partial.open("wb") as sink:
-            shutil.copyfileobj(source, sink)
-    except (gzip.BadGzipFile, zlib.error, EOFError) as error:
-        raise DataError(f"{packed} is broken ({error}); install the package dataset-fashion-mnist again") from error
-    partial.replace(target)
+    # A folder of its own: other processes may be unpacking the same file.
+    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+        partial = Path(folder) / target.name
+        try:
+            with gzip.open(packed, "rb") as source, partial.open("wb") as sink:
+                shutil.copyfileobj(source, sink)
+        except (gzip.BadGzipFile, zlib.error, EOFError) as error:
+            raise DataError(f"{packed} is broken ({error}); install the package dataset-fashion-mnist again") from error
+        partial.replace(target)
 
 
 def _downloaded(name: str, root: Path, read: Callable[[], T]) -> T:

@@ -2,7 +2,9 @@ from __future__ import annotations
 
 import gzip
 import struct
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Barrier
 
 import numpy as np
 import pytest
@@ -172,7 +174,24 @@ def test_a_broken_debian_file_leaves_nothing_behind(monkeypatch, tmp_path):
     monkeypatch.setattr(data, "_DEBIAN_FASHION_MNIST", package)
     with pytest.raises(DataError, match=r"train-images-idx3-ubyte\.gz is broken .*install .* again"):
         load("fashion-mnist", tmp_path / "data")
-    assert not (tmp_path / "data/FashionMNIST/raw/train-images-idx3-ubyte").exists()
+    assert list((tmp_path / "data/FashionMNIST/raw").iterdir()) == []
+
+
+def test_several_at_once_unpack_the_same_file(tmp_path):
+    packed = tmp_path / "images.gz"
+    content = np.random.default_rng(0).bytes(2**24)
+    packed.write_bytes(gzip.compress(content, compresslevel=1))
+    target = tmp_path / "raw" / "images"
+    together = Barrier(4)
+
+    def unpack(_: int) -> None:
+        together.wait()
+        data._unpack(packed, target)
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(unpack, range(4)))
+    assert target.read_bytes() == content
+    assert list(target.parent.iterdir()) == [target]
 
 
 @pytest.mark.skipif(
