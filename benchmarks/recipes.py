@@ -1,20 +1,17 @@
 """How many updates a recipe takes to a given held-out error: `python -m benchmarks recipes`.
 
-The network, the batch of 256 images and the arithmetic are the same for all; a recipe says how the codebook begins,
-whether unused codes are drawn anew, how fast all of it learns, and by what.
+A recipe is what `python -m models.train` is given: by its defaults or the notebook's preset, and what it names. Batches
+of 256 images, the arithmetic and the layout are the same for all.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
-import dataclasses
 import itertools
 import time
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from models.config import parse
 from models.evaluate import evaluate
@@ -27,44 +24,34 @@ _HELD_OUT = 500  # images, of those held out
 # Between two looks at the held-out images: at least so many updates, and this share of those so far.
 _LOOK_EVERY, _LOOK_SHARE = 10, 0.05
 
-# What differs from the preset of the notebook in all runs.
-_SAME: dict[str, Any] = {"precision": "auto", "channels_last": True}
-_OURS: dict[str, Any] = {"lr": 1e-3, "init": "data", "dead_code_threshold": 1.0, "decay": 0.9}
-
-RECIPES: dict[str, dict[str, Any]] = {
-    "notebook": {},
-    "notebook, lr 1e-3": {"lr": 1e-3},
-    "ours": _OURS,
-    "ours, decay 0.99": {**_OURS, "decay": 0.99},
-    "ours, decay 0.8": {**_OURS, "decay": 0.8},
-    "ours, lr 2e-3": {**_OURS, "lr": 2e-3},
-    "ours, lr 5e-4": {**_OURS, "lr": 5e-4},
-    "ours, init normal": {**_OURS, "init": "normal"},
-    "ours, no revival": {**_OURS, "dead_code_threshold": 0.0},
-    "ours, revival below 0.1": {**_OURS, "dead_code_threshold": 0.1},
-    "ours, by gradient": {**_OURS, "model": "vqvae"},
-    "ours, embedding_dim 64": {**_OURS, "embedding_dim": 64},
+_SAME = ["--batch-size", "256", "--precision", "auto", "--channels-last"]
+RECIPES = {
+    "default": "",
+    "notebook": "--preset notebook",
+    "notebook, lr 1e-3": "--preset notebook --lr 1e-3",
+    "init data": "--init data",
+    "no revival": "--dead-code-threshold 0",
+    "revival below 0.1": "--dead-code-threshold 0.1",
+    "lr 1e-3": "--lr 1e-3",
+    "lr 4e-3": "--lr 4e-3",
+    "constant lr": "--schedule constant",
+    "decay 0.8": "--decay 0.8",
+    "decay 0.9": "--decay 0.9",
+    "decay 0.99": "--decay 0.99",
+    "by gradient": "--model vqvae",
+    "embedding_dim 256": "--embedding-dim 256",
 }
+# Updates: at which the error was reached, or all. Most: when it would have been given up; a schedule ends there.
 _COLUMNS = (
-    "recipe",
-    "data",
-    "seed",
-    "updates",
-    "reached",
-    "nmse",
-    "perplexity",
-    "seconds",
-    "device",
-    "torch",
-    "commit",
+    *("recipe", "data", "seed", "updates", "most", "reached", "nmse", "perplexity", "seconds"),
+    *("device", "threads", "torch", "commit"),
 )
 
 
 def updates_to_target(recipe: str, data: str, seed: int, most: int) -> dict[str, Any]:
     """Train until the held-out error is at most TARGET, or for `most` updates: a row."""
-    notebook = parse(["--preset", "notebook"]).config
-    options = {"data": data, "seed": seed, "updates": most, **_SAME, **RECIPES[recipe]}
-    run = Run(dataclasses.replace(notebook, **options), Path("unwritten"))
+    words = ["--data", data, "--seed", str(seed), "--updates", str(most), *_SAME, *RECIPES[recipe].split()]
+    run = Run(parse(words).config, Path("unwritten"))
     held_out = run.images.held_out[:_HELD_OUT]
     begin = time.perf_counter()
     while True:
@@ -79,13 +66,12 @@ def updates_to_target(recipe: str, data: str, seed: int, most: int) -> dict[str,
         "data": data,
         "seed": seed,
         "updates": run.update,
+        "most": most,
         "reached": found.nmse <= TARGET,
         "nmse": round(found.nmse, 4),
         "perplexity": round(found.perplexity, 1),
         "seconds": round(time.perf_counter() - begin, 1),
-        "device": results.device_name(run.device),
-        "torch": torch.__version__,
-        "commit": results.commit(),
+        **results.environment(run.device),
     }
 
 
@@ -93,7 +79,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--recipe", nargs="+", choices=RECIPES, default=list(RECIPES), metavar="NAME")
     parser.add_argument("--data", nargs="+", default=["patches", "fashion-mnist"])
     parser.add_argument("--seed", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--most", type=int, default=2000, help="updates after which a run is given up")
+    parser.add_argument("--most", type=int, default=1000, help="updates after which a run is given up")
     parser.add_argument("--rows", type=Path, default=results.FOLDER / "recipes.csv", help="file that rows are added to")
 
 

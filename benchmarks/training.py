@@ -61,6 +61,7 @@ def _run(model: str, inputs: Inputs, precision: str = "float32") -> Run:
         num_embeddings=size.k,
         sparsity_level=size.kept,
         init="uniform",
+        decay=0.99,
         dead_code_threshold=0.0,
         gradient="straight_through",
         lr=_LR,

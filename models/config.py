@@ -26,7 +26,7 @@ class Config:
     data_dir: str = _flag("data", "folder for downloads")
     updates: int = _flag(1200, "optimizer steps")
     batch_size: int = _flag(32, "images a step")
-    lr: float = _flag(1e-3, "learning rate of Adam, at its highest")
+    lr: float = _flag(2e-3, "learning rate of Adam, at its highest")
     schedule: Literal["cosine", "constant"] = _flag("cosine", "of the learning rate: to zero after a warm-up, or none")
     warmup: int = _flag(50, "steps of linear warm-up of the cosine schedule")
     hiddens: int = _flag(128, "channels of encoder and decoder")
@@ -35,8 +35,8 @@ class Config:
     num_embeddings: int = _flag(512, "K: codes or atoms")
     embedding_dim: int = _flag(64, "D: channels of the latents")
     commitment_cost: float = _flag(0.25, "beta of the vector quantizers")
-    decay: float = _flag(0.99, "of the moving averages of vqvae-ema, in (0, 1]")
-    init: Init = _flag("data", "of the codebook")
+    decay: float = _flag(0.95, "of the moving averages of vqvae-ema, in (0, 1]")
+    init: Init = _flag("normal", "of the codebook")
     dead_code_threshold: float = _flag(1.0, "re-draw codes that on average fewer rows of a batch take; 0: never")
     sparsity: float = _flag(0.0, "weight of the L1 norm of the coefficients of dlvae")
     sparsity_level: int = _flag(100, "atoms that dlvae keeps for a position")
@@ -47,7 +47,7 @@ class Config:
     channels_last: bool = _flag(True, "lay out images and weights channels last")
     seed: int = _flag(0, "of weights, batches and random choices")
     device: str = _flag("auto", "cpu, cuda, cuda:N or auto")
-    checkpoint_every: int = _flag(250, "steps between checkpoints")
+    checkpoint_every: int = _flag(1000, "steps between checkpoints")
     loading: Literal["auto", "resident", "streamed"] = _flag(
         "auto", "images whole on the device, or streamed to it; auto: resident in up to half of a GPU's free memory"
     )
@@ -106,6 +106,7 @@ _NOTEBOOK: dict[str, Any] = {
     "lr": 1e-4,
     "schedule": "constant",
     "embedding_dim": 256,
+    "decay": 0.99,
     "dead_code_threshold": 0.0,
     "gradient": "straight_through",
     "precision": "float32",

@@ -1,26 +1,29 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 
 import pytest
 
 from benchmarks import __main__, recipes
+from models.config import parse
 
 
 @pytest.mark.slow
 def test_a_row_says_whether_the_error_was_reached(tmp_path, monkeypatch):
     pytest.importorskip("skimage")
-    monkeypatch.setattr(recipes, "_SAME", {**recipes._SAME, "batch_size": 16, "hiddens": 8, "embedding_dim": 8})
+    small = "--batch-size 16 --hiddens 8 --embedding-dim 8"
+    monkeypatch.setattr(recipes, "RECIPES", {name: f"{words} {small}" for name, words in recipes.RECIPES.items()})
     rows = tmp_path / "recipes.csv"
-    words = ["recipes", "--data", "patches", "--recipe", "ours", "notebook", "--most", "15", "--rows", str(rows)]
+    words = ["recipes", "--data", "patches", "--recipe", "default", "notebook", "--most", "15", "--rows", str(rows)]
     assert __main__.main([*words, "--seed", "0", "1"]) == 0
     monkeypatch.setattr(recipes, "TARGET", 1e3)
     assert __main__.main([*words, "--seed", "2"]) == 0
     with rows.open(newline="") as file:
         found = list(csv.DictReader(file))
     assert [(row["recipe"], row["seed"]) for row in found[:4]] == [
-        ("ours", "0"),
-        ("ours", "1"),
+        ("default", "0"),
+        ("default", "1"),
         ("notebook", "0"),
         ("notebook", "1"),
     ]
@@ -28,7 +31,9 @@ def test_a_row_says_whether_the_error_was_reached(tmp_path, monkeypatch):
     assert [(row["updates"], row["reached"]) for row in found] == [("15", "False")] * 4 + [("10", "True")] * 2
 
 
-def test_recipes_differ_from_ours_in_what_they_name():
-    for name, recipe in recipes.RECIPES.items():
-        if name.startswith("ours, "):
-            assert len(recipe.items() - recipes.RECIPES["ours"].items()) == 1
+def test_recipes_differ_from_the_default_in_one_thing():
+    of_default = dataclasses.asdict(parse([]).config).items()
+    for name, words in recipes.RECIPES.items():
+        config = parse(words.split()).config
+        if "--preset" not in words:
+            assert len(dataclasses.asdict(config).items() - of_default) == (name != "default"), name

@@ -52,6 +52,7 @@ def test_the_notebooks_hyper_parameters(model, init):
         "sparsity": 0.0,
         "sparsity_level": 100,
         "commitment_cost": 0.25,
+        "decay": 0.99,
         "lr": 1e-4,
         "updates": 200_000,
         "schedule": "constant",
