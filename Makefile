@@ -111,7 +111,7 @@ lint: setup
 	$(VENV)/bin/mypy
 
 bench: setup
-	$(PYTHON) -m benchmarks cpu
+	$(PYTHON) -m benchmarks standard
 
 plot: setup
 	$(PYTHON) -m benchmarks plot
@@ -128,4 +128,4 @@ wheels: setup
 
 # On a machine with a GPU; needs no installation: python3 -m benchmarks gpu does the same.
 gpu:
-	python3 -m benchmarks gpu
+	python3 -m benchmarks gpu $(ARGS)

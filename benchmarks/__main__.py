@@ -6,8 +6,10 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import sys
+import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -70,9 +72,15 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--baseline", action="append", help="only beside this one; may be repeated")
     parser.add_argument("--csv", type=Path, help="write the rows to this file too")
     commands = parser.add_subparsers(dest="command")
-    commands.add_parser("cpu", help="the standard set of the CPU, into benchmarks/results/cpu.csv")
+    whole = commands.add_parser("standard", help="all of a device, into benchmarks/results/cpu.csv or gpu.csv")
+    whole.add_argument("--device", default="cpu", help="cpu or cuda")
+    whole.add_argument("--seconds", type=float, default=2.0, help="to time each operation at each size")
+    whole.add_argument("--within", type=float, default=math.inf, help="seconds after which none is begun")
+    whole.add_argument("--csv", type=Path, help="write the rows to this file instead")
     on_gpu = commands.add_parser("gpu", help="test, time and train on a GPU; results under $OUT or benchmarks/results/")
     on_gpu.add_argument("--commit", help="what the rows say where git cannot")
+    on_gpu.add_argument("--only", nargs="+", choices=gpu.STEPS, help="steps to take; by default all")
+    on_gpu.add_argument("--within", type=float, default=560, help="seconds that the steps share")
     finished = commands.add_parser("train", help="collect finished CPU runs into benchmarks/results/training-cpu.csv")
     finished.add_argument("runs", type=Path, nargs="+", metavar="RUN")
     updating = commands.add_parser("updates", help="updates a second of the notebook's training, beside its own loop")
@@ -116,7 +124,7 @@ def _run(arguments: argparse.Namespace) -> int:
     if arguments.command == "gpu":
         if arguments.commit:
             os.environ["DLVAE_COMMIT"] = arguments.commit
-        return gpu.main()
+        return gpu.main(arguments.only, arguments.within)
     if arguments.command == "offline":
         # It imports Triton's compiler.
         from . import offline
@@ -135,9 +143,11 @@ def _run(arguments: argparse.Namespace) -> int:
         return recipes.main(arguments)
     if arguments.command == "compare":
         return _compare(arguments)
-    if arguments.command == "cpu":
-        status = run.standard(torch.device("cpu"), results.FOLDER / "cpu.csv")
-        print(*targets.check(results.read(results.FOLDER / "cpu.csv"), "cpu"), sep="\n")
+    if arguments.command == "standard":
+        device = pick_device(arguments.device)
+        path = arguments.csv or results.FOLDER / f"{'gpu' if device.type == 'cuda' else 'cpu'}.csv"
+        status = run.standard(device, path, arguments.seconds, time.monotonic() + arguments.within)
+        print(*targets.check(results.read(path), device.type), sep="\n")
         return status
     if arguments.command == "train":
         results.write_training(arguments.runs, results.FOLDER / "training-cpu.csv", torch.device("cpu"))

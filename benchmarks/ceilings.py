@@ -8,12 +8,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.nn.functional import conv2d
 
 from dlvae_kernels.backends import native
 
 from .entry import Work
 
 _GEMM = {"cpu": 2048, "cuda": 8192}
+_MAP = {"cpu": 64, "cuda": 2048}
 _COPY_BYTES = {"cpu": 2**28, "cuda": 2**32}
 _ROUNDS = 7
 # Products of float32 accuracy from bfloat16 parts take three of them.
@@ -73,6 +75,14 @@ def product_rate(device: torch.device, dtype: torch.dtype) -> float:
     size = _GEMM[device.type]
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     return 2 * size**3 / _best(lambda: a @ b, device)
+
+
+def convolution_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """Operations a second of torch's convolution of large maps, 3 x 3 and channels last."""
+    size, channels = _MAP[device.type], 256
+    maps = torch.randn(size, channels, 16, 16, device=device).to(dtype, memory_format=torch.channels_last)
+    kernels = torch.randn(channels, channels, 3, 3, device=device).to(dtype, memory_format=torch.channels_last)
+    return 2 * 9 * channels**2 * size * 16**2 / _best(lambda: conv2d(maps, kernels, padding=1), device)
 
 
 def _best(run: Callable[[], object], device: torch.device) -> float:

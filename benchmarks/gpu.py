@@ -1,119 +1,176 @@
-"""Everything that wants a GPU in one call of under ten minutes: tests, memory checks, benchmark, a training run."""
+"""Everything that wants a GPU in one call of under ten minutes: tests, benchmark, training runs, memory checks."""
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import torch
 
-from . import results, run, targets, training
+from . import results, targets, training
 
-# Seconds, together with what starts in between under ten minutes.
-_TESTS, _SANITIZER, _BENCHMARK, _TRAINING, _TIMING = 200, 40, 110, 70, 110
+# Processes that share the GPU: most of the time of the tests is that of compilers.
+_PROCESSES = 8
 # Tests that launch every kernel on small inputs: under the sanitizer everything is slow.
 _SMALL = "(triton-cuda or native-cuda) and (by_hand or integers or told_apart)"
 _UPDATES = 2000
-# Enough to project all of the notebook's from.
-_TIMED_UPDATES = 20_000
+# Enough to project all of the notebook's from; and fewer, where there is little time for them.
+_TIMED_UPDATES, _FEW_UPDATES, _LITTLE_TIME = 20_000, 4_000, 300
+# Of the time of the benchmark: another case begins no later.
+_LAST_BEGINS = 0.75
 
 
-def main() -> int:
-    """Results go under $OUT, or to benchmarks/results/; returns an exit status."""
+def main(only: list[str] | None = None, seconds: float = 560) -> int:
+    """Take the steps, or `only` some, within `seconds`; returns an exit status.
+
+    Results and the output of each step (STEP.log) go under $OUT, or to benchmarks/results/.
+    """
     if not torch.cuda.is_available():
         print("error: no CUDA device; `python -m benchmarks gpu` needs one", file=sys.stderr)
         return 1
+    end = time.monotonic() + seconds
     out = Path(os.environ.get("OUT", results.FOLDER))
+    out.mkdir(parents=True, exist_ok=True)
+    steps = [name for name in STEPS if only is None or name in only]
     with tempfile.TemporaryDirectory() as site:
-        bring_wheels(results.ROOT / ".whl", Path(site))
-        build(results.ROOT)
-        device = torch.device("cuda")
-        outcomes = {
-            "tests": _call(_TESTS, "-m", "pytest", "-q", "-m", "gpu", "tests"),
-            "memcheck": sanitize("memcheck"),
-            "racecheck": sanitize("racecheck"),
-            "benchmark": run.standard(device, out / "gpu.csv", seconds=1.0, deadline=time.monotonic() + _BENCHMARK),
-            "training": train(out, device),
-            "updates": time_updates(out),
-        }
-    print(*targets.check(results.read(out / "gpu.csv"), "cuda"), sep="\n")
+        outcomes = {"wheels": bring_wheels(results.ROOT / ".whl", Path(site)), "build": build(results.ROOT)}
+        outcomes["CUDA C++"] = _cuda_kernels()
+        for i, name in enumerate(steps):
+            # What a step leaves of its time goes to those that follow.
+            share = STEPS[name][0] / sum(STEPS[each][0] for each in steps[i:])
+            outcomes[name] = STEPS[name][1](out, share * max(0.0, end - time.monotonic()))
+    if "benchmark" in steps:
+        # Of a benchmark that was stopped the rows before are there all the same.
+        found = [path for path in (out / "gpu.csv", out / "gpu.partial") if path.exists()]
+        print(*targets.check(results.read(found[0]) if found else [], "cuda"), sep="\n")
     print(", ".join(f"{name}: {'ok' if status == 0 else f'failed ({status})'}" for name, status in outcomes.items()))
-    return max(outcomes.values())
+    return int(any(outcomes.values()))
 
 
-def bring_wheels(folder: Path, site: Path) -> None:
-    """Install the wheels of a folder, if there is one, for this process and its children."""
+def bring_wheels(folder: Path, site: Path) -> int:
+    """Install the wheels of a folder, if there is one, for this process and its children; returns an exit status."""
     wheels = sorted(map(str, folder.glob("*.whl")))
     if not wheels:
         print(f"no wheels in {folder}: baselines that are not installed will be missing")
-        return
+        return 0
     words = ["-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--target", str(site), *wheels]
-    subprocess.run([sys.executable, *words], check=True)
+    status = subprocess.run([sys.executable, *words]).returncode
     sys.path.append(str(site))
     importlib.invalidate_caches()
-    # After what the machine has itself.
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), str(site)]))
+    return status
 
 
-def build(root: Path) -> None:
-    """Build the C++ and CUDA library in place, where the checkout has one."""
-    if (root / "csrc").is_dir():
-        subprocess.run([sys.executable, "setup.py", "build_ext", "--inplace"], cwd=root, check=True)
+def build(root: Path) -> int:
+    """Build the C++ and CUDA library in place, where the checkout has one; returns an exit status."""
+    if not (root / "csrc").is_dir():
+        return 0
+    return subprocess.run([sys.executable, "setup.py", "build_ext", "--inplace"], cwd=root).returncode
 
 
-def sanitize(tool: str) -> int:
+def _cuda_kernels() -> int:
+    """Whether the kernels in CUDA C++ are there: without them nothing of theirs is tested, nor timed."""
+    code = "from dlvae_kernels.backends.native import why_no_cuda_kernels as why; print(why() or '')"
+    found = subprocess.run([sys.executable, "-c", code], cwd=results.ROOT, capture_output=True, text=True)
+    reason = (found.stdout + found.stderr).strip()
+    print(f"no kernels in CUDA C++: {reason}" if reason else "kernels in CUDA C++ are there")
+    return int(bool(reason))
+
+
+def _test(out: Path, seconds: float) -> int:
+    parallel = ["-n", str(_PROCESSES)] if importlib.util.find_spec("xdist") else []
+    return call(out / "tests.log", seconds, sys.executable, "-m", "pytest", *parallel, "-m", "gpu", "tests")
+
+
+def _benchmark(out: Path, seconds: float) -> int:
+    words = ["--device", "cuda", "--seconds", "1", "--within", str(_LAST_BEGINS * seconds)]
+    program = [sys.executable, "-m", "benchmarks", "standard"]
+    return call(out / "benchmark.log", seconds, *program, *words, "--csv", str(out / "gpu.csv"))
+
+
+def _train(out: Path, seconds: float) -> int:
+    """A training run of fixed length, its updates a second in training-gpu.csv."""
+    folder = results.ROOT / "runs" / f"gpu-{time.strftime('%Y%m%d-%H%M%S')}"
+    words = ["--data", training.images(), "--updates", str(_UPDATES), "--batch-size", "256", "--device", "cuda"]
+    program = [sys.executable, "-m", "models.train"]
+    status = call(out / "training.log", seconds, *program, *words, "--out", str(folder))
+    if status == 0:
+        results.write_training([folder], out / "training-gpu.csv", torch.device("cuda"))
+    return status
+
+
+def _time_updates(out: Path, seconds: float) -> int:
+    """Updates a second of the notebook's training, ours and its own, in updates-cuda.csv."""
+    count = _TIMED_UPDATES if seconds >= _LITTLE_TIME else _FEW_UPDATES
+    words = ["--device", "cuda", "--updates", str(count), "--rounds", "1", "--csv", str(out / "updates-cuda.csv")]
+    return call(out / "updates.log", seconds, sys.executable, "-m", "benchmarks", "updates", *words)
+
+
+def _memcheck(out: Path, seconds: float) -> int:
+    return _sanitize("memcheck", out, seconds)
+
+
+def _racecheck(out: Path, seconds: float) -> int:
+    return _sanitize("racecheck", out, seconds)
+
+
+def _sanitize(tool: str, out: Path, seconds: float) -> int:
     """Small tests under a tool of compute-sanitizer, where there is one that takes this GPU."""
     program = shutil.which("compute-sanitizer")
     if program is None:
         print(f"{tool}: left out, there is no compute-sanitizer")
         return 0
-    words = [program, "--tool", tool, "--error-exitcode", "9", sys.executable, "-m", "pytest", "-q", "-x", "-m", "gpu"]
-    try:
-        result = subprocess.run(
-            [*words, "tests/functional", "-k", _SMALL],
-            cwd=results.ROOT,
-            # Without torch's cache each tensor is an allocation of its own, and one byte beyond it is seen.
-            env={**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
-            capture_output=True,
-            text=True,
-            timeout=_SANITIZER,
-        )
-    except subprocess.TimeoutExpired:
-        print(f"error: {tool} took more than {_SANITIZER} s")
-        return 124
-    print(f"{tool}:", result.stdout[-3000:])
-    if "Device not supported" in result.stdout:
+    log = out / f"{tool}.log"
+    # Without torch's cache each tensor is an allocation of its own, and one byte beyond it is seen.
+    words = ["env", "PYTORCH_NO_CUDA_MEMORY_CACHING=1", program, "--tool", tool, "--error-exitcode", "9"]
+    words += [sys.executable, "-m", "pytest", "-x", "-m", "gpu", "tests/functional", "-k", _SMALL]
+    status = call(log, seconds, *words)
+    if "Device not supported" in log.read_text(errors="replace"):
         print(f"{tool}: left out, it does not take this device")
         return 0
-    return result.returncode
-
-
-def train(out: Path, device: torch.device) -> int:
-    """A training run of fixed length, its updates a second in training-gpu.csv."""
-    folder = results.ROOT / "runs" / f"gpu-{time.strftime('%Y%m%d-%H%M%S')}"
-    options = ["--data", training.images(), "--updates", str(_UPDATES), "--batch-size", "256", "--device", "cuda"]
-    status = _call(_TRAINING, "-m", "models.train", *options, "--out", str(folder))
-    if status == 0:
-        results.write_training([folder], out / "training-gpu.csv", device)
     return status
 
 
-def time_updates(out: Path) -> int:
-    """Updates a second of the notebook's training, ours and its own, in updates-cuda.csv."""
-    words = ["--device", "cuda", "--updates", str(_TIMED_UPDATES), "--rounds", "1"]
-    return _call(_TIMING, "-m", "benchmarks", "updates", *words, "--csv", str(out / "updates-cuda.csv"))
+# In their order: the share of the time that each may take, and what it does with a folder and seconds.
+STEPS: dict[str, tuple[int, Callable[[Path, float], int]]] = {
+    "tests": (190, _test),
+    "benchmark": (140, _benchmark),
+    "training": (40, _train),
+    "updates": (100, _time_updates),
+    "memcheck": (40, _memcheck),
+    "racecheck": (40, _racecheck),
+}
 
 
-def _call(seconds: float, *words: str) -> int:
-    """Run Python; a child that takes too long is stopped and counts as failed."""
-    try:
-        return subprocess.run([sys.executable, *words], cwd=results.ROOT, timeout=seconds).returncode
-    except subprocess.TimeoutExpired:
-        print(f"error: {' '.join(words)} took more than {seconds} s", file=sys.stderr)
-        return 124
+def call(log: Path, seconds: float, *words: str) -> int:
+    """Run a program with its output in a file, of which the end is printed; returns an exit status.
+
+    One that takes too long is interrupted with all that it started, then killed: 124.
+    """
+    with log.open("wb") as file:
+        process = subprocess.Popen(
+            words, cwd=results.ROOT, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
+        )
+        try:
+            status = process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            status = 124
+            os.killpg(process.pid, signal.SIGINT)
+            # Long enough to tell what was found.
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(10)
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    print(f"--- {log.stem}{f': took more than {seconds:.0f} s' if status == 124 else ''}")
+    print(log.read_text(errors="replace")[-1500:], flush=True)
+    return status

@@ -76,7 +76,8 @@ def _worktree(base: str) -> Iterator[Path]:
         if made.returncode != 0:
             raise ValueError(f"base is {base!r}; it needs to be a commit: {made.stderr.strip()}")
         shutil.copytree(results.ROOT / "benchmarks", folder / "benchmarks", dirs_exist_ok=True)
-        gpu.build(folder)
+        if gpu.build(folder) != 0:
+            raise ValueError(f"base is {base!r}, whose csrc cannot be built here")
         yield folder
     finally:
         subprocess.run(["git", "worktree", "remove", "--force", str(folder)], cwd=results.ROOT, capture_output=True)

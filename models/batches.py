@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
+import signal
 from abc import ABC, abstractmethod
+from collections import deque
 from collections.abc import Iterator
 from typing import Any
 
@@ -19,6 +22,8 @@ _MOST_OF_FREE = 0.5
 _WORKERS = 2
 # Batches that each worker gathers before they are asked for.
 _AHEAD = 4
+# Batches on their way to a GPU.
+_MOST_SENT = 16
 
 
 class Order:
@@ -108,6 +113,9 @@ class StreamedBatches(Batches):
         self._images = images
         self._next = -1
         self._stream: Iterator[Tensor] = iter(())
+        self._sent: deque[torch.cuda.Event] = deque()
+        # Workers do not end by a signal, which Python would send them when it ends.
+        atexit.register(self.close)
         self._batch = torch.zeros(order.share, *images.shape[1:], dtype=torch.uint8, device=device)
 
     def prepare(self, update: int) -> None:
@@ -115,9 +123,18 @@ class StreamedBatches(Batches):
             self._stream = self._from(update)
         self._send(next(self._stream), self._batch)
         self._next = update + 1
+        if self._device.type == "cuda":
+            # Batches stay in pinned memory until they are copied: only so many may be under way.
+            self._sent.append(torch.cuda.current_stream(self._device).record_event())
+            if len(self._sent) > _MOST_SENT:
+                self._sent.popleft().synchronize()
 
     def take(self, clock: Tensor) -> Tensor:
         return self._floats(self._batch)
+
+    def close(self) -> None:
+        """Let the workers end; the next batch begins others."""
+        self._stream, self._next = iter(()), -1
 
     def _from(self, update: int) -> Iterator[Tensor]:
         return iter(
@@ -128,6 +145,7 @@ class StreamedBatches(Batches):
                 prefetch_factor=_AHEAD,
                 pin_memory=self._device.type == "cuda",
                 collate_fn=_as_it_is,
+                worker_init_fn=_ignore_signals,
                 # It draws a seed for its workers, which is not to move the random stream of the layers.
                 generator=torch.Generator(),
             )
@@ -148,6 +166,12 @@ class _Images(Dataset[Tensor]):
 
 def _as_it_is(batch: Any) -> Any:
     return batch
+
+
+def _ignore_signals(worker: int) -> None:
+    """What interrupts the run goes to its workers too, and is for the run to act on: it still needs them."""
+    for each in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(each, signal.SIG_IGN)
 
 
 class _Chosen(Sampler[list[int]]):

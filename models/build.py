@@ -36,7 +36,7 @@ def build_model(config: Config, in_channels: int) -> Autoencoder:
 
 
 def pick_device(name: str, local_rank: int | None = None) -> torch.device:
-    """The device of that name; "auto" is the GPU where there is one.
+    """The device of that name; "auto" is the GPU where there is one. From now on what names no GPU goes to this one.
 
     Of several ranks on a machine, each with its `local_rank`, each has a GPU of its own.
 
@@ -55,6 +55,8 @@ def pick_device(name: str, local_rank: int | None = None) -> torch.device:
         raise ValueError(f"device is {name!r}, which cannot be used here: {str(error).splitlines()[0]}") from error
     if device.type not in ("cpu", "cuda"):
         raise ValueError(f"device is {name!r}; it needs to be cpu, cuda, cuda:N or auto")
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)
     return device
 
 

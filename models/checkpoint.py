@@ -16,12 +16,20 @@ _MODEL, _OPTIMIZER, _RNG = "model.", "optimizer.", "rng."
 
 
 def save_weights(path: Path, model: nn.Module) -> None:
-    """The state_dict of the model alone."""
+    """The state_dict of the model alone.
+
+    Raises:
+        OSError: it cannot be written; a file that was there before is as it was.
+    """
     _save(path, dict(model.state_dict()), {})
 
 
 def save(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, progress: dict[str, Any]) -> None:
-    """Weights, optimizer state, random states and `progress` (JSON: the number of updates done, seconds, ...)."""
+    """Weights, optimizer state, random states and `progress` (JSON: the number of updates done, seconds, ...).
+
+    Raises:
+        OSError: it cannot be written; a file that was there before is as it was.
+    """
     tensors = {_MODEL + name: tensor for name, tensor in model.state_dict().items()}
     for index, parameter in enumerate(_parameters(optimizer)):
         for name, value in optimizer.state[parameter].items():
@@ -82,7 +90,11 @@ def _below(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 def _save(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
     partial = path.with_suffix(".partial")
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, partial, metadata)
+    try:
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, partial, metadata)
+    except SafetensorError as error:
+        partial.unlink(missing_ok=True)
+        raise OSError(f"{path} cannot be written ({error})") from error
     with partial.open("rb+") as file:
         os.fsync(file.fileno())
     os.replace(partial, path)

@@ -29,7 +29,8 @@ class Metrics:
         rows: list[list[str]] = []
         if self._path.exists():
             with self._path.open(newline="", encoding="utf-8") as file:
-                rows = list(csv.reader(file))[1 : update + 1]
+                whole = [row for row in csv.reader(file) if len(row) == len(COLUMNS)]
+                rows = [row for row in whole if row[0].isdigit() and int(row[0]) <= update]
         self._write(rows)
 
     def open_board(self, update: int) -> Metrics:
@@ -67,5 +68,8 @@ class Metrics:
 def write_whole(path: Path, text: str) -> None:
     """Write a file whole or not at all."""
     partial = path.with_suffix(".partial")
-    partial.write_text(text, encoding="utf-8")
+    with partial.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
     os.replace(partial, path)

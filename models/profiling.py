@@ -69,7 +69,9 @@ def table(events: Iterable[Any], seconds: float, device: torch.device) -> str:
     events = list(events)
     text = f"An update takes {seconds * 1e3:.3f} ms\n"
     if device.type == "cuda":
-        kernels = {each.key: each.self_device_time_total for each in events if each.device_type == DeviceType.CUDA}
+        # The ranges that are named on the host show up on the device too, around their kernels.
+        on_device = [each for each in events if each.device_type == DeviceType.CUDA and not each.is_user_annotation]
+        kernels = {each.key: each.self_device_time_total for each in on_device}
         return text + _section("kernel", kernels, seconds)
     parts = {each.key: each.cpu_time_total for each in events if each.key in PARTS}
     rest = {each.key: each.self_cpu_time_total for each in events if each.key not in PARTS}

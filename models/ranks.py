@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import inspect
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -41,12 +42,14 @@ class Ranks:
         return self.rank == 0
 
     @contextmanager
-    def first_on_each_machine(self) -> Iterator[None]:
-        """Let one rank of each machine through, and the others when it is done."""
-        if self.local:
+    def in_turns(self) -> Iterator[None]:
+        """Let rank 0 through, then one rank of each other machine, then the others; they go on together."""
+        turn = 0 if self.rank == 0 else 1 if self.local == 0 else 2
+        several = self.count > 1
+        for _ in range(turn if several else 0):
             dist.barrier(self.setup)
         yield
-        if self.local == 0:
+        for _ in range(3 - turn if several else 0):
             dist.barrier(self.setup)
 
     def from_first(self, value: T) -> T:
@@ -107,8 +110,6 @@ def join(device: torch.device, timeout: int) -> Ranks:
         return Ranks()
     options: dict[str, Any] = {"backend": "gloo"}
     if device.type == "cuda":
-        # What names no GPU goes to this one too: kernels, pinned memory, NCCL.
-        torch.cuda.set_device(device)
         options = {"backend": "nccl", "device_id": device}
     dist.init_process_group(timeout=timedelta(seconds=timeout), **options)
     setup = dist.new_group(backend="gloo", timeout=_SETUP_TIMEOUT)
@@ -125,3 +126,12 @@ def leave(ranks: Ranks) -> None:
     """Part from the other ranks at the end of the common work."""
     if ranks.count > 1:
         dist.destroy_process_group()
+
+
+def end_process(code: int) -> NoReturn:
+    """End this process; of several ranks at once, as a thread of gloo can abort Python while it takes itself down."""
+    if local_rank() is not None:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)

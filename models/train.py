@@ -23,7 +23,7 @@ from .config import Config, parse
 from .data import DataError, load
 from .metrics import Metrics, write_whole
 from .profiling import Profile
-from .ranks import RankLostError, Ranks, join, leave, local_rank
+from .ranks import RankLostError, Ranks, end_process, join, leave, local_rank
 from .step import Objective, Reading, Step, learning_rate
 
 # Updates between looks at the losses, which hold up the device.
@@ -32,6 +32,10 @@ _LOOK_EVERY = {"cpu": 25, "cuda": 500}
 
 class TrainingDiverged(Exception):
     """The loss is no longer a number."""
+
+
+class RunBroken(Exception):
+    """A file cannot be written, or another rank is gone; the message says how to go on."""
 
 
 class Run:
@@ -46,7 +50,7 @@ class Run:
         self.folder = folder
         self.ranks = ranks or Ranks()
         self.device = pick_device(config.device, self.ranks.local)
-        with self.ranks.first_on_each_machine():
+        with self.ranks.in_turns():
             self.images = load(config.data, Path(config.data_dir))
         self.variance = self.images.train_variance()
         if self.variance == 0:
@@ -57,6 +61,8 @@ class Run:
         model = build_model(config, self.images.train.shape[1])
         self.model = model.to(self.device).to(memory_format=layout)
         is_cuda = self.device.type == "cuda"
+        # The convolutions never change their sizes: the first updates find the fastest algorithms.
+        torch.backends.cudnn.benchmark = is_cuda
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=config.lr, fused=True, capturable=is_cuda)
         objective: nn.Module = Objective(self.model, self.variance)
         if config.compile:
@@ -76,14 +82,12 @@ class Run:
 
     def _launcher(self) -> Callable[[], None]:
         """The step, as a CUDA graph where that can be and is asked for."""
-        if not self.config.cuda_graph or self.device.type == "cpu":
+        if self.device.type == "cpu" or not self.config.cuda_graph:
             return self._step
-        reason = graph.why_not(self.device, self.ranks.count)
-        if reason is None:
-            # The convolutions never change their sizes: once, before the capture, the fastest are found.
-            torch.backends.cudnn.benchmark = True
+        if self.ranks.count == 1:
             return graph.Repeated(self._step, self.device)
         if self.ranks.writes:
+            reason = "DistributedDataParallel joins the gradients of several ranks from the host"
             print(f"no CUDA graph, updates run launch by launch: {reason}", file=sys.stderr)
         return self._step
 
@@ -131,6 +135,7 @@ class Run:
         Raises:
             TrainingDiverged: a loss is not a number; the last good checkpoint is kept.
             RankLostError: another rank is gone; the last checkpoint is kept.
+            OSError: a file cannot be written; the last checkpoint is kept.
         """
         from tqdm import tqdm
 
@@ -243,15 +248,8 @@ def main(arguments: list[str] | None = None) -> int:
     folder = Path(config.out or f"runs/{config.model}-{config.data.split(':')[0]}-{stamp}")
     try:
         return _run(config, folder, resumes=command.resume is not None)
-    except (DataError, TrainingDiverged) as error:
+    except (DataError, TrainingDiverged, RunBroken) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 1
-    except RankLostError as error:
-        kept = folder / "checkpoint.safetensors"
-        print(
-            f"error: {error}; go on from {kept} with --resume {folder}" if kept.exists() else f"error: {error}",
-            file=sys.stderr,
-        )
         return 1
     except KeyboardInterrupt:
         print(f"interrupted; what was saved is in {folder}", file=sys.stderr)
@@ -261,24 +259,30 @@ def main(arguments: list[str] | None = None) -> int:
 def _run(config: Config, folder: Path, resumes: bool) -> int:
     try:
         ranks = join(pick_device(config.device, local_rank()), config.rank_timeout)
-        # Of the first rank, whose clock has named it.
-        folder = ranks.from_first(_checked(folder, resumes) if ranks.writes else folder)
-        run = Run(config, folder, ranks)
-        run.resume() if resumes else run.start()
-    except (ValueError, OSError) as error:
+        with ranks.watched():
+            # Of the first rank, whose clock has named it.
+            folder = ranks.from_first(_checked(folder, resumes) if ranks.writes else folder)
+            run = Run(config, folder, ranks)
+            run.resume() if resumes else run.start()
+    except (ValueError, OSError, RankLostError) as error:
         raise DataError(str(error)) from error
-    finished = run.train()
-    leave(ranks)
-    if not finished:
-        if ranks.writes:
-            start = ["python"] if ranks.count == 1 else ["torchrun", "..."]
-            again = shlex.join([*start, "-m", "models.train", "--resume", str(folder)])
-            print(f"interrupted after {run.update} updates; go on with: {again}")
-        return 130
-    if ranks.writes:
-        checkpoint.save_weights(folder / "model.safetensors", run.model)
-        report.write(folder, run.device, run.images)
-    return 0
+    again = shlex.join(
+        [*(["python"] if ranks.count == 1 else ["torchrun", "..."]), "-m", "models.train", "--resume", str(folder)]
+    )
+    if ranks.count > 1 and ranks.writes:
+        print(f"should a rank be lost, go on with: {again}")
+    try:
+        finished = run.train()
+        leave(ranks)
+        if finished and ranks.writes:
+            checkpoint.save_weights(folder / "model.safetensors", run.model)
+            report.write(folder, run.device, run.images)
+    except (OSError, RankLostError) as error:
+        kept = f"go on with: {again}" if run.checkpoint_path.exists() else "nothing was saved before"
+        raise RunBroken(f"{error}; {kept}") from error
+    if not finished and ranks.writes:
+        print(f"interrupted after {run.update} updates; go on with: {again}")
+    return 0 if finished else 130
 
 
 def _checked(folder: Path, resumes: bool) -> Path:
@@ -289,4 +293,4 @@ def _checked(folder: Path, resumes: bool) -> Path:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_process(main())

@@ -59,7 +59,7 @@ Device::Device(const Tensor& tensor) {
   // The CUDA runtime of this library is not torch's.
   check(cudaSetDevice(device), "the device of a tensor");
   void* current;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &current));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &current));
   stream = static_cast<cudaStream_t>(current);
   const Properties& found = properties(device);
   capability = found.capability;

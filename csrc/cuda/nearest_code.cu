@@ -47,7 +47,7 @@ int64_t uncertain_rows(const Tensor& x, const Tensor& codebook) {
   const Tensor indices = new_tensor(x, {rows.count}, ScalarType::Long);
   const Tensor listed = search(x, rows, codes_of("codebook", codebook, rows), data_of<int64_t>(indices), device);
   int32_t count;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_item_int32(listed.get(), &count));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_item_int32(listed.get(), &count));
   return count;
 }
 

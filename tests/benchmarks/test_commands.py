@@ -3,6 +3,7 @@ from __future__ import annotations
 import hashlib
 import subprocess
 import sys
+import time
 import zipfile
 
 import pytest
@@ -163,6 +164,7 @@ def test_outcomes():
 def test_updates_are_timed_beside_the_notebooks_loop(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(ceilings, "has_products", lambda device, dtype: False)
     monkeypatch.setattr(ceilings, "product_rate", lambda device, dtype: 1e11)
+    monkeypatch.setattr(ceilings, "convolution_rate", lambda device, dtype: 1e10)
     path = tmp_path / "updates.csv"
     updates.measure(CPU, path, updates=2, rounds=1, batch_size=4)
     rows = results.read(path)
@@ -171,7 +173,7 @@ def test_updates_are_timed_beside_the_notebooks_loop(tmp_path, capsys, monkeypat
     for row in rows:
         rate = float(row["updates_per_second"])
         assert float(row["projected_seconds"]) == pytest.approx(200_000 / rate, rel=1e-2)
-        assert float(row["matrix_percent"]) == pytest.approx(float(row["gflop"]) * rate, rel=2e-2)
+        assert float(row["limit_percent"]) == pytest.approx(float(row["gflop"]) * rate, rel=2e-2)
         assert 0 < float(row["nmse"]) < 20
     assert "updates/s" in capsys.readouterr().out
 
@@ -211,12 +213,69 @@ def test_without_wheels_it_says_so(tmp_path, capsys):
 
 def test_csrc_is_built_where_it_is(tmp_path, monkeypatch):
     calls = []
-    monkeypatch.setattr(subprocess, "run", lambda words, **options: calls.append((words[1:], options["cwd"])))
-    gpu.build(tmp_path)
+
+    def fail(words, **options):
+        calls.append((words[1:], options["cwd"]))
+        return subprocess.CompletedProcess(words, 3)
+
+    monkeypatch.setattr(subprocess, "run", fail)
+    assert gpu.build(tmp_path) == 0
     assert calls == []
     (tmp_path / "csrc").mkdir()
-    gpu.build(tmp_path)
+    assert gpu.build(tmp_path) == 3
     assert calls == [(["setup.py", "build_ext", "--inplace"], tmp_path)]
+
+
+@pytest.fixture
+def steps(tmp_path, monkeypatch):
+    """Steps of a GPU suite without a GPU, and the seconds that each was given."""
+    given = {}
+
+    def step(name, status):
+        def take(out, seconds):
+            given[name] = seconds
+            return status
+
+        return take
+
+    monkeypatch.setenv("OUT", str(tmp_path / "out"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for name in ("build", "bring_wheels", "_cuda_kernels"):
+        monkeypatch.setattr(gpu, name, lambda *words: 0)
+    shares = {"tests": (60, step("tests", -11)), "benchmark": (30, step("benchmark", 0)), "last": (10, step("last", 0))}
+    monkeypatch.setattr(gpu, "STEPS", shares)
+    return given
+
+
+def test_steps_share_the_time_and_one_that_crashes_counts(steps, capsys):
+    assert gpu.main(seconds=100) == 1
+    # Nothing took time, so that the later ones have more of it.
+    assert steps == pytest.approx({"tests": 60, "benchmark": 75, "last": 100}, rel=0.05)
+    printed = capsys.readouterr().out
+    assert "tests: failed (-11), benchmark: ok, last: ok" in printed
+    assert "not measured: nearest_code" in printed
+
+
+def test_steps_can_be_chosen(steps, capsys):
+    assert gpu.main(only=["last"], seconds=50) == 0
+    assert steps == pytest.approx({"last": 50}, rel=0.05)
+    assert "not measured" not in capsys.readouterr().out
+
+
+def test_a_step_leaves_its_output(tmp_path, capsys):
+    assert gpu.call(tmp_path / "a.log", 60, sys.executable, "-c", "print('found'); raise SystemExit(3)") == 3
+    assert (tmp_path / "a.log").read_text() == "found\n"
+    assert capsys.readouterr().out == "--- a\nfound\n\n"
+
+
+def test_a_step_that_takes_too_long_ends_with_its_children(tmp_path, capsys):
+    child = "import time; print(1, flush=True); time.sleep(99)"
+    code = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
+    begin = time.monotonic()
+    assert gpu.call(tmp_path / "a.log", 3, sys.executable, "-c", code) == 124
+    assert time.monotonic() - begin < 30
+    assert "a: took more than 3 s\n1\n" in capsys.readouterr().out
+    assert "KeyboardInterrupt" in (tmp_path / "a.log").read_text()
 
 
 def test_training_has_images_without_scikit_image(monkeypatch, capsys):

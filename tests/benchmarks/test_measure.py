@@ -76,12 +76,18 @@ def test_who_is_missing_or_fails_says_why():
     assert results.line(rows[1]).endswith(rows[1]["status"])
 
 
-def test_a_failure_of_ours_is_no_row():
+def test_a_failure_of_ours_is_told_and_the_others_are_timed(capsys):
     def failing(inputs):
         raise RuntimeError("a bug")
 
-    with pytest.raises(RuntimeError, match="a bug"):
-        race(entry(ours=failing))
+    _, rows = race(entry(Contender("slow", slow), ours=failing))
+    assert [row["status"] for row in rows] == ["failed: RuntimeError: a bug", "ok"]
+    assert "ratio" not in rows[1]
+    assert 'raise RuntimeError("a bug")' in capsys.readouterr().err
+    assert run.any_of_ours_is_wrong(rows)
+    assert "FAILED: nearest_code at 2000 x 40 x 6: failed: RuntimeError: a bug" in capsys.readouterr().out
+    _, rows = race(entry(ours=failing))
+    assert len(rows) == 1
 
 
 def test_baselines_can_be_chosen_and_ours_forced():

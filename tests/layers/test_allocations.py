@@ -21,8 +21,8 @@ CHUNK = 2**21
 
 
 def allowed(n, num_atoms, d, k):
-    """Elements of the inputs, the parameters, the kept atoms or a chunk."""
-    most = max(n * d, num_atoms * d, n * k, CHUNK)
+    """Elements of the inputs, the parameters and a row and a column more, the kept atoms or a chunk."""
+    most = max(n * d, (num_atoms + 1) * (d + 1), n * k, CHUNK)
     assert most < n * num_atoms
     return most
 

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import csv
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
+import torch
+import torch.multiprocessing as mp
 from PIL import Image
+
+from models.ranks import end_process, join, leave
 
 ROOT = Path(__file__).parents[2]
 SMALL = ["--hiddens", "16", "--residual-hiddens", "8", "--num-embeddings", "32", "--embedding-dim", "8"]
@@ -32,12 +37,25 @@ def train(*flags, ranks=1):
     return subprocess.run(command(*flags, ranks=ranks), cwd=ROOT, capture_output=True, text=True)
 
 
-def end_rank():
-    """End a process of several at once, without an error.
+def free_port():
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        return free.getsockname()[1]
 
-    While Python takes itself down, a thread of gloo that still lets go of a tensor aborts it.
-    """
-    os._exit(0)
+
+def spawn(work, *args, ranks=2, on_each_machine=2, timeout=50):
+    """Run work(ranks, *args) in processes that have met over gloo."""
+    mp.spawn(_work_as_rank, (free_port(), ranks, on_each_machine, timeout, work, args), nprocs=ranks)
+
+
+def _work_as_rank(rank, port, count, on_each_machine, timeout, work, args):
+    torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank % on_each_machine), "WORLD_SIZE": str(count)}
+    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+    ranks = join(torch.device("cpu"), timeout)
+    work(ranks, *args)
+    leave(ranks)
+    end_process(0)
 
 
 def rows(run):

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import copy
-import socket
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from models.build import build_model
 from models.config import Config
+from models.ranks import Ranks
 from models.step import Objective
 
-from .runs import end_rank
+from .runs import spawn
 
 pytestmark = pytest.mark.slow
 
@@ -55,9 +53,7 @@ def _batches() -> list[torch.Tensor]:
     return [torch.rand(8, 3, 32, 32, generator=generator) for _ in range(STEPS)]
 
 
-def _work(rank: int, port: int, folder: Path) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"tcp://localhost:{port}", rank=rank, world_size=2)
+def _work(ranks: Ranks, folder: Path) -> None:
     results = {}
     for case in CASES:
         objective = Objective(model := _model(case), 1.0)
@@ -65,22 +61,17 @@ def _work(rank: int, port: int, folder: Path) -> None:
         for part in (model._encoder, model._decoder, objective):
             fully_shard(part)
         sharded = all(isinstance(parameter, DTensor) for parameter in model.parameters())
-        losses = torch.stack(_losses(model, objective, [batch.chunk(2)[rank] for batch in _batches()]))
-        dist.all_reduce(losses)
+        losses = torch.stack(_losses(model, objective, [batch.chunk(2)[ranks.rank] for batch in _batches()]))
+        ranks.sum(losses)
         codes = model.codes.full_tensor() if isinstance(model.codes, DTensor) else model.codes
         results[case] = sharded, losses / 2, codes
-    torch.save(results, folder / f"{rank}.pt")
-    dist.destroy_process_group()
-    end_rank()
+    torch.save(results, folder / f"{ranks.rank}.pt")
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
     folder = tmp_path_factory.mktemp("fsdp")
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    mp.spawn(_work, args=(port, folder), nprocs=2)
+    spawn(_work, folder)
     return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
 

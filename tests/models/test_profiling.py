@@ -46,15 +46,15 @@ def test_a_run_that_is_too_short_says_so(images, tmp_path, capsys):
 
 
 def test_on_a_gpu_kernels_count():
-    def event(key, device, host, kernel):
-        return SimpleNamespace(
-            key=key, device_type=device, cpu_time_total=host, self_cpu_time_total=host, self_device_time_total=kernel
-        )
+    def event(key, device, host, kernel, is_user_annotation=False):
+        times = {"cpu_time_total": host, "self_cpu_time_total": host, "self_device_time_total": kernel}
+        return SimpleNamespace(key=key, device_type=device, is_user_annotation=is_user_annotation, **times)
 
     events = [
         event("aten::conv2d", DeviceType.CPU, 900, 0),
         event("search", DeviceType.CUDA, 0, 2000),
         event("winograd", DeviceType.CUDA, 0, 6000),
+        event("backward", DeviceType.CUDA, 0, 7000, is_user_annotation=True),
     ]
     text = table(events, 1e-3, torch.device("cuda"))
     rows = re.findall(r"^  (.+?) +(\S+) ms +(\S+)%$", text, re.MULTILINE)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -16,16 +15,15 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from safetensors.torch import load_file
 from torch.distributed.run import get_args_parser
 
 from models.build import pick_device
 from models.config import Config, parse
-from models.ranks import Ranks, join, leave
+from models.ranks import Ranks, join
 from models.train import Run
 
-from .runs import ROOT, command, end_rank, rows, train
+from .runs import ROOT, command, free_port, rows, spawn, train
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("without_umap")]
 
@@ -51,25 +49,16 @@ def _train(images, case, folder, ranks=None):
     return run
 
 
-def _work(rank: int, port: int, images: list[str], folder: Path) -> None:
-    torch.set_num_threads(1)
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
-    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
-    ranks = join(torch.device("cpu"), 50)
+def _work(ranks: Ranks, images: list[str], folder: Path) -> None:
     weights = {case: _train(images, case, folder / case, ranks).model.state_dict() for case in CASES}
-    torch.save(weights, folder / f"{rank}.pt")
-    leave(ranks)
-    end_rank()
+    torch.save(weights, folder / f"{ranks.rank}.pt")
 
 
 @pytest.fixture(scope="module")
 def together(images, tmp_path_factory):
     """The folder of the runs of two ranks, one for each case, and the weights with which each rank ended."""
     folder = tmp_path_factory.mktemp("together")
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    mp.spawn(_work, args=(port, images, folder), nprocs=2)
+    spawn(_work, images, folder)
     return folder, [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
 
@@ -141,13 +130,14 @@ def test_a_dead_rank_ends_the_job_and_the_run_resumes(images, tmp_path):
     process, second = _started(images, run)
     os.kill(second, signal.SIGKILL)
     begin = time.monotonic()
-    _, errors = process.communicate(timeout=60)
+    output, errors = process.communicate(timeout=60)
     assert time.monotonic() - begin < 60
     assert process.returncode != 0
+    assert f"should a rank be lost, go on with: torchrun ... -m models.train --resume {run}" in output
     message = (
-        r"error: rank 0 can no longer reach another rank \(.*\); go on from \S+checkpoint.safetensors with --resume"
+        r"error: rank 0 can no longer reach another rank \(.*\); go on with: torchrun .* -m models.train --resume "
     )
-    assert re.search(message, errors), errors
+    assert re.search(message + str(run), errors), errors
     assert "exitcode  : -9" in errors
     done = len(rows(run))
     result = train("--resume", run, "--updates", done + 20)
@@ -157,11 +147,17 @@ def test_a_dead_rank_ends_the_job_and_the_run_resumes(images, tmp_path):
 
 def test_a_machine_that_vanishes_ends_the_job(images, tmp_path):
     run = tmp_path / "run"
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
     words = ["--nnodes", "2", "--nproc-per-node", "1", "--rdzv-backend", "c10d", "--rdzv-id", "x"]
-    words += ["--rdzv-endpoint", f"localhost:{port}", "-m", "models.train", "--updates", "100000", "--out", str(run)]
+    words += [
+        "--rdzv-endpoint",
+        f"localhost:{free_port()}",
+        "-m",
+        "models.train",
+        "--updates",
+        "100000",
+        "--out",
+        str(run),
+    ]
     # Each stands for the agent of a machine.
     agents = [
         subprocess.Popen(
@@ -199,6 +195,21 @@ def test_a_silent_rank_is_given_up(images, tmp_path):
     os.kill(second, signal.SIGKILL)
     process.communicate(timeout=60)
     assert process.returncode != 0
+
+
+def _load_slowly(ranks: Ranks, folder: Path) -> None:
+    with ranks.in_turns():
+        loaded = len(list(folder.iterdir()))
+        time.sleep(0 if ranks.rank else 3)
+        (folder / str(ranks.rank)).touch()
+    ranks.sum(torch.ones(1))
+    # Rank 0, then the first of the other machine, then the rest.
+    assert {0: loaded == 0, 2: loaded == 1}.get(ranks.rank, loaded >= 2)
+
+
+def test_ranks_load_in_turns_and_longer_than_the_timeout_of_training(tmp_path):
+    spawn(_load_slowly, tmp_path, ranks=4, timeout=1)
+    assert len(list(tmp_path.iterdir())) == 4
 
 
 def test_ctrl_c_stops_all_ranks_at_one_update(images, tmp_path):
@@ -244,11 +255,13 @@ def test_the_page_on_it_gives_commands_that_are_understood(monkeypatch, tmp_path
 
 
 def test_each_rank_has_a_gpu_of_its_own(monkeypatch):
+    chosen = []
     assert pick_device("cpu", 1) == torch.device("cpu")
     monkeypatch.setattr(torch, "empty", lambda *args, **options: None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    assert [pick_device(name, 1) for name in ("auto", "cuda")] == [torch.device("cuda", 1)] * 2
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    assert [pick_device(name, 1) for name in ("auto", "cuda")] == [torch.device("cuda", 1)] * 2 == chosen
     with pytest.raises(ValueError, match="device is 'cuda:0'; several ranks need cuda"):
         pick_device("cuda:0", 1)
     with pytest.raises(ValueError, match="there are 2 here, fewer than ranks"):
@@ -259,12 +272,11 @@ def test_gpus_meet_over_nccl(monkeypatch):
     calls = []
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("LOCAL_RANK", "1")
-    monkeypatch.setattr(torch.cuda, "set_device", calls.append)
     monkeypatch.setattr(dist, "init_process_group", lambda **options: calls.append(options))
     monkeypatch.setattr(dist, "new_group", lambda **options: calls.append(options["backend"]))
     monkeypatch.setattr(dist, "get_rank", lambda: 1)
     monkeypatch.setattr(dist, "get_world_size", lambda: 2)
     own = torch.device("cuda", 1)
     ranks = join(own, 50)
-    assert calls == [own, {"timeout": timedelta(seconds=50), "backend": "nccl", "device_id": own}, "gloo"]
+    assert calls == [{"timeout": timedelta(seconds=50), "backend": "nccl", "device_id": own}, "gloo"]
     assert (ranks.rank, ranks.count, ranks.local, ranks.writes) == (1, 2, 1, False)

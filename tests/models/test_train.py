@@ -5,7 +5,9 @@ from __future__ import annotations
 import base64
 import io
 import json
+import os
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -22,6 +24,7 @@ from safetensors.torch import load_file
 from models import report
 from models.build import build_model
 from models.config import Config, parse
+from models.metrics import Metrics
 from models.step import learning_rate
 from models.train import Run, TrainingDiverged
 
@@ -80,19 +83,20 @@ def whole(images, tmp_path_factory):
     return run
 
 
-def interrupted(images, run, number):
-    """Start a run of 60 updates and stop it by a signal once it has saved; returns the process."""
+def interrupted(images, run, number, *flags):
+    """Start a run of 60 updates, stop it and its children by a signal once it has saved; returns the process."""
     process = subprocess.Popen(
-        command("--updates", 60, "--out", run, *images),
+        command("--updates", 60, "--out", run, *images, *flags),
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        start_new_session=True,
     )
     while not (run / "checkpoint.safetensors").exists():
         assert process.poll() is None, process.stderr.read()
         time.sleep(0.01)
-    process.send_signal(number)
+    os.killpg(process.pid, number)
     process.output = process.communicate()
     return process
 
@@ -123,9 +127,10 @@ def test_resumes_on_a_gpu(images, tmp_path):
     assert len(rows(run)) == 40
 
 
-def test_ctrl_c_saves_and_resumes(images, whole, tmp_path):
+@pytest.mark.parametrize(("number", "loading"), [(signal.SIGINT, "resident"), (signal.SIGTERM, "streamed")])
+def test_an_interrupted_run_saves_and_resumes(number, loading, images, whole, tmp_path):
     run = tmp_path / "run"
-    process = interrupted(images, run, signal.SIGINT)
+    process = interrupted(images, run, number, "--loading", loading)
     assert process.returncode == 130, process.output
     done = int(re.search(r"interrupted after (\d+) updates; go on with: .* --resume", process.output[0])[1])
     assert len(rows(run)) == done
@@ -145,7 +150,9 @@ def test_a_loss_that_is_no_number_stops_and_keeps_the_last_good_checkpoint(image
     run = tmp_path / "run"
     assert train("--updates", 20, "--out", run, *images).returncode == 0
     config = json.loads((run / "config.json").read_text())
-    (run / "config.json").write_text(json.dumps({**config, "lr": 1e35, "schedule": "constant"}))
+    # Streamed: the workers need to end with an error too.
+    changes = {"lr": 1e35, "schedule": "constant", "loading": "streamed"}
+    (run / "config.json").write_text(json.dumps(config | changes))
     before = (run / "checkpoint.safetensors").read_bytes()
     result = train("--resume", run, "--updates", 60)
     assert result.returncode == 1
@@ -186,6 +193,39 @@ def test_broken_runs_say_so(whole, images, tmp_path):
     result = train(*images, "--device", "meta", "--out", tmp_path / "other")
     assert "error: device is 'meta'; it needs to be cpu, cuda, cuda:N or auto" in result.stderr
     assert not (tmp_path / "other").exists()
+
+
+def test_a_full_disk_says_so_and_keeps_the_last_checkpoint(whole, images, tmp_path):
+    def refuse_large_files():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
+
+    def resumed(run):
+        words = command("--resume", run, "--updates", 80)
+        return subprocess.run(words, cwd=ROOT, capture_output=True, text=True, preexec_fn=refuse_large_files)
+
+    run = tmp_path / "run"
+    shutil.copytree(whole, run)
+    before = (run / "checkpoint.safetensors").read_bytes()
+    result = resumed(run)
+    assert result.returncode == 1
+    message = (
+        rf"^error: {run}/checkpoint.safetensors cannot be written \(.*\); go on with: python -m .* --resume {run}$"
+    )
+    assert re.search(message, result.stderr, re.MULTILINE), result.stderr
+    assert "Traceback" not in result.stderr
+    assert (run / "checkpoint.safetensors").read_bytes() == before
+    assert not list(run.glob("*.partial"))
+    (run / "checkpoint.safetensors").unlink()
+    assert re.search("cannot be written .*; nothing was saved before", resumed(run).stderr)
+    assert train("--resume", run, "--updates", 60).returncode == 0
+    assert_same_end(run, whole)
+
+
+def test_metrics_are_cut_by_their_updates(tmp_path):
+    lines = ["update,nmse,loss,perplexity,lr", "1,1,1,1,1", "4,1,1,1,1", "5,1,1,1,1", "5,1"]
+    (tmp_path / "metrics.csv").write_text("\n".join(lines))
+    Metrics(tmp_path).cut(4)
+    assert (tmp_path / "metrics.csv").read_text().splitlines() == lines[:3]
 
 
 def test_bad_data_and_sizes_say_so(images, tmp_path):
