@@ -124,7 +124,7 @@ def _run(arguments: argparse.Namespace) -> int:
     if arguments.command == "gpu":
         if arguments.commit:
             os.environ["DLVAE_COMMIT"] = arguments.commit
-        return gpu.main(arguments.only, arguments.within)
+        return gpu.main(arguments.within, arguments.only)
     if arguments.command == "offline":
         # It imports Triton's compiler.
         from . import offline

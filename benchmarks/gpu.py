@@ -12,6 +12,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -29,7 +30,7 @@ _TIMED_UPDATES, _FEW_UPDATES, _LITTLE_TIME = 20_000, 4_000, 300
 _LAST_BEGINS = 0.75
 
 
-def main(only: list[str] | None = None, seconds: float = 560) -> int:
+def main(seconds: float, only: list[str] | None = None) -> int:
     """Take the steps, or `only` some, within `seconds`; returns an exit status.
 
     Results and the output of each step (STEP.log) go under $OUT, or to benchmarks/results/.
@@ -49,8 +50,8 @@ def main(only: list[str] | None = None, seconds: float = 560) -> int:
             share = STEPS[name][0] / sum(STEPS[each][0] for each in steps[i:])
             outcomes[name] = STEPS[name][1](out, share * max(0.0, end - time.monotonic()))
     if "benchmark" in steps:
-        # Of a benchmark that was stopped the rows before are there all the same.
-        found = [path for path in (out / "gpu.csv", out / "gpu.partial") if path.exists()]
+        # A benchmark that was stopped leaves its rows so far, beside those of an earlier one.
+        found = [path for path in (out / "gpu.partial", out / "gpu.csv") if path.exists()]
         print(*targets.check(results.read(found[0]) if found else [], "cuda"), sep="\n")
     print(", ".join(f"{name}: {'ok' if status == 0 else f'failed ({status})'}" for name, status in outcomes.items()))
     return int(any(outcomes.values()))
@@ -115,14 +116,6 @@ def _time_updates(out: Path, seconds: float) -> int:
     return call(out / "updates.log", seconds, sys.executable, "-m", "benchmarks", "updates", *words)
 
 
-def _memcheck(out: Path, seconds: float) -> int:
-    return _sanitize("memcheck", out, seconds)
-
-
-def _racecheck(out: Path, seconds: float) -> int:
-    return _sanitize("racecheck", out, seconds)
-
-
 def _sanitize(tool: str, out: Path, seconds: float) -> int:
     """Small tests under a tool of compute-sanitizer, where there is one that takes this GPU."""
     program = shutil.which("compute-sanitizer")
@@ -146,8 +139,8 @@ STEPS: dict[str, tuple[int, Callable[[Path, float], int]]] = {
     "benchmark": (140, _benchmark),
     "training": (40, _train),
     "updates": (100, _time_updates),
-    "memcheck": (40, _memcheck),
-    "racecheck": (40, _racecheck),
+    "memcheck": (40, partial(_sanitize, "memcheck")),
+    "racecheck": (40, partial(_sanitize, "racecheck")),
 }
 
 

@@ -266,9 +266,8 @@ def _run(config: Config, folder: Path, resumes: bool) -> int:
             run.resume() if resumes else run.start()
     except (ValueError, OSError, RankLostError) as error:
         raise DataError(str(error)) from error
-    again = shlex.join(
-        [*(["python"] if ranks.count == 1 else ["torchrun", "..."]), "-m", "models.train", "--resume", str(folder)]
-    )
+    start = ["python"] if ranks.count == 1 else ["torchrun", "..."]
+    again = shlex.join([*start, "-m", "models.train", "--resume", str(folder)])
     if ranks.count > 1 and ranks.writes:
         print(f"should a rank be lost, go on with: {again}")
     try:

@@ -262,6 +262,15 @@ def test_steps_can_be_chosen(steps, capsys):
     assert "not measured" not in capsys.readouterr().out
 
 
+def test_of_a_stopped_benchmark_its_own_rows_are_checked(steps, tmp_path, monkeypatch, capsys):
+    (tmp_path / "out").mkdir()
+    for name in ("gpu.csv", "gpu.partial"):
+        (tmp_path / "out" / name).write_text(f"op\n{name}\n")
+    monkeypatch.setattr(gpu.targets, "check", lambda rows, device: [row["op"] for row in rows])
+    gpu.main(seconds=50, only=["benchmark"])
+    assert capsys.readouterr().out.splitlines()[0] == "gpu.partial"
+
+
 def test_a_step_leaves_its_output(tmp_path, capsys):
     assert gpu.call(tmp_path / "a.log", 60, sys.executable, "-c", "print('found'); raise SystemExit(3)") == 3
     assert (tmp_path / "a.log").read_text() == "found\n"

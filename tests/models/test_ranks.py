@@ -148,16 +148,8 @@ def test_a_dead_rank_ends_the_job_and_the_run_resumes(images, tmp_path):
 def test_a_machine_that_vanishes_ends_the_job(images, tmp_path):
     run = tmp_path / "run"
     words = ["--nnodes", "2", "--nproc-per-node", "1", "--rdzv-backend", "c10d", "--rdzv-id", "x"]
-    words += [
-        "--rdzv-endpoint",
-        f"localhost:{free_port()}",
-        "-m",
-        "models.train",
-        "--updates",
-        "100000",
-        "--out",
-        str(run),
-    ]
+    words += ["--rdzv-endpoint", f"localhost:{free_port()}"]
+    words += ["-m", "models.train", "--updates", "100000", "--out", str(run)]
     # Each stands for the agent of a machine.
     agents = [
         subprocess.Popen(
