@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import logging
 import os
+import threading
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import ModuleType
@@ -25,8 +27,16 @@ _PREFERENCE = {"cuda": ("triton", "native"), "cpu": ("native",)}
 
 _log = logging.getLogger("dlvae_kernels")
 _logged: set[tuple[str, str]] = set()
-# Process-wide and not a context variable: autograd runs the backward of CUDA tensors on threads of its own.
-_forced: str | None = None
+# The active `use_backend` blocks of all threads, the oldest first.
+_blocks: list[_Block] = []
+
+
+class _Block:
+    """One `use_backend` block: the thread that entered it, and the backend that it forces."""
+
+    def __init__(self, backend: str) -> None:
+        self.thread = threading.get_ident()
+        self.backend = backend
 
 
 class BackendUnavailable(RuntimeError):
@@ -40,31 +50,40 @@ def _checked_name(name: str, source: str) -> str:
 
 
 def forced_backend() -> str | None:
-    """The backend forced by `use_backend` or else by the variable DLVAE_BACKEND, or None."""
-    if _forced is not None:
-        return _forced
+    """The backend forced by `use_backend` or else by the variable DLVAE_BACKEND, or None.
+
+    A thread is bound by its own blocks alone. Only autograd's threads, which run the backward of CUDA tensors and enter
+    no block themselves, are bound by the newest block of any thread.
+    """
+    if _blocks:
+        own = threading.get_ident()
+        newest = next((block for block in reversed(_blocks.copy()) if block.thread == own), None)
+        if newest is None and torch._C._current_graph_task_id() != -1:
+            newest = _blocks[-1]
+        if newest is not None:
+            return newest.backend
     name = os.environ.get("DLVAE_BACKEND")
     return _checked_name(name, "DLVAE_BACKEND") if name else None
 
 
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Force every operation in this process onto one backend: `with use_backend("reference"): ...`.
+    """Force every operation of this thread onto one backend: `with use_backend("reference"): ...`.
 
     Args:
         name: "triton", "native" or "reference".
     Raises:
         ValueError: no backend has that name.
 
-    Inside, an input that the backend cannot take raises `BackendUnavailable`; nothing falls back.
+    Inside, an input that the backend cannot take raises `BackendUnavailable`; nothing falls back. The backward runs on
+    the backend too as long as it is called inside the block. Blocks of several threads may overlap.
     """
-    global _forced
-    previous = _forced
-    _forced = _checked_name(name, "name")
+    block = _Block(_checked_name(name, "name"))
+    _blocks.append(block)
     try:
         yield
     finally:
-        _forced = previous
+        _blocks.remove(block)
 
 
 def why_not(backend: str, op: str, *args: Any) -> str | None:
@@ -81,7 +100,7 @@ def choose(op: str, *args: Any) -> Callable[..., Any]:
     """The implementation of `op` for these inputs.
 
     Raises:
-        BackendUnavailable: a backend is forced and cannot take them.
+        BackendUnavailable: a backend or an instruction set is forced and cannot take them.
     """
     forced = forced_backend()
     if forced is not None:
@@ -90,6 +109,8 @@ def choose(op: str, *args: Any) -> Callable[..., Any]:
             raise BackendUnavailable(f"{op}: the backend {forced!r} was asked for, but {reason}")
         return getattr(BACKENDS[forced], op)
     device = next(arg.device.type for arg in args if isinstance(arg, torch.Tensor))
+    if device == "cpu" and (reason := native.why_no_instruction_set()) is not None:
+        raise BackendUnavailable(f"{op}: {reason}; set DLVAE_CPU to one of these, or not at all")
     reasons: list[str] = []
     for name in _PREFERENCE.get(device, ()):
         reason = why_not(name, op, *args)
@@ -103,8 +124,20 @@ def choose(op: str, *args: Any) -> Callable[..., Any]:
 
 
 def _log_choice(op: str, device: str, name: str, reasons: list[str]) -> None:
-    """Say once per op and device what was passed over: on a GPU a fallback costs so much that it is a warning."""
-    if reasons and (op, device) not in _logged:
-        _logged.add((op, device))
-        level = logging.WARNING if device == "cuda" else logging.INFO
-        _log.log(level, "%s on %s runs on the backend %s (%s)", op, device, name, "; ".join(reasons))
+    """Say once per operation and device which backends cannot run it: on a GPU, where a fallback is slow, as a warning.
+
+    A CPU without the C++ library gets one warning for all operations.
+    """
+    if not reasons or (op, device) in _logged:
+        return
+    _logged.add((op, device))
+    level = logging.WARNING if device == "cuda" else logging.INFO
+    _log.log(level, "%s on %s runs on the backend %s (%s)", op, device, name, "; ".join(reasons))
+    if device == "cpu" and (missing := native.why_not_loaded()) is not None and ("", device) not in _logged:
+        _logged.add(("", device))
+        warnings.warn(
+            f"dlvae_kernels runs in plain PyTorch on the CPU, many times slower than its C++ kernels: {missing}."
+            " Install a C++ compiler and then the package again (in a checkout: python setup.py build_ext --inplace),"
+            ' or choose plain PyTorch by DLVAE_BACKEND=reference or use_backend("reference")',
+            stacklevel=2,
+        )

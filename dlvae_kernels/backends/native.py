@@ -21,22 +21,22 @@ _TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.int64)
 
 
 @functools.cache
-def _load() -> str | None:
+def why_not_loaded() -> str | None:
     """Load the library, once and not before an operation asks for it; why it cannot be, or None."""
-    return _why_not_loaded("C++", _LIBRARY, _REASON)
+    return _why_no_library("C++", _LIBRARY, _REASON)
 
 
 @functools.cache
 def _load_cuda() -> str | None:
     """Load the library of CUDA kernels, whose operations the other one defines."""
-    if (reason := _load()) is not None:
+    if (reason := why_not_loaded()) is not None:
         return reason
     if torch.version.cuda is None:
         return f"torch {torch.__version__} was built without CUDA"
-    return _why_not_loaded("CUDA C++", _CUDA_LIBRARY, _CUDA_REASON)
+    return _why_no_library("CUDA C++", _CUDA_LIBRARY, _CUDA_REASON)
 
 
-def _why_not_loaded(name: str, library: Path, reason: Path) -> str | None:
+def _why_no_library(name: str, library: Path, reason: Path) -> str | None:
     if not library.exists():
         text = reason.read_text().strip() if reason.exists() else "setup.py has not run here"
         return f"the {name} library was not built: {text}"
@@ -52,7 +52,7 @@ def _why_not_loaded(name: str, library: Path, reason: Path) -> str | None:
 @functools.cache
 def instruction_sets(everywhere: bool = False) -> list[str]:
     """Names that DLVAE_CPU may have on this processor, or on any, the best first; none without the library."""
-    return [] if _load() is not None else torch.ops.dlvae_native.cpu_names(everywhere).split()
+    return [] if why_not_loaded() is not None else torch.ops.dlvae_native.cpu_names(everywhere).split()
 
 
 def instruction_set() -> str:
@@ -60,9 +60,14 @@ def instruction_set() -> str:
     return os.environ.get("DLVAE_CPU") or instruction_sets()[0]
 
 
-def _why_not_cpu() -> str | None:
-    name = instruction_set()
-    if name in instruction_sets():
+def why_no_instruction_set() -> str | None:
+    """Why DLVAE_CPU, which names an instruction set, cannot be followed; None if it can, or without the library.
+
+    Raises:
+        ValueError: it names no instruction set.
+    """
+    name = os.environ.get("DLVAE_CPU")
+    if not name or why_not_loaded() is not None or name in instruction_sets():
         return None
     if name in instruction_sets(everywhere=True):
         return f"DLVAE_CPU is {name!r}, which this processor lacks; it has {', '.join(instruction_sets())}"
@@ -92,7 +97,7 @@ def why_not(op: str, *args: Any) -> str | None:
     Raises:
         ValueError: DLVAE_CPU names no instruction set.
     """
-    if (reason := _load()) is not None:
+    if (reason := why_not_loaded()) is not None:
         return reason
     if not hasattr(torch.ops.dlvae_native, op):
         return "this version has no compiled kernel for it"
@@ -106,10 +111,10 @@ def why_not(op: str, *args: Any) -> str | None:
         if op == "topk_codes" and len(args) > 2 and args[2] > _MOST_KEPT:
             return f"it keeps at most {_MOST_KEPT} codes of a row, and k is {args[2]}"
         return _why_not_cuda(op, tensors[0].device)
-    return _why_not_cpu()
+    return why_no_instruction_set()
 
 
 def __getattr__(name: str) -> Any:
-    if name.startswith("_") or _load() is not None or not hasattr(torch.ops.dlvae_native, name):
+    if name.startswith("_") or why_not_loaded() is not None or not hasattr(torch.ops.dlvae_native, name):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(torch.ops.dlvae_native, name)

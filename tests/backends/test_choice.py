@@ -4,6 +4,7 @@ import logging
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -27,7 +28,7 @@ def module(environment: dict[str, str], *arguments: str) -> subprocess.Completed
 @pytest.fixture
 def not_built(monkeypatch):
     """As on a machine without the C++ library, whether or not it is there."""
-    monkeypatch.setattr(native, "_load", lambda: "the C++ library was not built: no C++ compiler")
+    monkeypatch.setattr(native, "why_not_loaded", lambda: "the C++ library was not built: no C++ compiler")
 
 
 def test_reference_runs_everything():
@@ -144,3 +145,101 @@ def test_indices_are_checked_under_dlvae_check(monkeypatch):
     monkeypatch.setenv("DLVAE_CHECK", "1")
     dlvae_kernels.ops._check_range(indices, 2)
     assert len(seen) == 1
+
+
+def test_use_backend_blocks_of_overlapping_threads_end_with_each_thread():
+    entered, left = threading.Event(), threading.Event()
+    seen = {}
+
+    def first():
+        with use_backend("reference"):
+            entered.set()
+            left.wait(10)
+            seen["first"] = backends.forced_backend()
+
+    def second():
+        entered.wait(10)
+        seen["second, outside"] = backends.forced_backend()
+        with use_backend("native"):
+            seen["second"] = backends.forced_backend()
+            left.set()
+            threads[0].join(10)
+        seen["second, after"] = backends.forced_backend()
+
+    threads = [threading.Thread(target=each) for each in (first, second)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(10)
+    assert seen == {"first": "reference", "second, outside": None, "second": "native", "second, after": None}
+    assert backends.forced_backend() is None
+
+
+def test_use_backend_holds_in_a_backward_on_a_thread_of_autograd():
+    seen = []
+
+    class Probe(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            seen.append(backends.forced_backend())
+            return grad
+
+    out = Probe.apply(torch.zeros(2, requires_grad=True)).sum()
+    # A thread that enters no block itself stands for those that run the backward of CUDA tensors.
+    with use_backend("reference"):
+        thread = threading.Thread(target=out.backward)
+        thread.start()
+        thread.join(10)
+    assert seen == ["reference"]
+
+
+def absent_instruction_set() -> str:
+    """One that this library has kernels for and this processor cannot run."""
+    if native.why_not_loaded() is not None:
+        pytest.skip(native.why_not_loaded())
+    absent = set(native.instruction_sets(everywhere=True)) - set(native.instruction_sets())
+    if not absent:
+        pytest.skip("this processor has every instruction set that there are kernels for")
+    return absent.pop()
+
+
+def test_an_instruction_set_that_the_processor_lacks_raises(monkeypatch):
+    name = absent_instruction_set()
+    monkeypatch.setenv("DLVAE_CPU", name)
+    with pytest.raises(
+        BackendUnavailable, match=f"DLVAE_CPU is '{name}', which this processor lacks; it has .*portable"
+    ):
+        nearest_code(X, CODEBOOK)
+    with use_backend("reference"):
+        nearest_code(X, CODEBOOK)
+    # The table of what can run where still prints.
+    assert name in why_not("native", "nearest_code", X)
+
+
+def test_a_missing_library_warns_once_with_the_remedy(monkeypatch, not_built, recwarn):
+    monkeypatch.setattr(backends, "_logged", set())
+    nearest_code(X, CODEBOOK)
+    nearest_code(X, CODEBOOK)
+    dlvae_kernels.topk_codes(X, CODEBOOK, 2)
+    (warning,) = recwarn.list
+    assert warning.category is UserWarning
+    assert "the C++ library was not built: no C++ compiler" in str(warning.message)
+    assert "Install a C++ compiler and then the package again" in str(warning.message)
+
+
+def test_plain_pytorch_by_choice_does_not_warn(monkeypatch, not_built, recwarn):
+    monkeypatch.setattr(backends, "_logged", set())
+    with use_backend("reference"):
+        nearest_code(X, CODEBOOK)
+    assert not recwarn.list
+
+
+@pytest.mark.skipif(native.why_not_loaded() is not None, reason=str(native.why_not_loaded()))
+def test_float64_on_the_reference_does_not_warn(monkeypatch, recwarn):
+    monkeypatch.setattr(backends, "_logged", set())
+    nearest_code(X.double(), CODEBOOK.double())
+    assert not recwarn.list

@@ -103,7 +103,7 @@ def on_cuda(monkeypatch):
         return torch.empty(2, 3, device="cuda"), torch.empty(4, 3, device="cuda")
 
 
-@pytest.mark.skipif(native._load() is not None, reason=f"native: {native._load()}")
+@pytest.mark.skipif(native.why_not_loaded() is not None, reason=f"native: {native.why_not_loaded()}")
 def test_reasons_that_it_cannot_run(on_cuda, monkeypatch, tmp_path):
     monkeypatch.setattr(torch.version, "cuda", None)
     assert "was built without CUDA" in why_not("native", "nearest_code", *on_cuda)
@@ -128,7 +128,7 @@ def test_reasons_that_it_cannot_run(on_cuda, monkeypatch, tmp_path):
     assert "no kernel for torch.float64" in why_not("native", "one_hot", *(x.double() for x in on_cuda))
 
 
-@pytest.mark.skipif(native._load() is not None, reason=f"native: {native._load()}")
+@pytest.mark.skipif(native.why_not_loaded() is not None, reason=f"native: {native.why_not_loaded()}")
 def test_a_gpu_without_triton_has_the_compiled_kernels(on_cuda, monkeypatch):
     monkeypatch.setitem(sys.modules, "triton", None)
     assert why_not("triton", "nearest_code", *on_cuda) == "the package triton is not installed"

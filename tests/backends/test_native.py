@@ -193,7 +193,7 @@ def test_without_a_torch_that_is_of_use(checkout, module, extensions, why):
 
 
 def test_reasons_that_a_library_is_not_loaded(monkeypatch, tmp_path):
-    load = native._load.__wrapped__
+    load = native.why_not_loaded.__wrapped__
     monkeypatch.setattr(native, "_LIBRARY", tmp_path / "native_cpu.abi3.so")
     monkeypatch.setattr(native, "_REASON", tmp_path / "native_cpu.reason.txt")
     assert load() == "the C++ library was not built: setup.py has not run here"

@@ -9,7 +9,7 @@ from dlvae_kernels import nearest_code, use_backend, vector_quantize
 from dlvae_kernels.backends import native, reference
 from dlvae_kernels.testing import exact_distances
 
-pytestmark = pytest.mark.skipif(native._load() is not None, reason=str(native._load()))
+pytestmark = pytest.mark.skipif(native.why_not_loaded() is not None, reason=str(native.why_not_loaded()))
 
 
 @pytest.fixture(params=native.instruction_sets())
