@@ -22,7 +22,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> vector_quantize_fwd(
     const Tensor& x, const Tensor& codebook, bool need_error, std::string precision);
 std::tuple<Tensor, Tensor> vector_quantize_bwd(
     const Tensor& grad_quantized, const Tensor& grad_codebook_loss, const Tensor& grad_commitment_loss,
-    const Tensor& error, const Tensor& indices, int64_t num_codes, bool need_x, bool need_codebook);
+    const Tensor& half_error, const Tensor& indices, int64_t num_codes, bool need_x, bool need_codebook);
 
 Tensor one_hot(const Tensor& indices, int64_t num_codes, ScalarType dtype);
 

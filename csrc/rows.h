@@ -8,7 +8,8 @@ namespace dlvae {
 enum class Type : int { float32, bfloat16, float16 };
 
 struct Rows {
-  static constexpr int MAX_DIMS = 12;
+  // More dimensions of at least two elements than memory can hold.
+  static constexpr int MAX_DIMS = 36;
 
   void* data;
   Type type;

@@ -15,8 +15,8 @@ inline void define_operations(torch::stable::detail::StableLibrary& m) {
   m.def("gather_codes_fwd(Tensor codebook, Tensor indices) -> Tensor");
   m.def("gather_codes_bwd(Tensor grad, Tensor indices, int num_codes) -> Tensor");
   m.def(
-      "vector_quantize_bwd(Tensor grad_quantized, Tensor grad_codebook_loss, Tensor grad_commitment_loss, Tensor error,"
-      " Tensor indices, int num_codes, bool need_x, bool need_codebook) -> (Tensor, Tensor)");
+      "vector_quantize_bwd(Tensor grad_quantized, Tensor grad_codebook_loss, Tensor grad_commitment_loss, Tensor"
+      " half_error, Tensor indices, int num_codes, bool need_x, bool need_codebook) -> (Tensor, Tensor)");
   m.def("ema_statistics(Tensor x, Tensor indices, int num_codes) -> Tensor");
   m.def(
       "ema_step(Tensor(a!) codebook, Tensor(b!) cluster_size, Tensor(c!) embed_sum, Tensor statistics, float decay,"

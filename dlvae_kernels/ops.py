@@ -38,6 +38,11 @@ def _op(schema: str, bound: _Bound | None = None) -> Callable[[Callable[..., Any
     return register
 
 
+def register_autograd(name: str, backward: Callable[..., Any], setup_context: Callable[..., Any]) -> None:
+    """Give `dlvae::<name>` a gradient, for graphs that hold the operation itself."""
+    torch.library.register_autograd(f"dlvae::{name}", backward, setup_context=setup_context, lib=_LIBRARY)
+
+
 def _check_range(indices: Tensor, size: int) -> None:
     """Indices must lie in [0, size). On CUDA looking would synchronise: there it is left to DLVAE_CHECK=1."""
     if indices.numel() == 0:
@@ -93,27 +98,27 @@ def _(
     loss = x.new_empty((), dtype=_wide(x.dtype))
     indices = x.new_empty(x.shape[:-1], dtype=torch.int64)
     counts = x.new_empty(codebook.shape[:1], dtype=torch.int64)
-    error = torch.empty_like(x) if need_error else x.new_empty(0)
-    return torch.empty_like(x), indices, loss, torch.empty_like(loss), counts, error
+    half_error = torch.empty_like(x) if need_error else x.new_empty(0)
+    return torch.empty_like(x), indices, loss, torch.empty_like(loss), counts, half_error
 
 
 @_op(
-    "vector_quantize_bwd(Tensor grad_quantized, Tensor grad_codebook_loss, Tensor grad_commitment_loss, Tensor error,"
-    " Tensor indices, int num_codes, bool need_x, bool need_codebook) -> (Tensor, Tensor)"
+    "vector_quantize_bwd(Tensor grad_quantized, Tensor grad_codebook_loss, Tensor grad_commitment_loss,"
+    " Tensor half_error, Tensor indices, int num_codes, bool need_x, bool need_codebook) -> (Tensor, Tensor)"
 )
 def _(
     grad_quantized: Tensor,
     grad_codebook_loss: Tensor,
     grad_commitment_loss: Tensor,
-    error: Tensor,
+    half_error: Tensor,
     indices: Tensor,
     num_codes: int,
     need_x: bool,
     need_codebook: bool,
 ) -> tuple[Tensor, Tensor]:
-    empty = error.new_empty(0, dtype=_wide(error.dtype))
-    grad_codebook = empty.new_empty((num_codes, error.shape[-1])) if need_codebook else torch.empty_like(empty)
-    return torch.empty_like(error) if need_x else empty, grad_codebook
+    empty = half_error.new_empty(0, dtype=_wide(half_error.dtype))
+    grad_codebook = empty.new_empty((num_codes, half_error.shape[-1])) if need_codebook else torch.empty_like(empty)
+    return torch.empty_like(half_error) if need_x else empty, grad_codebook
 
 
 @_op("ema_statistics(Tensor x, Tensor indices, int num_codes) -> Tensor", lambda x, i, size: (1, size))

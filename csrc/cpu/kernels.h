@@ -33,11 +33,11 @@ struct Kernels {
   // Returns how many rows went through the codes a second time, since rounding might have hidden the nearest.
   int64_t (*search_rows)(
       const Codebook& book, const Rows& x, int64_t begin, int64_t end, int64_t* indices, float* distances);
-  // As search_rows, and the codes themselves and, unless its data is null, c - x; the sum of (c - x)^2 of each block to
-  // losses[block].
+  // As search_rows, and the codes themselves and, unless its data is null, (c - x) / 2; the sum of (c - x)^2 of each
+  // block to losses[block].
   void (*quantize_rows)(
       const Codebook& book, const Rows& x, int64_t begin, int64_t end, int64_t* indices, const Rows& quantized,
-      const Rows& error, double* losses);
+      const Rows& half_error, double* losses);
   // The scores of what stays in the first cache, again and again; returns how many products of two features that took.
   int64_t (*repeat_scores)(int64_t rounds);
 

@@ -31,7 +31,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> vector_quantize_fwd(
   const Rows rows = rows_of("x", x);
   check_codebook(codebook, rows);
   const Tensor quantized = new_like(x);
-  const Tensor error = need_error ? new_like(x) : new_tensor(x, {0}, x.scalar_type());
+  const Tensor half_error = need_error ? new_like(x) : new_tensor(x, {0}, x.scalar_type());
   const Tensor indices = new_tensor(x, shape_with(x, {}), ScalarType::Long);
   const Tensor counts = new_tensor(x, {codebook.size(0)}, ScalarType::Long);
   const Tensor codebook_loss = new_tensor(x, {}), commitment_loss = new_tensor(x, {});
@@ -42,7 +42,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> vector_quantize_fwd(
     const Kernels& k = kernels();
     const PackedCodebook packed(k, codebook, rows.count);
     const Rows quantized_rows = rows_of("quantized", quantized);
-    const Rows error_rows = need_error ? rows_of("error", error) : Rows{};
+    const Rows error_rows = need_error ? rows_of("half_error", half_error) : Rows{};
     const int64_t blocks = (rows.count + BLOCK - 1) / BLOCK;
     const Array<double> losses = new_array<double>(blocks);
     parallel(blocks, 1, [&](int64_t begin, int64_t end) {
@@ -57,22 +57,22 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> vector_quantize_fwd(
   for (int64_t r = 0; r < rows.count; ++r) ++count[index[r]];
   for (const Tensor& each : {codebook_loss, commitment_loss})
     *static_cast<float*>(each.data_ptr()) = static_cast<float>(loss);
-  return {quantized, indices, codebook_loss, commitment_loss, counts, error};
+  return {quantized, indices, codebook_loss, commitment_loss, counts, half_error};
 }
 
 std::tuple<Tensor, Tensor> vector_quantize_bwd(
     const Tensor& grad_quantized, const Tensor& grad_codebook_loss, const Tensor& grad_commitment_loss,
-    const Tensor& error, const Tensor& indices, int64_t num_codes, bool need_x, bool need_codebook) {
-  const Rows rows = rows_of("error", error);
+    const Tensor& half_error, const Tensor& indices, int64_t num_codes, bool need_x, bool need_codebook) {
+  const Rows rows = rows_of("half_error", half_error);
   const Indices codes("indices", indices);
-  STD_TORCH_CHECK(codes.count == rows.count, "indices are ", codes.count, "; error has ", rows.count, " rows");
+  STD_TORCH_CHECK(codes.count == rows.count, "indices are ", codes.count, "; half_error has ", rows.count, " rows");
   STD_TORCH_CHECK(num_codes >= 1, "num_codes is ", num_codes, "; it needs to be at least 1");
-  // d mean((q - x)^2) / d q = slope * error, before the factor of either loss.
-  const double slope = 2.0 / static_cast<double>(std::max<int64_t>(1, error.numel()));
-  Tensor grad_x = new_tensor(error, {0});
-  Tensor grad_codebook = new_tensor(error, {0});
+  // d mean((q - x)^2) / d q = slope * half_error, before the factor of either loss.
+  const double slope = 4.0 / static_cast<double>(std::max<int64_t>(1, half_error.numel()));
+  Tensor grad_x = new_tensor(half_error, {0});
+  Tensor grad_codebook = new_tensor(half_error, {0});
   if (need_codebook) {
-    grad_codebook = new_tensor(error, {num_codes, rows.features});
+    grad_codebook = new_tensor(half_error, {num_codes, rows.features});
     const SortedPairs pairs(codes, 1, num_codes, nullptr, nullptr);
     const float weight = static_cast<float>(slope * scalar_of("grad_codebook_loss", grad_codebook_loss));
     segment_sum(rows, pairs, 1, weight, static_cast<float*>(grad_codebook.data_ptr()), rows.features);
@@ -80,10 +80,10 @@ std::tuple<Tensor, Tensor> vector_quantize_bwd(
   if (need_x) {
     check_device("grad_quantized", grad_quantized);
     STD_TORCH_CHECK(
-        shape_of(grad_quantized) == shape_of(error), "grad_quantized has a shape that is not that of error");
-    grad_x = new_like(error);
-    const std::vector<int64_t> order = memory_order(error);
-    const Rows from = rows_of("grad_quantized", grad_quantized, order), less = rows_of("error", error, order);
+        shape_of(grad_quantized) == shape_of(half_error), "grad_quantized has a shape that is not that of half_error");
+    grad_x = new_like(half_error);
+    const std::vector<int64_t> order = memory_order(half_error);
+    const Rows from = rows_of("grad_quantized", grad_quantized, order), less = rows_of("half_error", half_error, order);
     const Rows out = rows_of("grad_x", grad_x, order);
     const float scale = static_cast<float>(slope * scalar_of("grad_commitment_loss", grad_commitment_loss));
     const Kernels& k = kernels();

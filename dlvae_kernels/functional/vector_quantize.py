@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .. import ops  # noqa: F401  (defines torch.ops.dlvae)
 from .checks import check_choice, check_rows
+from .gradients import differentiable, gradient_of, is_differentiated, sum_of_products
 from .nearest_code import PRECISIONS, Precision
 
 
@@ -21,34 +21,62 @@ class VectorQuantizeOutput(NamedTuple):
     counts: Tensor
 
 
+@gradient_of("vector_quantize_fwd")
 class _VectorQuantize(torch.autograd.Function):
-    # Saves the errors, q - x: the codebook and the quantized rows may both be changed in place before the backward.
+    """Saves (quantized - x) / 2: both may be changed in place before the backward; half of it fits into float16."""
+
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor, codebook: Tensor, precision: str) -> tuple[Tensor, ...]:
-        *outputs, error = torch.ops.dlvae.vector_quantize_fwd(x, codebook, True, precision)
-        _, indices, _, _, counts = outputs
-        ctx.save_for_backward(error, indices)
+    def forward(x: Tensor, codebook: Tensor, need_error: bool, precision: str) -> tuple[Tensor, ...]:
+        return torch.ops.dlvae.vector_quantize_fwd(x, codebook, need_error, precision)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        _, codebook, ctx.has_error, _ = inputs
+        _, indices, _, _, counts, half_error = output
+        ctx.save_for_backward(half_error, indices)
+        ctx.save_for_forward(half_error, indices)
         ctx.num_codes, ctx.codebook_dtype = codebook.shape[0], codebook.dtype
-        ctx.mark_non_differentiable(indices, counts)
-        return tuple(outputs)
+        ctx.mark_non_differentiable(indices, counts, half_error)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        grad_quantized, _, grad_codebook_loss, grad_commitment_loss, _ = grads
-        error, indices = ctx.saved_tensors
-        need_x, need_codebook, _ = ctx.needs_input_grad
+        if not ctx.has_error:
+            raise RuntimeError(
+                "vector_quantize_fwd ran with need_error=False and has no gradient; export or trace the model with"
+                " gradients enabled"
+            )
+        grad_quantized, _, grad_codebook_loss, grad_commitment_loss, _, _ = grads
+        half_error, indices = ctx.saved_tensors
+        need_x, need_codebook, *_ = ctx.needs_input_grad
         grad_x, grad_codebook = torch.ops.dlvae.vector_quantize_bwd(
             grad_quantized,
             grad_codebook_loss,
             grad_commitment_loss,
-            error,
+            half_error,
             indices,
             ctx.num_codes,
             need_x,
             need_codebook,
         )
-        return grad_x if need_x else None, grad_codebook.to(ctx.codebook_dtype) if need_codebook else None, None
+        grad_codebook = grad_codebook.to(ctx.codebook_dtype) if need_codebook else None
+        return grad_x if need_x else None, grad_codebook, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, x_tangent: Tensor | None, codebook_tangent: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+        half_error, indices = ctx.saved_tensors
+        slope = 4 / max(1, half_error.numel())
+        # The straight-through output follows x alone.
+        quantized = torch.zeros_like(half_error) if x_tangent is None else x_tangent.clone()
+        rows = torch.zeros_like(half_error) if x_tangent is None else x_tangent
+        commitment_loss = -slope * sum_of_products(half_error, rows)
+        if codebook_tangent is None:
+            codebook_loss = torch.zeros_like(commitment_loss)
+        else:
+            codebook_loss = slope * sum_of_products(half_error, codebook_tangent[indices])
+        return quantized, None, codebook_loss, commitment_loss, None, None
 
 
 def vector_quantize(x: Tensor, codebook: Tensor, *, precision: Precision = "float32") -> VectorQuantizeOutput:
@@ -73,7 +101,8 @@ def vector_quantize(x: Tensor, codebook: Tensor, *, precision: Precision = "floa
     """
     check_rows("x", x, "codebook", codebook)
     check_choice("precision", precision, PRECISIONS)
-    if torch.is_grad_enabled() and (x.requires_grad or codebook.requires_grad):
-        return VectorQuantizeOutput(*_VectorQuantize.apply(x, codebook, precision))
-    *outputs, _ = torch.ops.dlvae.vector_quantize_fwd(x.detach(), codebook.detach(), False, precision)
+    if is_differentiated(x, codebook):
+        *outputs, _ = differentiable(_VectorQuantize, x, codebook, True, precision)
+    else:
+        *outputs, _ = torch.ops.dlvae.vector_quantize_fwd(x.detach(), codebook.detach(), False, precision)
     return VectorQuantizeOutput(*outputs)

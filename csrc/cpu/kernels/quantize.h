@@ -1,38 +1,40 @@
-// Rows replaced by their nearest codes, with the errors and the sum of their squares, in the pass that searches.
+// Rows replaced by their nearest codes, with half the errors and the sum of squared errors, in the pass that searches.
 #pragma once
 
 #include "search.h"
 
 namespace {
 
-// to = c - x; returns the sum of squares.
-inline float subtract(const float* c, const float* x, int64_t features, float* to) {
+// to = (c - x) / 2 unless it is null: half of a difference of float16 numbers fits into float16. Returns |c - x|^2.
+inline double subtract(const float* c, const float* x, int64_t features, float* to) {
   Floats sums = {};
   float rest = 0;
   int64_t d = 0;
   for (; d + WIDTH <= features; d += WIDTH) {
     const Floats error = load<Floats>(c + d) - load<Floats>(x + d);
     sums += error * error;
-    if (to) store(to + d, error);
+    if (to) store(to + d, error * 0.5f);
   }
   for (; d < features; ++d) {
     const float error = c[d] - x[d];
     rest += error * error;
-    if (to) to[d] = error;
+    if (to) to[d] = error * 0.5f;
   }
-  return total(sums) + rest;
+  const float sum = total(sums) + rest;
+  // Squares may overflow float32 where their mean over all rows does not.
+  return is_finite(sum) ? sum : squared_distance(x, c, features);
 }
 
 inline void quantize_rows(
     const Codebook& book, const Rows& x, int64_t begin, int64_t end, int64_t* indices, const Rows& quantized,
-    const Rows& error, double* losses) {
+    const Rows& half_error, double* losses) {
   const int64_t features = book.features;
   // Where a result is adjacent float32 it is written in place, else by way of a block.
-  const bool in_place = adjacent_rows(quantized, 0), error_in_place = error.data && adjacent_rows(error, 0);
-  Buffer<float> codes(in_place ? 0 : BLOCK * features), errors(error.data && !error_in_place ? BLOCK * features : 0);
+  const bool in_place = adjacent_rows(quantized, 0), error_in_place = half_error.data && adjacent_rows(half_error, 0);
+  Buffer<float> codes(in_place ? 0 : BLOCK * features), errors(half_error.data && !error_in_place ? BLOCK * features : 0);
   for_searched_blocks(book, x, begin, end, indices, nullptr, [&](int64_t first, int64_t count, const float* block) {
     float* code_rows = in_place ? (float*)adjacent_rows(quantized, first) : codes;
-    float* error_rows = error_in_place ? (float*)adjacent_rows(error, first) : error.data ? (float*)errors : nullptr;
+    float* error_rows = error_in_place ? (float*)adjacent_rows(half_error, first) : half_error.data ? (float*)errors : nullptr;
     double loss = 0;
     for (int64_t r = 0; r < count; ++r) {
       const float* code = book.codes + indices[first + r] * features;
@@ -41,7 +43,7 @@ inline void quantize_rows(
     }
     losses[first / BLOCK] = loss;
     if (!in_place) store_rows(quantized, first, first + count, codes, features);
-    if (error_rows && !error_in_place) store_rows(error, first, first + count, errors, features);
+    if (error_rows && !error_in_place) store_rows(half_error, first, first + count, errors, features);
   });
 }
 

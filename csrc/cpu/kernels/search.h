@@ -252,16 +252,16 @@ inline void search_by_differences(const Codebook& book, Nearest& nearest) {
     is_finite_row &= is_finite(nearest.x[d]);
   }
   if (nearest.index == 0) return;
-  // Of infinite distances, which all differ from no other, the first code that holds no NaN will do.
-  for (int64_t k = 0; k < book.count; ++k)
-    if (book.any_finite ? is_finite(book.peaks[k]) : book.peaks[k] == book.peaks[k]) {
-      if (is_finite_row && book.any_finite) {
-        nearest.compare(k);
-      } else {
-        nearest.index = k;
-        return;
-      }
+  // Where no distance is finite all are equal: the first code that holds no NaN is the nearest.
+  const bool has_distances = is_finite_row && book.any_finite;
+  for (int64_t k = 0; k < book.count; ++k) {
+    if (has_distances) {
+      if (is_finite(book.peaks[k])) nearest.compare(k);
+    } else if (book.peaks[k] == book.peaks[k]) {
+      nearest.index = k;
+      return;
     }
+  }
   if (nearest.index < 0) nearest.index = 0;
 }
 

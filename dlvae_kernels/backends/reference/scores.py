@@ -12,14 +12,19 @@ from torch import Tensor
 _CHUNK_ELEMENTS = 2**21
 _EPSILON = torch.finfo(torch.float64).eps
 _LARGEST = torch.finfo(torch.float64).max
+# Exponents of the powers of two by which inputs are scaled stay within this.
+_MOST_EXPONENT = 1000
+# A row this many powers of two longer than all codes is as far from one as from another, in float64.
+_FAR = 400
 
 
 class Codes(NamedTuple):
-    """What all chunks share, in float64."""
+    """What all chunks share, in float64; `rows` and `norms` are scaled by 2^exponent, which takes the largest to 1."""
 
     rows: Tensor  # [K, D]
     norms: Tensor  # [K]
     bias: Tensor  # [K]
+    exponent: Tensor  # int64, a scalar
 
 
 class Scores:
@@ -27,20 +32,27 @@ class Scores:
 
     They are a matrix product in float64: immune to the caller's tf32 and autocast settings, and exact far beyond
     float32. But a product may round equal codes differently, and cancels for close ones. Where that could matter, the
-    score is computed again, each pair of a row and a code by itself.
+    score is computed again, each pair of a row and a code by itself. Rows and codes are scaled by powers of two, so
+    that squares and products neither overflow nor underflow.
 
     A score that is not a number is the largest finite one, that of a NaN code is infinite: such a code is never
-    preferred to another. All scores of a row that holds NaN are equal.
+    preferred to another. All scores of a row that holds an infinity are equal, but for those of NaN codes; all scores
+    of a row that holds NaN are equal.
     """
 
     def __init__(self, rows: Tensor, codes: Codes) -> None:
-        self._rows = rows  # [n, D]
         self._codes = codes
-        self._row_norms = rows.norm(dim=1, keepdim=True)  # [n, 1]
+        self._exponents = self._row_exponents(rows)  # int64 [n, 1]
+        self._rows = rows * _power_of_two(self._exponents)  # [n, D]
+        self._row_norms = self._rows.norm(dim=1, keepdim=True)  # [n, 1]
         self._is_nan_code = codes.norms.isnan() | codes.bias.isnan()
         self.values = self._products()  # [n, K]
-        self.values.masked_fill_(self._is_nan_code, torch.inf)
-        self.values.masked_fill_(self._row_norms.isnan(), 0)
+        self.values.masked_fill_(~self._row_norms.isfinite(), 0)
+        self.values.masked_fill_(self._is_nan_code & ~self._row_norms.isnan(), torch.inf)
+
+    def _row_exponents(self, rows: Tensor) -> Tensor:
+        """The exponents of the powers of two that rows are multiplied by: [n, 1]."""
+        raise NotImplementedError
 
     def tolerance(self, codes: Tensor) -> Tensor:
         """How far above the score of `codes` [n, m] another may lie and yet be no worse: [n, m]."""
@@ -63,8 +75,9 @@ class Scores:
         for all others: [rows, K]."""
         row, code = ((self.values <= threshold) & is_row[:, None]).nonzero(as_tuple=True)
         found = self._of_pairs(row, code).nan_to_num(nan=_LARGEST, posinf=_LARGEST, neginf=_LARGEST)
-        found.masked_fill_(self._is_nan_code[code], torch.inf)
-        found.masked_fill_(self._row_norms[row, 0].isnan(), 0)
+        norm = self._row_norms[row, 0]
+        found.masked_fill_(~norm.isfinite(), 0)
+        found.masked_fill_(self._is_nan_code[code] & ~norm.isnan(), torch.inf)
         place = is_row.cumsum(0) - 1  # of each row among those asked for
         scores = self.values.new_full((int(is_row.sum()), len(self._codes.rows)), torch.inf)
         scores[place[row], code] = found
@@ -79,18 +92,20 @@ class Scores:
 class Distances(Scores):
     """|c|^2 - 2 x.c, a squared distance less |x|^2, which all codes share; exactly: |x - c|^2."""
 
+    def _row_exponents(self, rows: Tensor) -> Tensor:
+        # Those of the codes; a row far longer than these is brought near enough for its square.
+        return torch.minimum(self._codes.exponent, _exponents_to_one(rows, dim=1) + _FAR)
+
     def tolerance(self, codes: Tensor) -> Tensor:
         # Both scores are sums of D + 1 terms; a code as far away as c has a norm of at most 2 |x| + |c|.
         largest = 2 * self._row_norms + self._codes.norms[codes]
         return (4 * (self._rows.shape[1] + 2) * _EPSILON * largest.square()).nan_to_num(nan=0, posinf=0)
 
     def results(self, codes: Tensor, has_tie: Tensor) -> Tensor:
-        """Squared distances; by differences also where the scores cancel."""
-        distances = self.values.gather(1, codes) + self._row_norms.square()
-        cancels = ~(distances > 2**20 * self.tolerance(codes))
-        row, column = (cancels | has_tie[:, None]).nonzero(as_tuple=True)
-        distances[row, column] = self._of_pairs(row, codes[row, column])
-        return distances
+        """Squared distances, by differences."""
+        row = torch.arange(len(codes), device=codes.device).repeat_interleave(codes.shape[1])
+        unit = _power_of_two(-self._exponents)
+        return self._of_pairs(row, codes.flatten()).view(codes.shape) * unit * unit
 
     def _products(self) -> Tensor:
         scores = torch.addmm(self._codes.norms.square(), self._rows, self._codes.rows.T, alpha=-2)
@@ -106,9 +121,20 @@ class Products(Scores):
 
     def __init__(self, rows: Tensor, codes: Codes) -> None:
         super().__init__(rows, codes)
-        norm, bias = (each.abs().nan_to_num(nan=0, posinf=0).amax() for each in (codes.norms, codes.bias))
+        norm = codes.norms.nan_to_num(nan=0, posinf=0).amax()
+        bias = self._bias.abs().nan_to_num(nan=0, posinf=0).amax(1, keepdim=True)
         # Two sums of D + 1 terms, of codes of any norm.
         self._tolerance = 2 * (rows.shape[1] + 2) * _EPSILON * (self._row_norms * norm + bias)  # [n, 1]
+
+    def _row_exponents(self, rows: Tensor) -> Tensor:
+        # Each row to 1, unless biases, which are scaled as products are, would become larger than that.
+        exponents = _exponents_to_one(rows, dim=1)
+        biases = _exponents_to_one(self._codes.bias, dim=0)
+        most = torch.where(self._codes.bias.any(), biases - self._codes.exponent, _MOST_EXPONENT)
+        exponents = torch.minimum(exponents, most).clamp(min=-_MOST_EXPONENT)
+        self._unit = _power_of_two(-exponents), _power_of_two(-self._codes.exponent)
+        self._bias = self._codes.bias / self._unit[0] / self._unit[1]  # [n, K]
+        return exponents
 
     def tolerance(self, codes: Tensor) -> Tensor:
         return self._tolerance.nan_to_num(nan=0, posinf=0).expand(codes.shape)
@@ -116,17 +142,17 @@ class Products(Scores):
     def results(self, codes: Tensor, has_tie: Tensor) -> Tensor:
         """Inner products; those that are not finite as they are."""
         products = -self.values.gather(1, codes)
-        hidden = (products.abs() >= _LARGEST) | self._row_norms.isnan()
+        hidden = (products.abs() >= _LARGEST) | ~self._row_norms.isfinite()
         row, column = (hidden | has_tie[:, None]).nonzero(as_tuple=True)
         products[row, column] = -self._of_pairs(row, codes[row, column])
-        return products
+        return products * self._unit[0] * self._unit[1]
 
     def _products(self) -> Tensor:
-        scores = torch.addmm(self._codes.bias, self._rows, self._codes.rows.T).neg_()
+        scores = torch.addmm(self._bias, self._rows, self._codes.rows.T).neg_()
         return torch.nan_to_num(scores, nan=_LARGEST, posinf=_LARGEST, neginf=_LARGEST, out=scores)
 
     def _of_pairs(self, row: Tensor, code: Tensor) -> Tensor:
-        parts = [(self._rows[i] * self._codes.rows[j]).sum(1) + self._codes.bias[j] for i, j in self._split(row, code)]
+        parts = [(self._rows[i] * self._codes.rows[j]).sum(1) + self._bias[i, j] for i, j in self._split(row, code)]
         return -torch.cat(parts)
 
 
@@ -134,9 +160,22 @@ def score_chunks(
     x: Tensor, codes: Tensor, metric: type[Scores] = Distances, bias: Tensor | None = None
 ) -> Iterator[tuple[slice, Scores]]:
     """The scores of codes [K, D] for x [N, D], in chunks of rows; bias [K] is added to products."""
-    wide = codes.double()
-    shared = Codes(wide, wide.norm(dim=1), wide.new_zeros(len(wide)) if bias is None else bias.double())
+    exponent = _exponents_to_one(codes.double().flatten(), dim=0)
+    wide = codes.double() * _power_of_two(exponent)
+    wide_bias = wide.new_zeros(len(wide)) if bias is None else bias.double()
+    shared = Codes(wide, wide.norm(dim=1), wide_bias, exponent)
     rows = max(1, _CHUNK_ELEMENTS // len(codes))
     for start in range(0, len(x), rows):
         part = slice(start, start + rows)
         yield part, metric(x[part].double(), shared)
+
+
+def _exponents_to_one(values: Tensor, dim: int) -> Tensor:
+    """Exponents of powers of two that take the largest finite magnitudes of float64 values along dim to about 1."""
+    largest = values.abs().nan_to_num(nan=0, posinf=0).amax(dim, keepdim=values.ndim > 1)
+    return -torch.frexp(largest).exponent.long().clamp(-_MOST_EXPONENT, _MOST_EXPONENT)
+
+
+def _power_of_two(exponent: Tensor) -> Tensor:
+    """2^exponent in float64, to the bit, which exp2 does not promise; int64 within [-1022, 1023]."""
+    return ((exponent + 1023) << 52).view(torch.float64)

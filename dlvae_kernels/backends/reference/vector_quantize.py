@@ -15,31 +15,34 @@ def vector_quantize_fwd(
     indices, _ = nearest_code(x, codebook, False, precision)
     codes = codebook[indices]  # [..., D]
     error = codes.to(torch.promote_types(x.dtype, torch.float32)) - x
-    loss = error.square().sum() / max(1, x.numel())
+    # In float64: squares and their sum may overflow float32 where their mean does not.
+    squares = torch.linalg.vector_norm(error, dtype=torch.float64).square()
+    loss = (squares / max(1, x.numel())).to(error.dtype)
     counts = torch.bincount(indices.flatten(), minlength=len(codebook))
     # empty_like keeps the strides of x: a channel-first map comes back channel-first.
     quantized = torch.empty_like(x).copy_(codes)
-    saved = torch.empty_like(x).copy_(error) if need_error else x.new_empty(0)
-    return quantized, indices, loss, loss.clone(), counts, saved
+    # The difference of two float16 numbers may be no float16 number; half of it is one.
+    half_error = torch.empty_like(x).copy_(error / 2) if need_error else x.new_empty(0)
+    return quantized, indices, loss, loss.clone(), counts, half_error
 
 
 def vector_quantize_bwd(
     grad_quantized: Tensor,
     grad_codebook_loss: Tensor,
     grad_commitment_loss: Tensor,
-    error: Tensor,
+    half_error: Tensor,
     indices: Tensor,
     num_codes: int,
     need_x: bool,
     need_codebook: bool,
 ) -> tuple[Tensor, Tensor]:
-    dtype = torch.promote_types(error.dtype, torch.float32)
+    dtype = torch.promote_types(half_error.dtype, torch.float32)
     # d mean((q - x)^2) / d q, before the factor of either loss.
-    slope = error.to(dtype) * (2 / max(1, error.numel()))
-    grad_x, grad_codebook = (torch.empty(0, dtype=dtype, device=error.device) for _ in range(2))
+    slope = half_error.to(dtype) * (4 / max(1, half_error.numel()))
+    grad_x, grad_codebook = (torch.empty(0, dtype=dtype, device=half_error.device) for _ in range(2))
     if need_codebook:
-        rows = (slope * grad_codebook_loss).reshape(-1, error.shape[-1])  # [N, D]
+        rows = (slope * grad_codebook_loss).reshape(-1, half_error.shape[-1])  # [N, D]
         grad_codebook = segment_sum(rows, None, indices.flatten(), num_codes, None)
     if need_x:
-        grad_x = torch.empty_like(error).copy_(grad_quantized - slope * grad_commitment_loss)
+        grad_x = torch.empty_like(half_error).copy_(grad_quantized - slope * grad_commitment_loss)
     return grad_x, grad_codebook

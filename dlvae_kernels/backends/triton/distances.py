@@ -28,7 +28,10 @@ def squared_distances(
     CODE_UNIT: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Of rows [BLOCK_N] to codes [BLOCK_N, G], by differences times `scale`; 0 where there is no such code."""
+    """Of rows [BLOCK_N] to codes [BLOCK_N, G], by differences times `scale`; 0 where there is no such code.
+
+    `scale` is a scalar, or [BLOCK_N, 1, 1].
+    """
     total = tl.zeros(codes.shape, tl.float32)
     for begin in range(0, num_features, BLOCK_D):
         d = begin + tl.arange(0, BLOCK_D)

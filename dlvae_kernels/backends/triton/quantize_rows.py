@@ -1,4 +1,4 @@
-"""The codes of rows whose indices are known, their errors, and how often each code was taken."""
+"""The codes of rows whose indices are known, half their errors, and how often each code was taken."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ _BLOCK_N = 64
 
 @dataclass(frozen=True)
 class Quantized:
-    """quantized, error: [N, D], error empty if it is not wanted; counts: [K] int64, to which each row adds."""
+    """quantized, half_error: [N, D], the second empty if not wanted; counts: [K] int64, which each row adds to."""
 
     quantized: Tensor
-    error: Tensor
+    half_error: Tensor
     counts: Tensor
 
 
@@ -27,7 +27,7 @@ def quantize_rows(
     x_ptr,
     codes_ptr,
     quantized_ptr,
-    error_ptr,
+    half_error_ptr,
     count_ptr,
     rows,
     index,
@@ -49,7 +49,7 @@ def quantize_rows(
     CODE_UNIT: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Write codes `index` of `rows`, and with SAVE_ERROR code - x; count the codes."""
+    """Write codes `index` of `rows`, and with SAVE_ERROR (code - x) / 2; count the codes."""
     mask = rows < num_rows
     starts = index.to(tl.int64) * (stride_ck // CODE_UNIT) * CODE_UNIT
     for begin in range(0, num_features, BLOCK_D):
@@ -61,9 +61,10 @@ def quantize_rows(
         )
         if SAVE_ERROR:
             x = load_rows(x_ptr, rows, d, num_rows, num_features, inner, stride_outer, stride_inner, stride_d, UNIT)
-            error = code.to(tl.float32) - x.to(tl.float32)
+            # Half of a difference of two float16 numbers is a float16 number.
+            half = (code.to(tl.float32) - x.to(tl.float32)) * 0.5
             store_rows(
-                error_ptr, error, rows, d, num_rows, num_features, out_inner, out_outer, out_step, out_d, OUT_UNIT
+                half_error_ptr, half, rows, d, num_rows, num_features, out_inner, out_outer, out_step, out_d, OUT_UNIT
             )
     # Integers add up the same in any order.
     tl.atomic_add(count_ptr + index, tl.full(index.shape, 1, tl.int64), mask=mask, sem="relaxed")
@@ -75,7 +76,7 @@ def _quantize_rows_kernel(
     codes_ptr,
     index_ptr,
     quantized_ptr,
-    error_ptr,
+    half_error_ptr,
     count_ptr,
     num_rows,
     num_features,
@@ -101,7 +102,7 @@ def _quantize_rows_kernel(
         x_ptr,
         codes_ptr,
         quantized_ptr,
-        error_ptr,
+        half_error_ptr,
         count_ptr,
         rows,
         tl.load(index_ptr + rows, mask=rows < num_rows, other=0),
@@ -133,14 +134,14 @@ def launch_quantize_rows(rows: Rows, codebook: Tensor, indices: Tensor, out: Qua
         codebook,
         indices,
         out.quantized,
-        out.error,
+        out.half_error,
         out.counts,
         rows.num_rows,
         rows.num_features,
         *rows.strides,
         *out_strides,
         *codebook.stride(),
-        SAVE_ERROR=out.error.numel() > 0,
+        SAVE_ERROR=out.half_error.numel() > 0,
         UNIT=unit(*rows.strides[1:3]),
         OUT_UNIT=unit(*out_strides[1:3]),
         CODE_UNIT=unit(codebook.stride(0)),

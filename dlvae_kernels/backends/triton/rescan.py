@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .codebook_parts import codebook_shift, power_of_two
+from .codebook_parts import codebook_shift, own_shift, power_of_two
 from .rows import Rows, row_offsets
 
 # Of a score, over |x| |c| + |c|^2 / 2: what float16 parts and float32 accumulation may be off by; as matrix units cut
@@ -53,16 +53,23 @@ def _rescan_kernel(
     num_codes,
     stride_ck,
     stride_cd,
+    distance_weight,
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     """Rows of the worklist anew, by differences in float32; each program takes every P-th of them."""
     count = tl.load(count_ptr)
-    shift = codebook_shift(meta_ptr)
     columns = tl.arange(0, BLOCK_K)
     for place in range(tl.program_id(0), count, tl.num_programs(0)):
         row = tl.load(worklist_ptr + place)
         start = row_offsets(row, inner, stride_outer, stride_inner)
+        # Squares of neither codes nor the row overflow.
+        largest = tl.zeros([], tl.float32)
+        for d in range(0, num_features, BLOCK_D):
+            features = (d + tl.arange(0, BLOCK_D)).to(tl.int64)
+            x = tl.load(x_ptr + start + features * stride_d, mask=features < num_features, other=0.0)
+            largest = tl.maximum(largest, tl.max(tl.abs(x.to(tl.float32)), axis=0))
+        shift = tl.minimum(codebook_shift(meta_ptr), own_shift(largest))
         best = tl.full([], float("inf"), tl.float32)
         index = tl.load(index_ptr + row).to(tl.int32)
         for begin in range(0, num_codes, BLOCK_K):
@@ -84,13 +91,23 @@ def _rescan_kernel(
         # A row without any finite distance stays as it was found.
         unit = power_of_two(-shift)
         tl.store(index_ptr + row, index.to(tl.int64), mask=best < float("inf"))
-        tl.store(distance_ptr + row, best * unit * unit, mask=best < float("inf"))
+        tl.store(distance_ptr + row, best * distance_weight * unit * unit, mask=best < float("inf"))
 
 
 def rescan(
-    rows: Rows, codebook: Tensor, meta: Tensor, indices: Tensor, distances: Tensor, worklist: Tensor, count: Tensor
+    rows: Rows,
+    codebook: Tensor,
+    meta: Tensor,
+    indices: Tensor,
+    distances: Tensor,
+    worklist: Tensor,
+    count: Tensor,
+    distance_weight: float,
 ) -> None:
-    """Search the rows of a worklist, of which there are `count` [1], by differences in float32."""
+    """Search the rows of a worklist, of which there are `count` [1], by differences in float32.
+
+    Squared distances are written times `distance_weight`.
+    """
     _rescan_kernel[(min(rows.num_rows, _PROGRAMS),)](
         rows.tensor,
         codebook,
@@ -104,6 +121,7 @@ def rescan(
         *rows.strides,
         len(codebook),
         *codebook.stride(),
+        distance_weight,
         BLOCK_K=64,
         BLOCK_D=32,
         maxnreg=128,

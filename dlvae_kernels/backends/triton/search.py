@@ -21,6 +21,7 @@ from .codebook_parts import (
     bias_shift,
     codebook_parts,
     codebook_shift,
+    own_shift,
     power_of_two,
     row_shift,
     split,
@@ -51,7 +52,7 @@ def _search_kernel(
     second_ptr,
     bound_ptr,
     quantized_ptr,
-    error_ptr,
+    half_error_ptr,
     count_ptr,
     num_rows,
     num_features,
@@ -68,6 +69,7 @@ def _search_kernel(
     stride_cd,
     num_tiles,
     tiles_per_split,
+    distance_weight,
     PADDED: tl.constexpr,
     SPLIT: tl.constexpr,
     PACKED: tl.constexpr,
@@ -92,7 +94,7 @@ def _search_kernel(
     columns = tl.arange(0, BLOCK_K)
     features = tl.arange(0, BLOCK_D)
     scale = 1.0
-    if SPLIT or CERTIFY:
+    if SPLIT or CERTIFY or x_ptr.dtype.element_ty != tl.float16:
         largest = tl.zeros([BLOCK_N], tl.float32)
         squares = tl.zeros([BLOCK_N], tl.float32)
         for d in range(0, PADDED, BLOCK_D):
@@ -177,6 +179,11 @@ def _search_kernel(
         other = tl.max(tl.where(firsts == first[:, None], second, best), axis=1)
     in_group = tl.arange(0, GROUP)
     in_group = ((in_group // 2) * 8 + in_group % 2)[None, :]
+    # Differences are scaled so that squares of neither codes nor rows overflow. Those of float16 do not beyond 2^40.
+    distance_shift = tl.full([BLOCK_N], 40, tl.int32)
+    if SPLIT or CERTIFY or x_ptr.dtype.element_ty != tl.float16:
+        distance_shift = own_shift(largest)
+    distance_shift = tl.minimum(distance_shift, codebook_shift(meta_ptr))
     distance = tl.full([BLOCK_N], float("inf"), tl.float32)
     index = tl.full([BLOCK_N], NO_CODE, tl.int32)
     first_tile = first // BLOCK_K
@@ -199,7 +206,7 @@ def _search_kernel(
             stride_d,
             stride_ck,
             stride_cd,
-            power_of_two(codebook_shift(meta_ptr)),
+            power_of_two(distance_shift)[:, None, None],
             UNIT,
             CODE_UNIT,
             LOOK_D,
@@ -212,11 +219,11 @@ def _search_kernel(
         index = tl.where(is_nearer, code, index)
         first = tl.min(tl.where(firsts > first[:, None], firsts, NO_CODE), axis=1)
         pending = (first < NO_CODE) & (first // BLOCK_K == first_tile)
-    length = power_of_two(-codebook_shift(meta_ptr))
-    distance = distance * length * length
-    is_lost = index == NO_CODE
+    length = power_of_two(-distance_shift)
+    distance = distance * distance_weight * length * length
+    is_lost = distance == float("inf")
     if tl.max(is_lost.to(tl.int32), axis=0) > 0:
-        # Nothing can be compared: a row that holds NaN takes 0, another one the first code that is not NaN.
+        # No distance is finite: a row that holds NaN takes 0, another one the first code that is not NaN.
         has_nan = tl.zeros([BLOCK_N], tl.int32)
         for d in range(0, PADDED, BLOCK_D):
             y = load_rows(
@@ -241,7 +248,7 @@ def _search_kernel(
             x_ptr,
             codes_ptr,
             quantized_ptr,
-            error_ptr,
+            half_error_ptr,
             count_ptr,
             rows,
             index,
@@ -268,7 +275,10 @@ def _search_kernel(
 def search(
     rows: Rows, codebook: Tensor, precision: str, indices: Tensor, distances: Tensor, out: Quantized | None = None
 ) -> None:
-    """Write the nearest code of each row, [N] int64, its squared distance, [N] float32, and `out` if it is given."""
+    """Write the nearest code of each row, [N] int64, its squared distance, [N] float32, and `out` if it is given.
+
+    With `out`, distances are divided by D: sums of squares may overflow float32 where their mean does not.
+    """
     x = rows.tensor
     num_codes = len(codebook)
     # Products of half-precision inputs of one type are exact in float32 as they are.
@@ -306,6 +316,7 @@ def _search(
     x = rows.tensor
     num_codes = len(codebook)
     certify = precision == "exact"
+    distance_weight = 1.0 if out is None else 1.0 / rows.num_features
     parts = codebook_parts(codebook, config, torch.float16 if splits_parts else x.dtype, splits_parts)
     tiles = triton.cdiv(num_codes, config.block_k)
     splits = num_splits(rows.num_rows, tiles, config)
@@ -322,7 +333,9 @@ def _search(
     score = buffer(certify, torch.float32, splits, n)
     second, bound = buffer(certify, torch.float32, splits, n), buffer(certify, torch.float32, n)
     written = out if is_whole else None
-    quantized, error, counts = (written.quantized, written.error, written.counts) if written else (x, x, indices)
+    quantized, half_error, counts = x, x, indices
+    if written:
+        quantized, half_error, counts = written.quantized, written.half_error, written.counts
     out_strides = as_rows(quantized).strides
     block = [config.block_k, config.block_d]
     is_whole_row = config.block_d == config.padded(rows.num_features)
@@ -339,7 +352,7 @@ def _search(
         second,
         bound,
         quantized,
-        error,
+        half_error,
         counts,
         n,
         rows.num_features,
@@ -349,12 +362,13 @@ def _search(
         *codebook.stride(),
         tiles,
         per_split,
+        distance_weight,
         PADDED=config.padded(rows.num_features),
         SPLIT=splits_parts,
         PACKED=config.packed,
         CERTIFY=certify,
         QUANTIZE=written is not None,
-        SAVE_ERROR=written is not None and error.numel() > 0,
+        SAVE_ERROR=written is not None and half_error.numel() > 0,
         PRECISION="tf32" if precision == "tf32" else "ieee",
         UPCAST=INTERPRETED,
         BLOCK_N=config.block_n,
@@ -373,6 +387,6 @@ def _search(
     if not is_whole:
         worklist, count = join_splits(found, apart, score, second, bound, indices, distances, certify)
         if certify:
-            rescan(rows, codebook, parts.meta, indices, distances, worklist, count)
+            rescan(rows, codebook, parts.meta, indices, distances, worklist, count, distance_weight)
         if out is not None:
             launch_quantize_rows(rows, codebook, indices, out)

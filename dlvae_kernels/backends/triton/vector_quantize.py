@@ -19,7 +19,7 @@ _BLOCK_N = 64
 @triton.jit
 def _vector_quantize_bwd_kernel(
     grad_ptr,
-    error_ptr,
+    half_error_ptr,
     factor_ptr,
     out_ptr,
     num_rows,
@@ -36,12 +36,12 @@ def _vector_quantize_bwd_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """grad - error * slope * factor, where factor is the gradient of the commitment loss."""
+    """grad - half_error * slope * factor, where factor is the gradient of the commitment loss."""
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     grad = load_rows(grad_ptr, rows, d, num_rows, num_features, grad_inner, grad_outer, grad_step, grad_d)
-    error = load_rows(error_ptr, rows, d, num_rows, num_features, inner, stride_outer, stride_inner, stride_d)
-    out = grad.to(tl.float32) - error.to(tl.float32) * slope * tl.load(factor_ptr).to(tl.float32)
+    half_error = load_rows(half_error_ptr, rows, d, num_rows, num_features, inner, stride_outer, stride_inner, stride_d)
+    out = grad.to(tl.float32) - half_error.to(tl.float32) * slope * tl.load(factor_ptr).to(tl.float32)
     store_rows(out_ptr, out, rows, d, num_rows, num_features, inner, stride_outer, stride_inner, stride_d)
 
 
@@ -53,37 +53,38 @@ def vector_quantize_fwd(
     distances = torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device)
     rows = as_rows(x)
     quantized = empty_like_rows(rows.tensor)
-    error = torch.empty_like(quantized) if need_error else x.new_empty(0)
+    half_error = torch.empty_like(quantized) if need_error else x.new_empty(0)
     if x.numel() > 0:
-        search(rows, codebook, precision, indices, distances, Quantized(quantized, error, counts))
-    loss = distances.sum() / max(1, x.numel())
+        search(rows, codebook, precision, indices, distances, Quantized(quantized, half_error, counts))
+    # Distances are divided by D.
+    loss = (distances.sum(dtype=torch.float64) / max(1, rows.num_rows)).to(torch.float32)
     # Channel-first rows come back channel-first.
-    quantized, error = laid_out_like(x, quantized), laid_out_like(x, error) if need_error else error
-    return quantized, indices, loss, loss.clone(), counts, error
+    quantized, half_error = laid_out_like(x, quantized), laid_out_like(x, half_error) if need_error else half_error
+    return quantized, indices, loss, loss.clone(), counts, half_error
 
 
 def vector_quantize_bwd(
     grad_quantized: Tensor,
     grad_codebook_loss: Tensor,
     grad_commitment_loss: Tensor,
-    error: Tensor,
+    half_error: Tensor,
     indices: Tensor,
     num_codes: int,
     need_x: bool,
     need_codebook: bool,
 ) -> tuple[Tensor, Tensor]:
-    slope = 2 / max(1, error.numel())
-    empty = torch.empty(0, dtype=torch.float32, device=error.device)
+    slope = 4 / max(1, half_error.numel())
+    empty = torch.empty(0, dtype=torch.float32, device=half_error.device)
     grad_x = grad_codebook = empty
     if need_codebook:
-        total = segment_sum(as_rows(error), indices.flatten(), num_codes)[:, :-1]
+        total = segment_sum(as_rows(half_error), indices.flatten(), num_codes)[:, :-1]
         grad_codebook = total * (slope * grad_codebook_loss)
     if need_x:
-        grad, rows = as_rows(grad_quantized), as_rows(error)
+        grad, rows = as_rows(grad_quantized), as_rows(half_error)
         grad_x = empty_like_rows(rows.tensor)
-        if error.numel() > 0:
+        if half_error.numel() > 0:
             grid = (triton.cdiv(rows.num_rows, _BLOCK_N), triton.cdiv(rows.num_features, 64))
-            with on_device(error):
+            with on_device(half_error):
                 _vector_quantize_bwd_kernel[grid](
                     grad.tensor,
                     rows.tensor,
@@ -97,5 +98,5 @@ def vector_quantize_bwd(
                     BLOCK_N=_BLOCK_N,
                     BLOCK_D=64,
                 )
-        grad_x = laid_out_like(error, grad_x)
+        grad_x = laid_out_like(half_error, grad_x)
     return grad_x, grad_codebook
