@@ -5,13 +5,29 @@ All look at shapes and types alone, so that `torch.compile` evaluates them while
 
 from __future__ import annotations
 
+import operator
+
 import torch
 from torch import Tensor
 
 _FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
+def check_tensor(name: str, value: Tensor) -> None:
+    """A dense tensor on a device that has float64."""
+    if not isinstance(value, Tensor):
+        kind = f"{type(value).__module__}.{type(value).__qualname__}".removeprefix("builtins.")
+        raise ValueError(f"{name} is a {kind}; it needs to be a torch.Tensor: pass torch.as_tensor({name})")
+    if value.is_nested:
+        raise ValueError(f"{name} is a nested tensor; pass its rows, {name}.values(), or a padded tensor")
+    if value.layout != torch.strided:
+        raise ValueError(f"{name} has the layout {value.layout}; pass a dense tensor, {name}.to_dense()")
+    if value.device.type == "mps":
+        raise ValueError(f"{name} is on {value.device}, which has no float64; pass {name}.cpu()")
+
+
 def check_floating(name: str, tensor: Tensor) -> None:
+    check_tensor(name, tensor)
     if tensor.dtype not in _FLOATING:
         raise ValueError(f"{name} has dtype {tensor.dtype}; it needs float16, bfloat16, float32 or float64")
 
@@ -61,6 +77,7 @@ def check_bias(name: str, bias: Tensor, codebook_name: str, codebook: Tensor) ->
 
 def check_indices(name: str, indices: Tensor) -> None:
     """Their range is checked by the operation itself, at run time."""
+    check_tensor(name, indices)
     if indices.dtype != torch.int64:
         raise ValueError(f"{name} has dtype {indices.dtype}; it needs int64")
 
@@ -75,12 +92,17 @@ def check_row_indices(name: str, indices: Tensor, x_name: str, x: Tensor) -> Non
     check_same_device(name, indices, x_name, x)
 
 
-def check_size(name: str, value: int, low: int, high: int | None = None) -> None:
-    """A whole number, at least `low` and at most `high`."""
-    is_whole = isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool)
-    if not is_whole or value < low or (high is not None and value > high):
+def check_size(name: str, value: int, low: int, high: int | None = None) -> int:
+    """`value` as a Python int: a whole number, NumPy's included, of at least `low` and at most `high`."""
+    try:
+        # A SymInt stays symbolic; True and False are no sizes.
+        size = value if isinstance(value, torch.SymInt) else operator.index(value)
+    except TypeError:
+        size = None
+    if size is None or isinstance(value, bool) or size < low or (high is not None and size > high):
         bounds = f"of at least {low}" if high is None else f"in [{low}, {high}]"
-        raise ValueError(f"{name} is {value}; it needs to be a whole number {bounds}")
+        raise ValueError(f"{name} is {value!r}; it needs to be a whole number {bounds}")
+    return size
 
 
 def check_at_least(name: str, value: float, least: float) -> None:

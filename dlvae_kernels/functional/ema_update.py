@@ -12,6 +12,7 @@ from .checks import (
     check_row_indices,
     check_same_device,
     check_size,
+    check_tensor,
 )
 
 
@@ -32,7 +33,7 @@ def ema_statistics(x: Tensor, indices: Tensor, num_codes: int) -> Tensor:
     if x.ndim == 0:
         raise ValueError("x has no dimensions; it needs [..., D]")
     check_row_indices("indices", indices, "x", x)
-    check_size("num_codes", num_codes, 1)
+    num_codes = check_size("num_codes", num_codes, 1)
     return torch.ops.dlvae.ema_statistics(x.detach(), indices, num_codes)
 
 
@@ -49,7 +50,10 @@ def ema_step(
         decay: weight of the past, in [0, 1].
         epsilon: Laplace smoothing of the cluster sizes, >= 0.
     Raises:
-        ValueError: an argument does not fit; nothing has been changed.
+        ValueError: an argument does not fit, or requires a gradient while gradients are enabled; nothing has been
+            changed.
+
+    Autograd sees the change: a backward that needs the codebook as it was raises, as after `codebook.add_(1)`.
 
     The averages are kept as they are; only the divisor of codebook = embed_sum / cluster_size is smoothed, and a code
     that no row took stays where it is.
@@ -62,7 +66,11 @@ def ema_step(
     if statistics.shape != expected:
         raise ValueError(f"statistics has shape {tuple(statistics.shape)}; it needs [K, D + 1] = {expected}")
     check_same_device("statistics", statistics, "codebook", codebook)
-    torch.ops.dlvae.ema_step(codebook, cluster_size, embed_sum, statistics, decay, epsilon)
+    torch.ops.dlvae.ema_step(codebook, cluster_size, embed_sum, statistics.detach(), decay, epsilon)
+    # Kernels write where autograd does not see it: a backward that needs the old codebook has to raise. A compiled
+    # graph does the same by itself.
+    if not torch.compiler.is_compiling():
+        torch.autograd.graph.increment_version([t for t in (codebook, cluster_size, embed_sum) if not t.is_inference()])
 
 
 def ema_update(
@@ -105,11 +113,18 @@ def _check_state(codebook: Tensor, cluster_size: Tensor, embed_sum: Tensor, deca
         ("cluster_size", cluster_size, codebook.shape[:1]),
         ("embed_sum", embed_sum, codebook.shape),
     ):
+        check_tensor(name, tensor)
         if tensor.shape != shape or tensor.dtype != codebook.dtype:
             raise ValueError(
                 f"{name} has shape {tuple(tensor.shape)} and dtype {tensor.dtype};"
                 f" it needs {tuple(shape)} and {codebook.dtype}, as codebook"
             )
         check_same_device(name, tensor, "codebook", codebook)
+    for name, tensor in (("codebook", codebook), ("cluster_size", cluster_size), ("embed_sum", embed_sum)):
+        if torch.is_grad_enabled() and tensor.requires_grad:
+            raise ValueError(
+                f"{name} requires a gradient and would be changed in place; it needs to be a tensor without one, or the"
+                " call needs torch.no_grad()"
+            )
     check_between("decay", decay, 0, 1)
     check_at_least("epsilon", epsilon, 0)

@@ -6,22 +6,34 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .. import ops  # noqa: F401  (defines torch.ops.dlvae)
 from .checks import check_codebook, check_indices, check_same_device
+from .gradients import differentiable, gradient_of, is_differentiated
 
 
+@gradient_of("gather_codes_fwd")
 class _GatherCodes(torch.autograd.Function):
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, codebook: Tensor, indices: Tensor) -> Tensor:
-        ctx.save_for_backward(indices)
-        ctx.num_codes, ctx.dtype = codebook.shape[0], codebook.dtype
+    def forward(codebook: Tensor, indices: Tensor) -> Tensor:
         return torch.ops.dlvae.gather_codes_fwd(codebook, indices)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        codebook, indices = inputs
+        ctx.save_for_backward(indices)
+        ctx.save_for_forward(indices)
+        ctx.num_codes, ctx.dtype = codebook.shape[0], codebook.dtype
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (indices,) = ctx.saved_tensors
         return torch.ops.dlvae.gather_codes_bwd(grad, indices, ctx.num_codes).to(ctx.dtype), None
+
+    @staticmethod
+    def jvp(ctx: Any, codebook_tangent: Tensor, _: None) -> Tensor:
+        return codebook_tangent[ctx.saved_tensors[0]]
 
 
 def gather_codes(codebook: Tensor, indices: Tensor) -> Tensor:
@@ -38,6 +50,6 @@ def gather_codes(codebook: Tensor, indices: Tensor) -> Tensor:
     check_codebook("codebook", codebook)
     check_indices("indices", indices)
     check_same_device("indices", indices, "codebook", codebook)
-    if torch.is_grad_enabled() and codebook.requires_grad:
-        return _GatherCodes.apply(codebook, indices)
+    if is_differentiated(codebook):
+        return differentiable(_GatherCodes, codebook, indices)
     return torch.ops.dlvae.gather_codes_fwd(codebook.detach(), indices)

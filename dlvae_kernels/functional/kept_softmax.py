@@ -1,26 +1,33 @@
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .. import ops  # noqa: F401  (defines torch.ops.dlvae)
-from .checks import check_indices, check_rows, check_same_device
+from .checks import check_indices, check_rows, check_same_device, check_tensor
+from .gradients import differentiable, gradient_of, is_differentiated, no_forward_mode
 
 
+@gradient_of("kept_softmax_fwd")
 class _KeptSoftmax(torch.autograd.Function):
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, indices: Tensor) -> Tensor:
-        values, sums = torch.ops.dlvae.kept_softmax_fwd(x, weight, bias, indices)
-        ctx.save_for_backward(values, sums, x, weight, bias, indices)
+    def forward(x: Tensor, weight: Tensor, bias: Tensor | None, indices: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.ops.dlvae.kept_softmax_fwd(x, weight, bias, indices)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor | None, ...], output: tuple[Tensor, Tensor]) -> None:
+        values, sums = output
+        ctx.save_for_backward(values, sums, *inputs)
+        ctx.mark_non_differentiable(sums)
         ctx.set_materialize_grads(False)
-        return values
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
         if grad is None:
             return None, None, None, None
         values, sums, x, weight, bias, indices = ctx.saved_tensors
@@ -28,6 +35,10 @@ class _KeptSoftmax(torch.autograd.Function):
         grads = torch.ops.dlvae.kept_softmax_bwd(grad, values, sums, x, weight, bias, indices, *needs)
         inputs = (x, weight, bias)
         return (*(g.to(i.dtype) if need else None for g, i, need in zip(grads, inputs, needs, strict=True)), None)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor | None) -> NoReturn:
+        no_forward_mode("kept_softmax")
 
 
 def kept_softmax(x: Tensor, weight: Tensor, bias: Tensor | None, indices: Tensor) -> Tensor:
@@ -56,16 +67,16 @@ def kept_softmax(x: Tensor, weight: Tensor, bias: Tensor | None, indices: Tensor
         )
     check_same_device("indices", indices, "weight", weight)
     if bias is not None:
+        check_tensor("bias", bias)
         if bias.shape != weight.shape[:1] or bias.dtype != weight.dtype:
             raise ValueError(
                 f"bias has shape {tuple(bias.shape)} and dtype {bias.dtype};"
                 f" it needs [{weight.shape[0]}] and {weight.dtype}, as weight has"
             )
         check_same_device("bias", bias, "weight", weight)
-    needs_grad = any(each is not None and each.requires_grad for each in (x, weight, bias))
-    if torch.is_grad_enabled() and needs_grad:
-        return _KeptSoftmax.apply(x, weight, bias, indices)
-    values, _ = torch.ops.dlvae.kept_softmax_fwd(
-        x.detach(), weight.detach(), None if bias is None else bias.detach(), indices
-    )
+    if is_differentiated(x, weight, bias):
+        values, _ = differentiable(_KeptSoftmax, x, weight, bias, indices)
+    else:
+        fixed_bias = None if bias is None else bias.detach()
+        values, _ = torch.ops.dlvae.kept_softmax_fwd(x.detach(), weight.detach(), fixed_bias, indices)
     return values

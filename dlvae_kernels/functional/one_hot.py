@@ -22,5 +22,5 @@ def one_hot(indices: Tensor, num_codes: int, *, dtype: torch.dtype = torch.float
     check_indices("indices", indices)
     if indices.ndim not in (1, 2):
         raise ValueError(f"indices has shape {tuple(indices.shape)}; it needs [N] or [N, k]")
-    check_size("num_codes", num_codes, 1)
+    num_codes = check_size("num_codes", num_codes, 1)
     return torch.ops.dlvae.one_hot(indices, num_codes, dtype)

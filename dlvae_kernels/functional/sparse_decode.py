@@ -6,16 +6,23 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .. import ops  # noqa: F401  (defines torch.ops.dlvae)
 from .checks import check_codebook, check_floating, check_indices, check_same_device
+from .gradients import differentiable, gradient_of, is_differentiated
 
 
+@gradient_of("sparse_decode_fwd")
 class _SparseDecode(torch.autograd.Function):
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, values: Tensor, indices: Tensor, dictionary: Tensor) -> Tensor:
-        ctx.save_for_backward(values, indices, dictionary)
-        ctx.set_materialize_grads(False)
+    def forward(values: Tensor, indices: Tensor, dictionary: Tensor) -> Tensor:
         return torch.ops.dlvae.sparse_decode_fwd(values, indices, dictionary)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
+        ctx.set_materialize_grads(False)
 
     @staticmethod
     @once_differentiable
@@ -32,6 +39,18 @@ class _SparseDecode(torch.autograd.Function):
             None,
             grad_dictionary.to(dictionary.dtype) if need_dictionary else None,
         )
+
+    @staticmethod
+    def jvp(ctx: Any, values_tangent: Tensor | None, _: None, dictionary_tangent: Tensor | None) -> Tensor:
+        values, indices, dictionary = ctx.saved_tensors
+        # The sum is linear in both; one of them has a tangent.
+        pairs = (values_tangent, dictionary), (values, dictionary_tangent)
+        terms = [
+            torch.ops.dlvae.sparse_decode_fwd(value, indices, atoms)
+            for value, atoms in pairs
+            if value is not None and atoms is not None
+        ]
+        return terms[0] if len(terms) == 1 else terms[0] + terms[1]
 
 
 def sparse_decode(values: Tensor, indices: Tensor, dictionary: Tensor) -> Tensor:
@@ -57,6 +76,6 @@ def sparse_decode(values: Tensor, indices: Tensor, dictionary: Tensor) -> Tensor
         )
     check_same_device("values", values, "dictionary", dictionary)
     check_same_device("indices", indices, "dictionary", dictionary)
-    if torch.is_grad_enabled() and (values.requires_grad or dictionary.requires_grad):
-        return _SparseDecode.apply(values, indices, dictionary)
+    if is_differentiated(values, dictionary):
+        return differentiable(_SparseDecode, values, indices, dictionary)
     return torch.ops.dlvae.sparse_decode_fwd(values.detach(), indices, dictionary.detach())

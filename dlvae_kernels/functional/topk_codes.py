@@ -6,29 +6,37 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .. import ops  # noqa: F401  (defines torch.ops.dlvae)
 from .checks import check_bias, check_choice, check_rows, check_size
+from .gradients import differentiable, gradient_of, is_differentiated
 
 Metric = Literal["l2", "dot"]
 METRICS = get_args(Metric)
 
 
-class _TopkProducts(torch.autograd.Function):
-    """The gradients are those of k products a row: sums over the kept atoms, never over all."""
+@gradient_of("topk_codes")
+class _TopkCodes(torch.autograd.Function):
+    """The gradients of products with k kept atoms a row: sums over these, never over all; distances have none."""
+
+    generate_vmap_rule = True
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, dictionary: Tensor, bias: Tensor | None, k: int) -> tuple[Tensor, Tensor]:
-        indices, values = torch.ops.dlvae.topk_codes(x, dictionary, k, "dot", bias)
+    def forward(x: Tensor, dictionary: Tensor, k: int, metric: str, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+        return torch.ops.dlvae.topk_codes(x, dictionary, k, metric, bias)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        x, dictionary, _, metric, bias = inputs
+        indices, values = output
         ctx.save_for_backward(x, dictionary, indices)
+        ctx.save_for_forward(x, dictionary, indices)
         ctx.bias_dtype = None if bias is None else bias.dtype
-        ctx.mark_non_differentiable(indices)
-        return indices, values
+        ctx.mark_non_differentiable(*((indices,) if metric == "dot" else (indices, values)))
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, _: Tensor, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, _: Tensor, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, dictionary, indices = ctx.saved_tensors
-        need_x, need_dictionary, need_bias, _ = ctx.needs_input_grad
+        need_x, need_dictionary, _, _, need_bias = ctx.needs_input_grad
         grad_x = grad_dictionary = grad_bias = None
         if need_x:
             grad_x = torch.ops.dlvae.sparse_decode_fwd(grad, indices, dictionary).to(x.dtype)
@@ -38,7 +46,17 @@ class _TopkProducts(torch.autograd.Function):
         if need_bias:
             total = torch.ops.dlvae.gather_codes_bwd(grad.unsqueeze(-1), indices, len(dictionary))
             grad_bias = total.squeeze(1).to(ctx.bias_dtype)
-        return grad_x, grad_dictionary, grad_bias, None
+        return grad_x, grad_dictionary, None, None, grad_bias
+
+    @staticmethod
+    def jvp(ctx: Any, x_tangent: Any, dictionary_tangent: Any, k: None, metric: None, bias_tangent: Any) -> Any:
+        x, dictionary, indices = ctx.saved_tensors
+        values = torch.zeros(indices.shape, dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
+        for rows, atoms in (x_tangent, dictionary), (x, dictionary_tangent):
+            if rows is not None and atoms is not None:
+                ones = torch.ones_like(values)
+                values = values + torch.ops.dlvae.sparse_decode_bwd(rows, ones, indices, atoms, True, False)[0]
+        return None, values if bias_tangent is None else values + bias_tangent[indices]
 
 
 def topk_codes(
@@ -63,15 +81,15 @@ def topk_codes(
         BackendUnavailable: the forced backend cannot run these inputs.
     """
     check_rows("x", x, "dictionary", dictionary)
-    check_size("k", k, 1, dictionary.shape[0])
+    k = check_size("k", k, 1, dictionary.shape[0])
     check_choice("metric", metric, METRICS)
     if bias is not None:
         if metric != "dot":
             raise ValueError(f"bias has shape {tuple(bias.shape)}; it needs to be None with the metric {metric!r}")
         check_bias("bias", bias, "dictionary", dictionary)
-    learned = [each for each in (x, dictionary, bias) if each is not None]
-    if metric == "dot" and torch.is_grad_enabled() and any(each.requires_grad for each in learned):
-        return _TopkProducts.apply(x, dictionary, bias, k)
-    fixed_bias = None if bias is None else bias.detach()
-    indices, values = torch.ops.dlvae.topk_codes(x.detach(), dictionary.detach(), k, metric, fixed_bias)
+    if metric == "dot" and is_differentiated(x, dictionary, bias):
+        indices, values = differentiable(_TopkCodes, x, dictionary, k, metric, bias)
+    else:
+        fixed_bias = None if bias is None else bias.detach()
+        indices, values = torch.ops.dlvae.topk_codes(x.detach(), dictionary.detach(), k, metric, fixed_bias)
     return indices, values

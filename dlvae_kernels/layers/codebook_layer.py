@@ -47,8 +47,8 @@ class CodebookLayer(nn.Module):
         channel_last: bool,
     ) -> None:
         super().__init__()
-        check_size("num_embeddings", num_embeddings, 1)
-        check_size("embedding_dim", embedding_dim, 1)
+        num_embeddings = check_size("num_embeddings", num_embeddings, 1)
+        embedding_dim = check_size("embedding_dim", embedding_dim, 1)
         check_at_least("commitment_cost", commitment_cost, 0)
         check_at_least("dead_code_threshold", dead_code_threshold, 0)
         check_choice("encodings", encodings, ("one_hot", "indices"))
@@ -61,7 +61,7 @@ class CodebookLayer(nn.Module):
         self._dead_code_threshold = dead_code_threshold
         self._sync = sync
         self._channel_last = channel_last
-        # Whether the next training batch has to give the codebook.
+        # Whether a training batch has to give the codebook, if it is still all zeros by then.
         self._awaits_data = init in ("data", "kmeans")
         # Whether the last training batch did: its repetition by activation checkpointing draws the same numbers.
         self._took_data = False
@@ -82,9 +82,12 @@ class CodebookLayer(nn.Module):
             perplexity: scalar float32, of the codes that this batch took, in [1, K].
             encodings: one-hot rows [B * positions, K] float32, or with encodings="indices" int64 [B, *spatial].
         Raises:
-            ValueError: rank, D, dtype or device do not fit; nothing has been changed.
+            ValueError: rank, D, dtype or device do not fit, or the layer is exported in train mode while its codebook
+                awaits data or ranks all-reduce; nothing has been changed.
         """
         rows = self._rows(inputs)
+        if self.training and torch.compiler.is_exporting():
+            self._check_export()
         moves = self.training and not _is_repetition()
         if moves:
             self._take_data(rows)
@@ -95,6 +98,13 @@ class CodebookLayer(nn.Module):
             self._update(rows, out)
         quantized = rows_to_map(out.quantized, inputs, self._channel_last)
         return self._loss(out), quantized, _perplexity(out.counts), self._encode_output(out.indices, inputs)
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Initialise the codebook and all statistics anew, as the constructor does; after `to_empty` too."""
+        self._awaits_data = self._init in ("data", "kmeans")
+        self._took_data = False
+        self._reset(self._initialize(torch.empty_like(self.codebook)))
 
     def encode(self, inputs: Tensor) -> Tensor:
         """Indices of the nearest codes, int64 [B, *spatial]; `inputs` as in `forward`."""
@@ -126,9 +136,22 @@ class CodebookLayer(nn.Module):
         """Move the state of the layer after a training batch."""
         raise NotImplementedError
 
-    def _set_codebook(self, codes: Tensor) -> None:
-        """Take `codes` [K, D] as the codebook."""
+    def _reset(self, codes: Tensor) -> None:
+        """Take `codes` [K, D] as the codebook, and begin all statistics anew."""
         raise NotImplementedError
+
+    def _check_export(self) -> None:
+        """Refuse an exported graph that would repeat what happens at one training step only."""
+        if self._awaits_data:
+            raise ValueError(
+                f"{type(self).__name__} cannot be exported in train mode before a training batch has initialised its"
+                f" codebook (init={self._init!r}): run one training step first, or call .eval()"
+            )
+        if num_ranks(self._sync) > 1:
+            raise ValueError(
+                f"{type(self).__name__} cannot be exported in train mode while ranks all-reduce its statistics: export"
+                " it in one process, construct it with sync=False, or call .eval()"
+            )
 
     def _rows(self, inputs: Tensor) -> Tensor:
         """Check a map and view it as rows [B, S, D]."""
@@ -144,9 +167,13 @@ class CodebookLayer(nn.Module):
     @torch.no_grad()
     def _take_data(self, rows: Tensor) -> None:
         """Where the codebook awaits data: take random rows of the batch over all ranks, moved by k-means if asked."""
+        self._took_data = False
+        # A codebook may have been set in place since, as torch.distributed.checkpoint does; only zeros await data. A
+        # compiled graph cannot look, and chooses at the end.
+        if self._awaits_data and not torch.compiler.is_compiling() and self.codebook.any():
+            self._awaits_data = False
         # An empty rank among several takes part: it gets the rows of the others.
-        self._took_data = self._awaits_data and (rows.numel() > 0 or num_ranks(self._sync) > 1)
-        if not self._took_data:
+        if not self._awaits_data or (rows.numel() == 0 and num_ranks(self._sync) == 1):
             return
         sampled = all_reduce_sum(sample_rows(rows, self._num_embeddings, self._sync), self._sync)
         is_given = sampled[:, -1] > 0
@@ -157,7 +184,12 @@ class CodebookLayer(nn.Module):
             statistics = ema_statistics(rows, nearest_code(rows, codes), self._num_embeddings)
             sums, counts = all_reduce_sum(statistics, self._sync).split([self._embedding_dim, 1], dim=1)
             codes = torch.where(counts > 0, sums / counts, codes)
-        self._set_codebook(codes)
+        before = [(tensor, tensor.clone()) for tensor in (*self.parameters(), *self.buffers())]
+        is_set = self.codebook.any()
+        self._reset(codes)
+        for tensor, old in before:
+            tensor.copy_(torch.where(is_set, old, tensor))
+        self._took_data = True
         self._awaits_data = False
 
     def _repeat_draws(self, rows: Tensor) -> None:
@@ -188,7 +220,8 @@ class CodebookLayer(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
         weight = state_dict.get(prefix + "_embedding.weight")
         if weight is not None and weight.shape == self.codebook.shape:
-            self._awaits_data = self._init in ("data", "kmeans") and not weight.any()
+            is_zero = weight.is_meta or not weight.any()
+            self._awaits_data = self._init in ("data", "kmeans") and is_zero
 
 
 def _is_repetition() -> bool:

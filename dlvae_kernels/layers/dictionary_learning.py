@@ -5,9 +5,9 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.nn.functional import mse_loss
 
-from .. import ops  # noqa: F401  (defines torch.ops.dlvae)
-from ..functional.checks import check_at_least, check_choice, check_size
+from ..functional.checks import check_at_least, check_choice, check_indices, check_size
 from ..functional.kept_softmax import kept_softmax
 from ..functional.sparse_decode import sparse_decode
 from ..functional.topk_codes import topk_codes
@@ -34,20 +34,29 @@ class _StraightThrough(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, decoded: Tensor, indices: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(rows: Tensor, decoded: Tensor, indices: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         # Of the wider dtype, and at least float32, as coefficients are; with the strides of x, which its gradient has.
         residual = rows - decoded
-        loss = torch.linalg.vector_norm(residual).square() / max(1, residual.numel())
+        # In float64: the sum of squares may overflow float32 where the mean does not.
+        squares = torch.linalg.vector_norm(residual, dtype=torch.float64).square()
+        loss = (squares / max(1, residual.numel())).to(residual.dtype)
+        # A copy: what follows may change it in place.
+        return decoded.clone(), loss, loss.clone(), residual
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:
+        rows, _, indices = inputs
+        *_, residual = output
         ctx.save_for_backward(residual, indices)
+        ctx.mark_non_differentiable(residual)
         ctx.dtype = rows.dtype
         # What nobody differentiates stays None, all the way to the parameters.
         ctx.set_materialize_grads(False)
-        return decoded.view_as(decoded), loss, loss.clone()
 
     @staticmethod
     @once_differentiable
     def backward(
-        ctx: Any, grad: Tensor | None, grad_decoded_loss: Tensor | None, grad_rows_loss: Tensor | None
+        ctx: Any, grad: Tensor | None, grad_decoded_loss: Tensor | None, grad_rows_loss: Tensor | None, _: None
     ) -> tuple[Tensor | None, Tensor | None, None]:
         residual, indices = ctx.saved_tensors
         need_rows, need_decoded, _ = ctx.needs_input_grad
@@ -56,13 +65,25 @@ class _StraightThrough(torch.autograd.Function):
         if need_rows and grad is None and grad_rows_loss is not None:
             grad_rows = residual * (grad_rows_loss * slope)
         elif need_rows and grad_rows_loss is not None:
-            # The backward of a quantizer whose codes are the decoded rows; its errors have the other sign.
+            # The backward of a quantizer whose codes are the decoded rows; half its errors have the other sign.
+            grad_loss = -0.5 * grad_rows_loss
             grad_rows, _ = torch.ops.dlvae.vector_quantize_bwd(
-                grad, grad_rows_loss, -grad_rows_loss, residual, indices, 1, True, False
+                grad, grad_loss, grad_loss, residual, indices, 1, True, False
             )
         if need_decoded and grad_decoded_loss is not None:
             grad_decoded = residual * (grad_decoded_loss * -slope)
         return grad_rows.to(ctx.dtype) if need_rows and grad_rows is not None else None, grad_decoded, None
+
+
+def _straight_through(rows: Tensor, decoded: Tensor, indices: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The outputs of `_StraightThrough` that have a gradient."""
+    if not torch.compiler.is_exporting():
+        straight, decoded_loss, rows_loss, _ = _StraightThrough.apply(rows, decoded, indices)
+        return straight, decoded_loss, rows_loss
+    # An exported graph holds operations and no Functions: the same gradients by what is detached.
+    fixed_rows, fixed_decoded = rows.detach(), decoded.detach()
+    straight = fixed_decoded + (rows - fixed_rows)
+    return straight, mse_loss(decoded, fixed_rows.to(decoded.dtype)), mse_loss(rows.to(decoded.dtype), fixed_decoded)
 
 
 class DictionaryLearning(nn.Module):
@@ -100,21 +121,25 @@ class DictionaryLearning(nn.Module):
         channel_last: bool = False,
     ) -> None:
         super().__init__()
-        check_size("dim", dim, 1)
-        check_size("num_atoms", num_atoms, 1)
+        self.dim = check_size("dim", dim, 1)
+        self.num_atoms = check_size("num_atoms", num_atoms, 1)
+        self.sparsity_level = check_size("sparsity_level", sparsity_level, 1, self.num_atoms)
         check_at_least("sparsity", sparsity, 0)
-        check_size("sparsity_level", sparsity_level, 1, num_atoms)
         check_choice("representation", representation, ("dense", "sparse"))
         check_choice("gradient", gradient, ("straight_through", "direct"))
-        self.dim = dim
-        self.num_atoms = num_atoms
         self.sparsity = sparsity
-        self.sparsity_level = sparsity_level
-        self.dictionary = nn.Parameter(torch.rand(num_atoms, dim))
-        self.representation = nn.Sequential(nn.Linear(dim, num_atoms), nn.Softmax(dim=-1))
+        self.dictionary = nn.Parameter(torch.rand(self.num_atoms, self.dim))
+        self.representation = nn.Sequential(nn.Linear(self.dim, self.num_atoms), nn.Softmax(dim=-1))
         self._representation = representation
         self._gradient = gradient
         self._channel_last = channel_last
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Initialise all parameters anew, as the constructor does; after `to_empty` too."""
+        self.dictionary.uniform_()
+        linear: Any = self.representation[0]
+        linear.reset_parameters()
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | SparseRepresentation]:
         """Reconstruct a map from its sparse coefficients.
@@ -132,7 +157,7 @@ class DictionaryLearning(nn.Module):
         values, indices = self._code_rows(rows)
         decoded = sparse_decode(values, indices, self.dictionary)
         # The value of the reconstruction, exactly, and not that of x + (R - x).
-        straight, dictionary_loss, commitment_loss = _StraightThrough.apply(rows, decoded, indices[..., 0])
+        straight, dictionary_loss, commitment_loss = _straight_through(rows, decoded, indices[..., 0])
         # Coefficients of a softmax are their own magnitudes.
         norm = values.sum() / max(1, indices[..., 0].numel())
         loss = dictionary_loss + _COMMITMENT_COST * commitment_loss + self.sparsity * norm
@@ -154,6 +179,7 @@ class DictionaryLearning(nn.Module):
         Raises:
             ValueError: shapes or dtypes do not fit, or (on the CPU) an index lies outside [0, K).
         """
+        check_indices("indices", indices)
         if indices.ndim < 2:
             raise ValueError(f"indices has shape {tuple(indices.shape)}; it needs [B, *spatial, k]")
         return codes_to_map(sparse_decode(values, indices, self.dictionary), self._channel_last)

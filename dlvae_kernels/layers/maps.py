@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..functional.checks import check_rows
+from ..functional.checks import check_rows, check_tensor
 
 
 def map_to_rows(name: str, inputs: Tensor, codes_name: str, codes: Tensor, channel_last: bool) -> Tensor:
@@ -13,6 +13,7 @@ def map_to_rows(name: str, inputs: Tensor, codes_name: str, codes: Tensor, chann
     Raises:
         ValueError: rank, D, dtype or device do not go with codes [K, D]; it calls the two by the names given.
     """
+    check_tensor(name, inputs)
     layout = "[B, *spatial, D]" if channel_last else "[B, D, *spatial]"
     dim = codes.shape[1]
     if inputs.ndim < 2 or inputs.shape[-1 if channel_last else 1] != dim:

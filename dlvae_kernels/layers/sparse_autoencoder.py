@@ -18,6 +18,11 @@ class SparseAutoencoderOutput(NamedTuple):
     indices: Tensor
 
 
+class _Encoder(nn.Linear):
+    def reset_parameters(self) -> None:
+        """Nothing: the layer around it initialises it, and a model may reset its modules in any order."""
+
+
 class SparseAutoencoder(nn.Module):
     """Sparse autoencoder that keeps the k most active of K latents, without an [N, K] tensor in forward or backward.
 
@@ -45,19 +50,22 @@ class SparseAutoencoder(nn.Module):
 
     def __init__(self, dim: int, num_atoms: int, k: int) -> None:
         super().__init__()
-        check_size("dim", dim, 1)
-        check_size("num_atoms", num_atoms, 1)
-        check_size("k", k, 1, num_atoms)
-        self.dim = dim
-        self.num_atoms = num_atoms
-        self.k = k
-        self.encoder = nn.Linear(dim, num_atoms)
-        self.W_dec = nn.Parameter(torch.randn(num_atoms, dim))
-        self.b_dec = nn.Parameter(torch.zeros(dim))
+        self.dim = check_size("dim", dim, 1)
+        self.num_atoms = check_size("num_atoms", num_atoms, 1)
+        self.k = check_size("k", k, 1, self.num_atoms)
+        self.encoder = _Encoder(self.dim, self.num_atoms)
+        self.W_dec = nn.Parameter(torch.empty(self.num_atoms, self.dim))
+        self.b_dec = nn.Parameter(torch.empty(self.dim))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Initialise all parameters anew, as the constructor does; after `to_empty` too."""
+        self.W_dec.normal_()
         self.normalize_decoder()
-        with torch.no_grad():
-            self.encoder.weight.copy_(self.W_dec)
-            self.encoder.bias.zero_()
+        self.encoder.weight.copy_(self.W_dec)
+        self.encoder.bias.zero_()
+        self.b_dec.zero_()
 
     def forward(self, x: Tensor) -> SparseAutoencoderOutput:
         """Reconstruct rows from their most active latents.

@@ -13,6 +13,13 @@ from .distributed import all_reduce_sum, sample_rows
 _USE_DECAY = 0.99
 
 
+class _Codebook(nn.Embedding):
+    """Holds the codebook under the notebook's key `_embedding.weight`."""
+
+    def reset_parameters(self) -> None:
+        """Nothing: the layer around it initialises it, and a model may reset its modules in any order."""
+
+
 class VectorQuantizer(CodebookLayer):
     """Vector quantizer whose codebook learns by gradient.
 
@@ -61,18 +68,20 @@ class VectorQuantizer(CodebookLayer):
             sync=sync,
             channel_last=channel_last,
         )
-        self._embedding = nn.Embedding(num_embeddings, embedding_dim)
+        self._embedding = _Codebook(self._num_embeddings, self._embedding_dim)
         with torch.no_grad():
             self._initialize(self.codebook)
         if dead_code_threshold > 0:
-            self.register_buffer("_average_use", torch.ones(num_embeddings))
+            self.register_buffer("_average_use", torch.ones(self._num_embeddings))
 
     def _loss(self, out: VectorQuantizeOutput) -> Tensor:
         return out.codebook_loss + self._commitment_cost * out.commitment_loss
 
     @torch.no_grad()
-    def _set_codebook(self, codes: Tensor) -> None:
+    def _reset(self, codes: Tensor) -> None:
         self.codebook.copy_(codes)
+        if self._dead_code_threshold > 0:
+            self._average_use.fill_(1)
 
     @torch.no_grad()
     def _update(self, rows: Tensor, out: VectorQuantizeOutput) -> None:

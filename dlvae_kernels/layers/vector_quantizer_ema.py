@@ -26,9 +26,9 @@ class VectorQuantizerEMA(CodebookLayer):
     """Vector quantizer whose codebook follows exponential moving averages of the rows that took each code.
 
     loss = commitment_cost * mean (sg[q] - x)^2. In training each forward quantizes with the codebook as it is, then
-    moves it. Codebook and averages are buffers in float32, updated in place, and stay float32 after
-    `module.to(torch.bfloat16)`. A code that no row took keeps its place; rows that are not finite move nothing. For
-    activation checkpointing see `CodebookLayer`.
+    moves it. Codebook and averages are buffers in float32 (float64 where that is the default dtype), updated in place,
+    and stay float32 after `module.to(torch.bfloat16)`. A code that no row took keeps its place; rows that are not
+    finite move nothing. For activation checkpointing see `CodebookLayer`.
 
     Args:
         num_embeddings: K, the number of codes.
@@ -80,10 +80,11 @@ class VectorQuantizerEMA(CodebookLayer):
         check_at_least("epsilon", epsilon, 0)
         self._decay = decay
         self._epsilon = epsilon
-        weight = self._initialize(torch.empty(num_embeddings, embedding_dim, dtype=torch.float32))
+        dtype = torch.promote_types(torch.get_default_dtype(), torch.float32)
+        weight = self._initialize(torch.empty(self._num_embeddings, self._embedding_dim, dtype=dtype))
         self._embedding = _CodebookBuffer(weight)
         # Counts and sums that give back the codebook: one imagined row at each code.
-        self.register_buffer("_ema_cluster_size", torch.ones(num_embeddings, dtype=torch.float32))
+        self.register_buffer("_ema_cluster_size", torch.ones(self._num_embeddings, dtype=dtype))
         self.register_buffer("_ema_w", weight.clone())
 
     def extra_repr(self) -> str:
@@ -93,7 +94,7 @@ class VectorQuantizerEMA(CodebookLayer):
         return self._commitment_cost * out.commitment_loss
 
     @torch.no_grad()
-    def _set_codebook(self, codes: Tensor) -> None:
+    def _reset(self, codes: Tensor) -> None:
         self.codebook.copy_(codes)
         self._ema_w.copy_(codes)
         self._ema_cluster_size.fill_(1)

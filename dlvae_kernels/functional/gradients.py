@@ -1,0 +1,59 @@
+"""When autograd follows a call, and how an operation gets its gradient."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from .. import ops
+
+
+def is_differentiated(*tensors: Tensor | None) -> bool:
+    """Whether reverse-mode or forward-mode autograd follows an operation on these tensors."""
+    needs_grad = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+    # torch.func.jvp opens a level too.
+    return needs_grad or forward_ad._current_level >= 0
+
+
+def gradient_of(
+    name: str,
+) -> Callable[[type[torch.autograd.Function]], type[torch.autograd.Function]]:
+    """Register the decorated Function as the gradient of `dlvae::<name>`, which its forward calls.
+
+    Graphs of torch.compile and torch.export hold the operation, with this gradient; see `differentiable`.
+    """
+
+    def register(function: type[torch.autograd.Function]) -> type[torch.autograd.Function]:
+        # `apply` binds its arguments to this signature; looking it up at each call costs four times as much.
+        function.forward.__signature__ = inspect.signature(function.forward)  # type: ignore[attr-defined]
+        ops.register_autograd(name, function.backward, function.setup_context)
+        return function
+
+    return register
+
+
+def differentiable(function: type[torch.autograd.Function], *args: Any) -> Any:
+    """Call the operation of a Function so that autograd follows it.
+
+    Eager code applies the Function, which knows forward mode and torch.func. torch.compile cannot trace that, and
+    torch.export would trace its forward without its gradient: there the operation stands alone.
+    """
+    return function.forward(*args) if torch.compiler.is_compiling() else function.apply(*args)
+
+
+def no_forward_mode(name: str) -> NoReturn:
+    """Raise for a function without a forward-mode derivative."""
+    raise NotImplementedError(
+        f"{name} has no forward-mode derivative; use reverse mode: torch.autograd.grad, torch.func.grad, torch.func.vjp"
+    )
+
+
+def sum_of_products(a: Tensor, b: Tensor) -> Tensor:
+    """Sum over all elements of a * b, a scalar in at least float32."""
+    dtype = torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)
+    return (a.to(dtype) * b.to(dtype)).sum()

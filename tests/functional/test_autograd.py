@@ -1,0 +1,214 @@
+"""What autograd sees of each operation: in-place changes, forward mode, double backward, vmap and torch.func.grad."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from dlvae_kernels import (
+    ema_update,
+    gather_codes,
+    kept_softmax,
+    nearest_code,
+    sparse_decode,
+    topk_codes,
+    vector_quantize,
+)
+from dlvae_kernels.functional import ema_statistics, ema_step
+
+OPS = ("ema_statistics", "ema_step", "nearest_code")
+N, K, D, KEPT = 7, 5, 4, 3
+
+
+def tensors(*shapes: tuple[int, ...], dtype: torch.dtype = torch.float64) -> list[Tensor]:
+    return [torch.randn(shape, dtype=dtype) for shape in shapes]
+
+
+def kept_indices() -> Tensor:
+    return torch.rand(N, K).argsort(1)[:, :KEPT]
+
+
+# Each with inputs that are differentiated, and the function of them.
+def _vector_quantize() -> tuple[list[Tensor], Callable[..., tuple[Tensor, ...]]]:
+    def function(x: Tensor, codebook: Tensor) -> tuple[Tensor, ...]:
+        out = vector_quantize(x, codebook)
+        return out.quantized, out.codebook_loss, out.commitment_loss
+
+    return tensors((N, D), (K, D)), function
+
+
+def _gather_codes() -> tuple[list[Tensor], Callable[..., Tensor]]:
+    indices = torch.randint(0, K, (2, N))
+    return tensors((K, D)), lambda codebook: gather_codes(codebook, indices)
+
+
+def _sparse_decode() -> tuple[list[Tensor], Callable[..., Tensor]]:
+    indices = kept_indices()
+    return tensors((N, KEPT), (K, D)), lambda values, dictionary: sparse_decode(values, indices, dictionary)
+
+
+def _topk_codes() -> tuple[list[Tensor], Callable[..., Tensor]]:
+    def function(x: Tensor, dictionary: Tensor, bias: Tensor) -> Tensor:
+        return topk_codes(x, dictionary, KEPT, metric="dot", bias=bias)[1]
+
+    return tensors((N, D), (K, D), (K,)), function
+
+
+def _kept_softmax() -> tuple[list[Tensor], Callable[..., Tensor]]:
+    indices = kept_indices()
+    return tensors((N, D), (K, D), (K,)), lambda x, weight, bias: kept_softmax(x, weight, bias, indices)
+
+
+FORWARD_MODE = {
+    "vector_quantize": _vector_quantize,
+    "gather_codes": _gather_codes,
+    "sparse_decode": _sparse_decode,
+    "topk_codes": _topk_codes,
+}
+DIFFERENTIABLE = {**FORWARD_MODE, "kept_softmax": _kept_softmax}
+
+
+def flat(outputs: Tensor | tuple[Tensor, ...]) -> Tensor:
+    return outputs.flatten() if isinstance(outputs, Tensor) else torch.cat([each.flatten() for each in outputs])
+
+
+def jacobian_product(function: Callable[..., Tensor], inputs: list[Tensor], tangents: list[Tensor]) -> Tensor:
+    """The directional derivative by reverse mode, one output at a time."""
+    wanted = [each.clone().requires_grad_() for each in inputs]
+    outputs = flat(function(*wanted))
+    found = []
+    for output in outputs:
+        grads = torch.autograd.grad(output, wanted, retain_graph=True, allow_unused=True)
+        found.append(sum((g * t).sum() for g, t in zip(grads, tangents, strict=True) if g is not None))
+    return torch.stack(found)
+
+
+@pytest.mark.parametrize("name", FORWARD_MODE)
+def test_jvp_of_all_inputs_equals_reverse_mode(name):
+    inputs, function = FORWARD_MODE[name]()
+    tangents = [torch.randn_like(each) for each in inputs]
+    _, tangent = torch.func.jvp(function, tuple(inputs), tuple(tangents))
+    torch.testing.assert_close(flat(tangent), jacobian_product(function, inputs, tangents))
+
+
+@pytest.mark.parametrize("name", FORWARD_MODE)
+def test_dual_tensor_of_one_input_equals_reverse_mode(name):
+    inputs, function = FORWARD_MODE[name]()
+    for i in range(len(inputs)):
+        tangents = [torch.randn_like(each) * (j == i) for j, each in enumerate(inputs)]
+        with forward_ad.dual_level():
+            dual = [
+                forward_ad.make_dual(x, t) if j == i else x
+                for j, (x, t) in enumerate(zip(inputs, tangents, strict=True))
+            ]
+            outputs = function(*dual)
+            outputs = (outputs,) if isinstance(outputs, Tensor) else outputs
+            found = [forward_ad.unpack_dual(each).tangent for each in outputs]
+            found = [torch.zeros_like(o) if f is None else f for o, f in zip(outputs, found, strict=True)]
+        torch.testing.assert_close(flat(tuple(found)), jacobian_product(function, inputs, tangents))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_jvp_of_the_straight_through_output_is_the_tangent(dtype):
+    x, tangent, codebook = tensors((N, D), (N, D), (K, D), dtype=dtype)
+    _, found = torch.func.jvp(lambda x: vector_quantize(x, codebook).quantized, (x,), (tangent,))
+    assert torch.equal(found, tangent)
+
+
+def test_jvp_of_kept_softmax_raises():
+    inputs, function = _kept_softmax()
+    with pytest.raises(NotImplementedError, match="kept_softmax has no forward-mode derivative; use reverse mode"):
+        torch.func.jvp(function, tuple(inputs), tuple(inputs))
+
+
+@pytest.mark.parametrize("name", DIFFERENTIABLE)
+def test_double_backward_raises(name):
+    inputs, function = DIFFERENTIABLE[name]()
+    wanted = [each.requires_grad_() for each in inputs]
+    grads = torch.autograd.grad(flat(function(*wanted)).square().sum(), wanted, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        sum(grad.square().sum() for grad in grads).backward()
+
+
+@pytest.mark.parametrize("name", DIFFERENTIABLE)
+def test_func_grad_equals_autograd(name):
+    inputs, function = DIFFERENTIABLE[name]()
+    found = torch.func.grad(lambda *args: flat(function(*args)).square().sum(), tuple(range(len(inputs))))(*inputs)
+    wanted = [each.clone().requires_grad_() for each in inputs]
+    expected = torch.autograd.grad(flat(function(*wanted)).square().sum(), wanted)
+    for actual, exact in zip(found, expected, strict=True):
+        torch.testing.assert_close(actual, exact)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.parametrize("name", DIFFERENTIABLE)
+def test_vmap_over_all_inputs_equals_a_loop(name):
+    batches = [DIFFERENTIABLE[name]()[0] for _ in range(3)]
+    _, function = DIFFERENTIABLE[name]()
+    stacked = [torch.stack(each) for each in zip(*batches, strict=True)]
+    found = torch.func.vmap(lambda *args: flat(function(*args)))(*stacked)
+    expected = torch.stack([flat(function(*batch)) for batch in batches])
+    torch.testing.assert_close(found, expected)
+    found = torch.func.vmap(torch.func.grad(lambda *args: flat(function(*args)).square().sum()))(*stacked)
+    for actual, batch in zip(found, batches, strict=True):
+        first = batch[0].clone().requires_grad_()
+        (exact,) = torch.autograd.grad(flat(function(first, *batch[1:])).square().sum(), first)
+        torch.testing.assert_close(actual, exact)
+
+
+def ema_state(device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    codebook = torch.randn(K, D, device=device)
+    return codebook, torch.ones(K, device=device), codebook.clone()
+
+
+@pytest.mark.parametrize("call", ["ema_step", "ema_update"])
+def test_ema_makes_a_backward_through_the_old_codebook_raise(device, call):
+    codebook, size, total = ema_state(device)
+    h = torch.randn(16, D, device=device, requires_grad=True)
+    loss = (h @ codebook.T).square().sum()
+    versions = [tensor._version for tensor in (codebook, size, total)]
+    x = h.detach()
+    indices = nearest_code(x, codebook)
+    if call == "ema_step":
+        ema_step(codebook, size, total, ema_statistics(x, indices, K), decay=0.5, epsilon=1e-5)
+    else:
+        ema_update(codebook, size, total, x, indices, decay=0.5, epsilon=1e-5)
+    assert all(t._version > v for t, v in zip((codebook, size, total), versions, strict=True))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("name", ["codebook", "cluster_size", "embed_sum"])
+def test_ema_update_of_a_tensor_that_requires_grad_raises(name):
+    state = dict(zip(("codebook", "cluster_size", "embed_sum"), ema_state(torch.device("cpu")), strict=True))
+    state[name].requires_grad_()
+    x, indices = torch.randn(9, D), torch.randint(0, K, (9,))
+    before = {key: value.detach().clone() for key, value in state.items()}
+    with pytest.raises(ValueError, match=f"{name} requires a gradient and would be changed in place"):
+        ema_update(**state, x=x, indices=indices, decay=0.5, epsilon=1e-5)
+    assert all(torch.equal(before[key], state[key]) for key in state)
+    with torch.no_grad():
+        ema_update(**state, x=x, indices=indices, decay=0.5, epsilon=1e-5)
+    assert not torch.equal(before["embed_sum"], state["embed_sum"])
+
+
+def test_ema_step_in_a_compiled_graph_is_seen_by_autograd():
+    codebook, size, total = ema_state(torch.device("cpu"))
+    x, h = torch.randn(9, D), torch.randn(16, D, requires_grad=True)
+    loss = (h @ codebook.T).square().sum()
+    step = torch.compile(ema_update, fullgraph=True, backend="aot_eager")
+    step(codebook, size, total, x, nearest_code(x, codebook), decay=0.5, epsilon=1e-5)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_ema_update_in_inference_mode_changes_the_codebook():
+    with torch.inference_mode():
+        codebook, size, total = ema_state(torch.device("cpu"))
+        before = codebook.clone()
+        ema_update(codebook, size, total, torch.randn(9, D), torch.zeros(9).long(), decay=0.5, epsilon=1e-5)
+    assert not torch.equal(before, codebook)
