@@ -19,10 +19,11 @@ _FAR = 400
 
 
 class Codes(NamedTuple):
-    """What all chunks share, in float64; `rows` and `norms` are scaled by 2^exponent, which takes the largest to 1."""
+    """What all chunks share, in float64; 2^exponent takes the largest magnitude to about 1."""
 
-    rows: Tensor  # [K, D]
-    norms: Tensor  # [K]
+    unscaled: Tensor  # [K, D]
+    rows: Tensor  # [K, D], times 2^exponent
+    norms: Tensor  # [K], of these
     bias: Tensor  # [K]
     exponent: Tensor  # int64, a scalar
 
@@ -42,6 +43,7 @@ class Scores:
 
     def __init__(self, rows: Tensor, codes: Codes) -> None:
         self._codes = codes
+        self._unscaled = rows  # [n, D]
         self._exponents = self._row_exponents(rows)  # int64 [n, 1]
         self._rows = rows * _power_of_two(self._exponents)  # [n, D]
         self._row_norms = self._rows.norm(dim=1, keepdim=True)  # [n, 1]
@@ -90,7 +92,7 @@ class Scores:
 
 
 class Distances(Scores):
-    """|c|^2 - 2 x.c, a squared distance less |x|^2, which all codes share; exactly: |x - c|^2."""
+    """|c|^2 - 2 x.c, a squared distance less |x|^2, which all codes share; exactly: |x - c|."""
 
     def _row_exponents(self, rows: Tensor) -> Tensor:
         # Those of the codes; a row far longer than these is brought near enough for its square.
@@ -104,16 +106,28 @@ class Distances(Scores):
     def results(self, codes: Tensor, has_tie: Tensor) -> Tensor:
         """Squared distances, by differences."""
         row = torch.arange(len(codes), device=codes.device).repeat_interleave(codes.shape[1])
-        unit = _power_of_two(-self._exponents)
-        return self._of_pairs(row, codes.flatten()).view(codes.shape) * unit * unit
+        squares, exponents = self._differences(row, codes.flatten())
+        unit = _power_of_two(-exponents)
+        return (squares * unit * unit).view(codes.shape)
 
     def _products(self) -> Tensor:
         scores = torch.addmm(self._codes.norms.square(), self._rows, self._codes.rows.T, alpha=-2)
         return torch.nan_to_num(scores, nan=_LARGEST, posinf=_LARGEST, neginf=-_LARGEST, out=scores)
 
     def _of_pairs(self, row: Tensor, code: Tensor) -> Tensor:
-        parts = [(self._rows[i] - self._codes.rows[j]).square().sum(1) for i, j in self._split(row, code)]
-        return torch.cat(parts)
+        # Roots of squared distances have their order, and neither overflow nor underflow.
+        squares, exponents = self._differences(row, code)
+        return squares.sqrt() * _power_of_two(-exponents)
+
+    def _differences(self, row: Tensor, code: Tensor) -> tuple[Tensor, Tensor]:
+        """Squared distances of pairs times 4^exponent, where the largest difference comes to about 1; and exponents."""
+        found = []
+        for i, j in self._split(row, code):
+            difference = self._unscaled[i] - self._codes.unscaled[j]
+            exponents = _exponents_to_one(difference, dim=1)
+            found.append(((difference * _power_of_two(exponents)).square().sum(1), exponents.squeeze(1)))
+        squares, exponents = zip(*found, strict=True)
+        return torch.cat(squares), torch.cat(exponents)
 
 
 class Products(Scores):
@@ -128,10 +142,9 @@ class Products(Scores):
 
     def _row_exponents(self, rows: Tensor) -> Tensor:
         # Each row to 1, unless biases, which are scaled as products are, would become larger than that.
-        exponents = _exponents_to_one(rows, dim=1)
-        biases = _exponents_to_one(self._codes.bias, dim=0)
-        most = torch.where(self._codes.bias.any(), biases - self._codes.exponent, _MOST_EXPONENT)
-        exponents = torch.minimum(exponents, most).clamp(min=-_MOST_EXPONENT)
+        most = _exponents_to_one(self._codes.bias, dim=0) - self._codes.exponent
+        most = torch.where(self._codes.bias.any(), most.clamp(-_MOST_EXPONENT, _MOST_EXPONENT), _MOST_EXPONENT)
+        exponents = torch.minimum(_exponents_to_one(rows, dim=1), most)
         self._unit = _power_of_two(-exponents), _power_of_two(-self._codes.exponent)
         self._bias = self._codes.bias / self._unit[0] / self._unit[1]  # [n, K]
         return exponents
@@ -163,7 +176,7 @@ def score_chunks(
     exponent = _exponents_to_one(codes.double().flatten(), dim=0)
     wide = codes.double() * _power_of_two(exponent)
     wide_bias = wide.new_zeros(len(wide)) if bias is None else bias.double()
-    shared = Codes(wide, wide.norm(dim=1), wide_bias, exponent)
+    shared = Codes(codes.double(), wide, wide.norm(dim=1), wide_bias, exponent)
     rows = max(1, _CHUNK_ELEMENTS // len(codes))
     for start in range(0, len(x), rows):
         part = slice(start, start + rows)
@@ -171,9 +184,13 @@ def score_chunks(
 
 
 def _exponents_to_one(values: Tensor, dim: int) -> Tensor:
-    """Exponents of powers of two that take the largest finite magnitudes of float64 values along dim to about 1."""
+    """Exponents of powers of two that take the largest finite magnitudes of float64 values along dim to about 1.
+
+    Where all are zero, any power does; it is the largest, so that others decide.
+    """
     largest = values.abs().nan_to_num(nan=0, posinf=0).amax(dim, keepdim=values.ndim > 1)
-    return -torch.frexp(largest).exponent.long().clamp(-_MOST_EXPONENT, _MOST_EXPONENT)
+    exponents = -torch.frexp(largest).exponent.long().clamp(-_MOST_EXPONENT, _MOST_EXPONENT)
+    return exponents.masked_fill_(largest == 0, _MOST_EXPONENT)
 
 
 def _power_of_two(exponent: Tensor) -> Tensor:
