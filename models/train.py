@@ -106,14 +106,16 @@ class Run:
         """Make the folder, and hold its lock until `close`.
 
         Raises:
-            DataError: the folder exists.
-            OSError: it cannot be made.
+            DataError: the folder exists or cannot be made.
+            OSError: a file in it cannot be written.
         """
         if self.ranks.writes:
             try:
                 self.folder.mkdir(parents=True)
             except FileExistsError as error:
                 raise _exists(self.folder) from error
+            except OSError as error:
+                raise DataError(f"the folder {self.folder} cannot be made ({error}); choose another --out") from error
             self._lock = RunLock(self.folder)
             write_whole(self.folder / "config.json", self.config.to_json())
             self.metrics.begin()
@@ -332,12 +334,9 @@ def _begun(config: Config, folder: Path, resumes: bool, stack: ExitStack) -> Run
 
 def _checked(folder: Path, resumes: bool) -> Path:
     """The folder, which a new run needs to make and a resumed one to write into."""
-    try:
-        if not resumes and os.path.lexists(folder):
-            raise _exists(folder)
-        above = folder if resumes else next(each for each in folder.absolute().parents if os.path.lexists(each))
-    except (OSError, ValueError) as error:
-        raise DataError(f"the folder {folder} cannot be made ({error}); choose another --out") from error
+    if not resumes and os.path.lexists(folder):
+        raise _exists(folder)
+    above = folder if resumes else next(each for each in folder.absolute().parents if os.path.lexists(each))
     if not above.is_dir():
         raise DataError(f"the folder {folder} cannot be made: {above} is not a folder; choose another --out")
     if not os.access(above, os.W_OK | os.X_OK):
