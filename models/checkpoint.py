@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .files import write_whole
+from .files import replacing
 
 _MODEL, _OPTIMIZER, _RNG = "model.", "optimizer.", "rng."
 _MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -75,6 +75,12 @@ def load_weights(path: Path, model: nn.Module) -> dict[str, Any]:
     tensors, progress = _checked(path, model, list(model.parameters()))
     model.load_state_dict(_below(tensors, _MODEL))
     return progress
+
+
+def remove_partial(folder: Path) -> None:
+    """Remove what safetensors leaves in a folder when it is killed, where no other process writes checkpoints."""
+    for partial in folder.glob(".tmp??????"):
+        partial.unlink(missing_ok=True)
 
 
 def checksum(tensors: dict[str, Tensor], progress: str) -> str:
@@ -207,7 +213,15 @@ def _on_host(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _save(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    from safetensors.torch import save as serialized
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
 
-    # Where safetensors writes the file itself, the umask is ignored, and a kill leaves a file of another name behind.
-    write_whole(path, serialized(_on_host(tensors), metadata))
+    with replacing(path) as (partial,):
+        partial.touch()
+        mode = partial.stat().st_mode
+        try:
+            save_file(_on_host(tensors), partial, metadata)
+        except SafetensorError as error:
+            raise OSError(str(error)) from error
+        # safetensors replaces the file by one that its owner alone may read; it was made as the umask says.
+        partial.chmod(mode)

@@ -131,11 +131,13 @@ class Run:
         if self.ranks.writes:
             self._lock = RunLock(self.folder)
             remove_partial(*(self.folder / name for name in _WRITTEN))
+            checkpoint.remove_partial(self.folder)
         if os.path.lexists(self.checkpoint_path):
             progress = checkpoint.load(self.checkpoint_path, self.model, self.optimizer)
             self.update, self.seconds = progress["update"], progress["seconds"]
         if self.update > self.config.updates:
-            raise ValueError(f"updates is {self.config.updates}; {self.folder} has done {self.update} already")
+            done = f"{self.folder} has done {self.update} already"
+            raise ValueError(f"updates is {self.config.updates}; {done}: give a larger --updates")
         of_first = self.ranks.from_first(self.update)
         if self.update != of_first:
             raise ValueError(

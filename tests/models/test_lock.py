@@ -115,11 +115,13 @@ def test_resume_removes_temporary_files_of_a_killed_process(images, tmp_path):
     run.close()
     left = run.folder / "checkpoint.safetensors.0123abcd.partial"
     left.write_bytes(b"half")
+    (run.folder / ".tmpAb12cD").write_bytes(b"half, by safetensors")
     other = run.folder / "report.html.0123abcd.partial"
     shutil.copy(left, other)
     run.resume()
     run.close()
     assert not left.exists()
+    assert not (run.folder / ".tmpAb12cD").exists()
     # A report may be under way.
     assert other.exists()
 

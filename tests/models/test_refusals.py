@@ -209,7 +209,7 @@ def test_train_with_a_photograph_that_cannot_be_read_ends_with_one_line(tmp_path
     monkeypatch.setattr(skimage.data, "astronaut", lambda: Path("nowhere").read_bytes())
     line = refused(capsys, "--data", "patches", "--out", tmp_path / "run", "--device", "cpu")
     assert re.match(
-        rf"error: the photograph astronaut cannot be read \(FileNotFoundError: .*\);  install .* again with: pip", line
+        r"error: the photograph astronaut cannot be read \(FileNotFoundError: .*\); install .* again with: pip", line
     )
 
 
