@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
-import os
+import shlex
+import sys
+import zlib
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from .files import replacing
+
 _MODEL, _OPTIMIZER, _RNG = "model.", "optimizer.", "rng."
+_MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def save_weights(path: Path, model: nn.Module) -> None:
@@ -25,7 +28,7 @@ def save_weights(path: Path, model: nn.Module) -> None:
 
 
 def save(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, progress: dict[str, Any]) -> None:
-    """Weights, optimizer state, random states and `progress` (JSON: the number of updates done, seconds, ...).
+    """Weights, optimizer state, random states, `progress` ({"update": int, "seconds": float}) and a checksum of all.
 
     Raises:
         OSError: it cannot be written; a file that was there before is as it was.
@@ -37,47 +40,164 @@ def save(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, progres
     tensors[_RNG + "cpu"] = torch.get_rng_state()
     if (device := _parameters(optimizer)[0].device).type == "cuda":
         tensors[_RNG + "cuda"] = torch.cuda.get_rng_state(device)
-    _save(path, tensors, {"progress": json.dumps(progress)})
+    tensors = _on_host(tensors)
+    text = json.dumps(progress)
+    _save(path, tensors, {"progress": text, "checksum": checksum(tensors, text)})
 
 
-def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+def load(path: Path, model: nn.Module, optimizer: torch.optim.Adam) -> dict[str, Any]:
     """Restore what `save` wrote; returns the progress.
 
     Raises:
-        ValueError: the file is not a whole checkpoint of a run.
+        ValueError: the file is not a whole checkpoint of this run; model, optimizer and random states are as they were.
     """
-    tensors, progress = _read(path)
+    device = (parameters := _parameters(optimizer))[0].device
+    tensors, progress = _checked(path, model, parameters)
     model.load_state_dict(_below(tensors, _MODEL))
-    for index, parameter in enumerate(_parameters(optimizer)):
+    for index, parameter in enumerate(parameters):
         for name, value in _below(tensors, f"{_OPTIMIZER}{index}.").items():
             # In the layout of the parameter, so that the next step rounds the same way.
             like = parameter if value.shape == parameter.shape else value
             restored = torch.empty_like(like, dtype=value.dtype, device=parameter.device)
             optimizer.state[parameter][name] = restored.copy_(value)
     torch.set_rng_state(tensors[_RNG + "cpu"])
-    if (device := _parameters(optimizer)[0].device).type == "cuda" and _RNG + "cuda" in tensors:
+    if device.type == "cuda" and _RNG + "cuda" in tensors:
         torch.cuda.set_rng_state(tensors[_RNG + "cuda"], device)
     return progress
 
 
 def load_weights(path: Path, model: nn.Module) -> dict[str, Any]:
-    """Restore the weights alone, of `save`; returns the progress.
+    """Restore the weights alone of what `save` wrote; returns the progress. The whole file is checked all the same.
 
     Raises:
-        ValueError: the file is not a whole checkpoint of a run.
+        ValueError: the file is not a whole checkpoint of this run; the model is as it was.
     """
-    tensors, progress = _read(path)
+    tensors, progress = _checked(path, model, list(model.parameters()))
     model.load_state_dict(_below(tensors, _MODEL))
     return progress
 
 
-def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def remove_partial(folder: Path) -> None:
+    """Remove what safetensors leaves in a folder when it is killed, where no other process writes checkpoints."""
+    for partial in folder.glob(".tmp??????"):
+        partial.unlink(missing_ok=True)
+
+
+def checksum(tensors: dict[str, Tensor], progress: str) -> str:
+    """CRC-32 over the progress and over names, dtypes, shapes and bytes of tensors that are contiguous on the host."""
+    crc = zlib.crc32(progress.encode())
+    for name, tensor in sorted(tensors.items()):
+        crc = zlib.crc32(f"\n{name} {tensor.dtype} {list(tensor.shape)}\n".encode(), crc)
+        crc = zlib.crc32(tensor.flatten().view(torch.uint8).numpy().data, crc)
+    return f"crc32:{crc:08x}"
+
+
+class _BrokenError(Exception):
+    """The reason why a file is not a checkpoint of this run."""
+
+
+def _checked(path: Path, model: nn.Module, parameters: list[Tensor]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors of a file and its progress, after all checks; `parameters` are those of the optimizer."""
+    try:
+        tensors, metadata = _read(path)
+        if "checksum" not in metadata:
+            raise _BrokenError("it has no checksum: another program or an earlier version wrote it")
+        progress = _progress(metadata.get("progress"))
+        _check_entries(_below(tensors, _MODEL), dict(model.state_dict()), _MODEL)
+        _check_optimizer(_below(tensors, _OPTIMIZER), parameters)
+        _check_random_states(_below(tensors, _RNG), parameters[0].device)
+        if strange := [name for name in tensors if not name.startswith((_MODEL, _OPTIMIZER, _RNG))]:
+            raise _BrokenError(f"entry {_one_line(strange[0])} is unknown")
+        if (actual := checksum(tensors, metadata["progress"])) != metadata["checksum"]:
+            raise _BrokenError(f"its content has the checksum {actual}, expected {metadata['checksum']}")
+    except _BrokenError as error:
+        raise ValueError(
+            f"{path} is not a whole checkpoint of this run: {error}; restore it from a copy, or delete it and begin"
+            f" the run again with: python -m models.train --resume {shlex.quote(str(path.parent))}"
+        ) from error
+    return tensors, progress
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    from safetensors import safe_open
+
+    # Opening a pipe would wait for a writer.
+    if not path.is_file():
+        raise _BrokenError("it is not a regular file")
     try:
         with safe_open(path, framework="pt") as file:
-            progress = json.loads(file.metadata()["progress"])
-            return {name: file.get_tensor(name) for name in file.keys()}, progress  # noqa: SIM118 (not a dict)
-    except (SafetensorError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is not a whole checkpoint of a run ({error!r})") from error
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118 (not a dict)
+    except Exception as error:  # safetensors and torch raise errors of many types on a broken header
+        raise _BrokenError(f"it cannot be read ({type(error).__name__}: {_one_line(error)})") from error
+
+
+def _progress(text: str | None) -> dict[str, Any]:
+    try:
+        progress = json.loads(text or "")
+    except (ValueError, RecursionError) as error:
+        raise _BrokenError(f"its progress is not JSON ({_one_line(error)})") from error
+    if not isinstance(progress, dict):
+        raise _BrokenError("its progress is not a JSON object")
+    update, seconds = progress.get("update"), progress.get("seconds")
+    if type(update) is not int or not 0 <= update < 2**63:
+        raise _BrokenError(f"update of its progress is {_one_line(update)}, expected a whole number of at least 0")
+    if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not 0 <= seconds <= sys.float_info.max:
+        raise _BrokenError(f"seconds of its progress is {_one_line(seconds)}, expected a finite number of at least 0")
+    return progress
+
+
+def _check_entries(tensors: dict[str, Tensor], expected: dict[str, Tensor], prefix: str) -> None:
+    """Check that names, shapes and dtypes are as expected, and that all numbers are finite."""
+    if missing := [name for name in expected if name not in tensors]:
+        raise _BrokenError(f"entry {_one_line(prefix + missing[0])} is missing")
+    for name, tensor in tensors.items():
+        entry = f"entry {_one_line(prefix + name)}"
+        if name not in expected:
+            raise _BrokenError(f"{entry} is unknown")
+        like = expected[name]
+        if tensor.shape != like.shape:
+            raise _BrokenError(f"{entry} has shape {list(tensor.shape)}, expected {list(like.shape)}")
+        if tensor.dtype != like.dtype:
+            raise _BrokenError(f"{entry} has dtype {tensor.dtype}, expected {like.dtype}")
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise _BrokenError(f"{entry} holds numbers that are not finite")
+
+
+def _check_optimizer(tensors: dict[str, Tensor], parameters: list[Tensor]) -> None:
+    expected = {}
+    for index, parameter in enumerate(parameters):
+        expected[f"{index}.step"] = torch.empty((), dtype=torch.float32)
+        expected |= {f"{index}.{moment}": parameter for moment in _MOMENTS}
+    _check_entries(tensors, expected, _OPTIMIZER)
+    for name, tensor in tensors.items():
+        if name.endswith((".step", ".exp_avg_sq")) and (tensor < 0).any():
+            raise _BrokenError(f"entry {_one_line(_OPTIMIZER + name)} holds numbers below 0")
+
+
+def _check_random_states(tensors: dict[str, Tensor], device: torch.device) -> None:
+    """Check that generators take the states; that of a GPU may be missing, or be there without a GPU."""
+    expected = {"cpu": torch.get_rng_state()}
+    if "cuda" in tensors:
+        expected["cuda"] = torch.empty(16, dtype=torch.uint8)  # a seed and an offset, 64 bits each
+    _check_entries(tensors, expected, _RNG)
+    for name, state in tensors.items():
+        if name == "cuda" and device.type != "cuda":
+            continue
+        try:
+            torch.Generator(device if name == "cuda" else "cpu").set_state(state)
+        except RuntimeError as error:
+            raise _BrokenError(
+                f"entry '{_RNG}{name}' is no state of a random generator ({_one_line(error)})"
+            ) from error
+
+
+def _one_line(value: object) -> str:
+    """A value of a broken file for a message: one line, and not too long."""
+    try:
+        text = ascii(value) if isinstance(value, str) else " ".join(str(value).split())
+    except ValueError:  # an integer of thousands of digits
+        text = "a number that is too long to print"
+    return text if len(text) <= 200 else f"{text[:200]}..."
 
 
 def _parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
@@ -88,13 +208,20 @@ def _below(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
+def _on_host(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+
+
 def _save(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    partial = path.with_suffix(".partial")
-    try:
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, partial, metadata)
-    except SafetensorError as error:
-        partial.unlink(missing_ok=True)
-        raise OSError(f"{path} cannot be written ({error})") from error
-    with partial.open("rb+") as file:
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    with replacing(path) as (partial,):
+        partial.touch()
+        mode = partial.stat().st_mode
+        try:
+            save_file(_on_host(tensors), partial, metadata)
+        except SafetensorError as error:
+            raise OSError(str(error)) from error
+        # safetensors replaces the file by one that its owner alone may read; it was made as the umask says.
+        partial.chmod(mode)

@@ -8,7 +8,7 @@ import json
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args, get_type_hints
+from typing import Any, Literal, NoReturn, get_args, get_type_hints
 
 from dlvae_kernels.functional.checks import check_between, check_choice, check_size
 from dlvae_kernels.layers.codebook_layer import Init
@@ -58,13 +58,20 @@ class Config:
     out: str = _flag("", "folder of the run; empty: runs/MODEL-DATA-TIME")
 
     def __post_init__(self) -> None:
+        for entry in dataclasses.fields(self):
+            types, described = _TYPES[type(entry.default)]
+            if type(value := getattr(self, entry.name)) not in types:
+                raise ValueError(f"{entry.name} is {value!r}; it needs to be {described}")
         for name, choices in _CHOICES.items():
             check_choice(name, getattr(self, name), choices)
         for name, least in _LEAST.items():
-            check_size(name, getattr(self, name), least)
+            check_size(name, value := getattr(self, name), least)
+            if value > (most := _MOST.get(name, _MOST_OF_OTHERS)):
+                raise ValueError(f"{name} is {value}; it needs to be a whole number of at most {most}")
         check_size("seed", self.seed, 0, 2**32 - 1)
         for name in ("lr", "commitment_cost", "dead_code_threshold", "sparsity"):
             check_between(name, getattr(self, name), 0, sys.float_info.max)
+        check_between("decay", self.decay, 0, 1)
         if self.model == "vqvae-ema" and not 0 < self.decay <= 1:
             raise ValueError(f"decay is {self.decay}; vqvae-ema needs it in (0, 1]")
 
@@ -79,10 +86,26 @@ class Config:
             ValueError: the file does not hold one.
         """
         try:
-            return cls(**json.loads(path.read_text(encoding="utf-8")))
-        except (ValueError, TypeError) as error:
-            raise ValueError(f"{path} holds no configuration ({error})") from error
+            saved = json.loads(path.read_text(encoding="utf-8"))
+            names = [entry.name for entry in dataclasses.fields(cls)]
+            if not isinstance(saved, dict):
+                raise ValueError("it is not a JSON object")
+            if unknown := [name for name in saved if name not in names]:
+                raise ValueError(f"{unknown[0]!a} is unknown")
+            if missing := [name for name in names if name not in saved]:
+                raise ValueError(f"{missing[0]} is missing")
+            return cls(**saved)
+        except (ValueError, OSError, RecursionError) as error:
+            raise ValueError(f"{path} holds no configuration of a run ({error}); restore it from a copy") from error
 
+
+# The types that a field with a default of this type may have, and their description.
+_TYPES: dict[type, tuple[tuple[type, ...], str]] = {
+    bool: ((bool,), "true or false"),
+    int: ((int,), "a whole number"),
+    float: ((float, int), "a number"),
+    str: ((str,), "a text"),
+}
 
 _LEAST = {
     "updates": 1,
@@ -97,6 +120,9 @@ _LEAST = {
     "checkpoint_every": 1,
     "rank_timeout": 1,
 }
+# Products of two sizes fit into 64 bits.
+_MOST_OF_OTHERS = 2**31 - 1
+_MOST = {"residual_layers": 1000}
 _CHOICES = {name: get_args(kind) for name, kind in get_type_hints(Config).items() if get_args(kind)}
 
 # The hyper-parameters of the notebook; what it leaves open keeps the default.
@@ -129,9 +155,16 @@ class Command:
     resume: Path | None
 
 
+class Parser(argparse.ArgumentParser):
+    """Reports a mistake in one line, without the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message}; {self.prog} --help lists all flags\n")
+
+
 def parse(arguments: list[str] | None = None) -> Command:
-    """Read the command line; a mistake ends the program with a message, as argparse does."""
-    parser = argparse.ArgumentParser(prog="python -m models.train", description="Train a model and report on it.")
+    """Read the command line; a mistake ends the program with a message and the exit status 2."""
+    parser = Parser(prog="python -m models.train", description="Train a model and report on it.")
     parser.add_argument("--preset", choices=("default", "notebook"), default="default", help="other defaults")
     parser.add_argument("--resume", type=Path, metavar="RUN", help="go on with the run in this folder")
     for entry in dataclasses.fields(Config):
@@ -150,14 +183,14 @@ def parse(arguments: list[str] | None = None) -> Command:
             model = given.get("model", Config.model)
             given = {**_NOTEBOOK, "init": _NOTEBOOK_INIT[model], **given}
         return Command(_with_absolute_paths(Config(**given)), None)
-    except ValueError as error:
+    except (ValueError, OSError, RuntimeError) as error:  # a loop of symbolic links is a RuntimeError
         parser.error(str(error))
 
 
 def _resumed(run: Path, preset: str, given: dict[str, Any]) -> Config:
     path = run / "config.json"
     if not path.is_file():
-        raise ValueError(f"--resume {run}: there is no {path}")
+        raise ValueError(f"--resume {run}: there is no {path}; name the folder of a run")
     saved = Config.read(path)
     asked = _with_absolute_paths(dataclasses.replace(saved, **given))
     fixed = [name for name in given if name not in _RESUMABLE and getattr(asked, name) != getattr(saved, name)]

@@ -15,6 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .image_file import SUFFIXES, ImageError, read_image
+
 T = TypeVar("T")
 
 _PATCH_SIZE = 32
@@ -22,7 +24,6 @@ _PATCHES_PER_PHOTOGRAPH = {"train": 2000, "held_out": 200}
 # The rightmost part of each photograph gives the held-out patches and no training patch.
 _HELD_OUT_WIDTH = 0.2
 _FOLDER_HELD_OUT = 10
-_IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 _DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 
 # What scikit-image and scikit-learn carry in their wheels: function or file, and its attribution.
@@ -96,16 +97,23 @@ def _patches() -> ImageSet:
 
 
 def _photograph(name: str) -> Tensor:
-    if name.endswith(".jpg"):
-        from sklearn.datasets import load_sample_image
+    try:
+        if name.endswith(".jpg"):
+            from sklearn.datasets import load_sample_image
 
-        image = load_sample_image(name)
-    else:
-        from skimage import data
+            image = load_sample_image(name)
+        else:
+            from skimage import data
 
-        image = getattr(data, name)()
-        # The stereo pair shows one scene twice, and a map of depth.
-        image = image[0] if isinstance(image, tuple) else image
+            image = getattr(data, name)()
+    except Exception as error:  # scikit-image may look for a newer file on the network
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise DataError(
+            f"the photograph {name} cannot be read ({reason}); install scikit-image and scikit-learn again with:"
+            " pip install 'dlvae-kernels[viz]'"
+        ) from error
+    # The stereo pair shows one scene twice, and a map of depth.
+    image = image[0] if isinstance(image, tuple) else image
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
@@ -171,12 +179,18 @@ def _downloaded(name: str, root: Path, read: Callable[[], T]) -> T:
     """Read a torchvision set; its own errors become one that says what to do."""
     try:
         root.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(
+            f"the folder {root} for downloads cannot be made ({error}); choose another --data-dir"
+        ) from error
+    try:
         return read()
     except DataError:
         raise
     except Exception as error:
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
         raise DataError(
-            f"the data set {name} could not be read from {root} or downloaded ({type(error).__name__}: {error})."
+            f"the data set {name} could not be read from {root} or downloaded ({reason})."
             f" Check the network, or put its files into {root}; if a file there is broken, delete it and try again."
             " `--data patches` needs no download."
         ) from error
@@ -186,29 +200,17 @@ def _folder(path: Path) -> ImageSet:
     """Every image under `path`, its shorter side resized to 32 and centre-cropped; every tenth is held out."""
     if path == Path() or not path.is_dir():
         raise DataError(f"{path} is not a folder; --data folder:PATH needs one that holds images")
-    files = sorted(file for file in path.rglob("*") if file.suffix.lower() in _IMAGE_SUFFIXES)
+    # Pipes, sockets, devices and folders of such names are passed over, as are links to nothing.
+    files = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file())
     if len(files) < _FOLDER_HELD_OUT:
         raise DataError(
-            f"{path} holds {len(files)} images ({', '.join(sorted(_IMAGE_SUFFIXES))});"
-            f" at least {_FOLDER_HELD_OUT} are needed"
+            f"{path} holds {len(files)} images ({', '.join(sorted(SUFFIXES))}); at least {_FOLDER_HELD_OUT} are needed"
         )
-    images = torch.stack([_read_image(file) for file in files])
+    try:
+        images = torch.stack([read_image(file, _PATCH_SIZE) for file in files])
+    except ImageError as error:
+        raise DataError(str(error)) from error
     # A shuffle of its own seed, so that the split does not follow the names.
     images = images[torch.randperm(len(images), generator=torch.Generator().manual_seed(0))]
     held_out = len(images) // _FOLDER_HELD_OUT
     return ImageSet(images[held_out:], images[:held_out], f"the images in {path}")
-
-
-def _read_image(file: Path) -> Tensor:
-    from PIL import Image, ImageOps
-    from torchvision.transforms import functional
-
-    try:
-        with Image.open(file) as opened:
-            mode = opened.mode
-            image = ImageOps.exif_transpose(opened).convert("RGB")
-    except Exception as error:  # a decoder may raise anything on a broken file
-        raise DataError(f"{file} cannot be read as an image ({error}); repair it or take it out") from error
-    if mode.startswith(("I", "F")):
-        raise DataError(f"{file} has pixels of more than 8 bits (mode {mode}); convert it to 8 bits or take it out")
-    return functional.pil_to_tensor(functional.center_crop(functional.resize(image, _PATCH_SIZE), _PATCH_SIZE))

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import csv
-import os
+import math
 import sys
 from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from .files import write_whole
+
 COLUMNS = ("update", "nmse", "loss", "perplexity", "lr")
+_ADVICE = "restore it from a copy, or delete it and resume the run, which then lacks the metrics of earlier updates"
 
 
 class Metrics:
@@ -25,13 +28,39 @@ class Metrics:
         self._write([])
 
     def cut(self, update: int) -> None:
-        """Take away the rows of later updates, of which the last may be incomplete: they are done again."""
+        """Take away the rows of later updates, of which the last may be incomplete: they are done again.
+
+        Raises:
+            ValueError: the rows up to `update` cannot be read.
+        """
+        self._write(self.rows(update) if self._path.exists() else [])
+
+    def rows(self, update: int) -> list[list[str]]:
+        """The rows up to an update, which were complete before the checkpoint of that update was saved.
+
+        Raises:
+            ValueError: the file is missing or broken.
+        """
+        # Opening a pipe would wait for a writer.
+        if not self._path.is_file():
+            raise ValueError(f"{self._path} is missing or not a regular file; {_ADVICE}")
+        header, *lines = self._path.read_bytes().split(b"\n")
+        if update > 0 and header != ",".join(COLUMNS).encode():
+            raise ValueError(f"line 1 of {self._path} is not {','.join(COLUMNS)}; {_ADVICE}")
         rows: list[list[str]] = []
-        if self._path.exists():
-            with self._path.open(newline="", encoding="utf-8") as file:
-                whole = [row for row in csv.reader(file) if len(row) == len(COLUMNS)]
-                rows = [row for row in whole if row[0].isdigit() and int(row[0]) <= update]
-        self._write(rows)
+        last = 0
+        for number, line in enumerate(lines, start=2):
+            # The process may have been killed while it wrote the rows that follow.
+            if last == update or (not line and number == len(lines) + 1):
+                break
+            row = _parsed(line, last)
+            if row is None:
+                raise ValueError(f"line {number} of {self._path} is not a row of the next update; {_ADVICE}")
+            if int(row[0]) > update:
+                break
+            rows.append(row)
+            last = int(row[0])
+        return rows
 
     def open_board(self, update: int) -> Metrics:
         """Write TensorBoard events too, from an update on, where TensorBoard is installed."""
@@ -65,11 +94,11 @@ class Metrics:
         write_whole(self._path, "".join(",".join(row) + "\n" for row in [COLUMNS, *rows]))
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    partial = path.with_suffix(".partial")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+def _parsed(line: bytes, last: int) -> list[str] | None:
+    """The fields of a line, where it is a whole row of an update after the `last` one."""
+    try:
+        row = line.decode().split(",")
+        is_row = row[0].isdecimal() and last < int(row[0]) and all(math.isfinite(float(each)) for each in row)
+    except ValueError:
+        return None
+    return row if is_row and len(row) == len(COLUMNS) else None

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 import torch
-from matplotlib import colormaps
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from torch import Tensor
+
+# matplotlib is optional, and a module that imports this one may not need it.
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 # Of the Savitzky-Golay filter that smooths the error, as in the notebook.
 _WINDOW, _ORDER = 201, 7
@@ -87,6 +91,8 @@ def embedding(codes: Tensor, use: Tensor, seed: int) -> Figure:
 
 def use_histogram(use: Tensor) -> Figure:
     """How often each code was taken [K], most taken first."""
+    from matplotlib import colormaps
+
     figure, axes = _figure("Use of the codes", "code, most taken first", "times taken, held out")
     ordered = np.sort(use.numpy())[::-1]
     axes.bar(np.arange(len(ordered)), ordered, width=1.0, color=colormaps["viridis"](0.4))
@@ -135,6 +141,8 @@ def _plane(codes: np.ndarray, seed: int) -> tuple[np.ndarray, str]:
 
 
 def _figure(title: str, x: str, y: str) -> tuple[Figure, Axes]:
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(9, 5), layout="constrained")
     axes = figure.add_subplot()
     axes.set(title=title, xlabel=x, ylabel=y)
@@ -142,6 +150,7 @@ def _figure(title: str, x: str, y: str) -> tuple[Figure, Axes]:
 
 
 def _grids(batches: dict[str, Tensor]) -> Figure:
+    from matplotlib.figure import Figure
     from torchvision.utils import make_grid
 
     figure = Figure(figsize=(9 * len(batches), 5), layout="constrained")

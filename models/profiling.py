@@ -12,7 +12,7 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from .metrics import write_whole
+from .files import replacing, write_whole
 from .step import PARTS
 
 # Updates before, which compile, choose and capture, and updates that are profiled.
@@ -55,7 +55,8 @@ class Profile:
         return time.perf_counter()
 
     def _write(self, seconds: float) -> None:
-        self._profiler.export_chrome_trace(str(self._folder / "trace.json"))
+        with replacing(self._folder / "trace.json") as (partial,):
+            self._profiler.export_chrome_trace(str(partial))
         text = table(self._profiler.key_averages(), seconds, self._device)
         write_whole(self._folder / "profile.txt", text)
         print(f"\n{text}  {'trace':60} {self._folder / 'trace.json'}")

@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
-import argparse
 import base64
-import csv
 import dataclasses
 import html
+import io
 import json
+import os
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
 
-from . import checkpoint, pictures
+from . import checkpoint, packages, pictures
 from .autoencoder import Autoencoder
 from .build import build_model, pick_device
-from .config import Config
+from .config import Config, Parser
 from .data import DataError, ImageSet, load
 from .evaluate import Evaluation, evaluate
+from .files import write_together
+from .memory import check_memory
+from .metrics import COLUMNS, Metrics
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 _SHOWN = 32
 
@@ -41,17 +46,26 @@ _CAPTIONS = {
 def write(folder: Path, device: torch.device, images: ImageSet | None = None) -> dict[str, Any]:
     """Write summary.json, the pictures and report.html into the folder of a run, and print the summary.
 
+    The files are written after all are made, each whole: after an error those of an earlier report are as they were.
+
     Raises:
         DataError: the images of the run cannot be had.
-        ValueError: the folder holds no whole run.
+        ValueError: the folder holds no whole run, or packages are missing.
+        OSError: a file cannot be written.
     """
     for name in ("config.json", "checkpoint.safetensors"):
         if not (folder / name).is_file():
             raise ValueError(f"{folder} holds no {name}; it needs to be the folder of a run that has saved")
+    if not os.access(folder, os.W_OK):
+        raise OSError(f"{folder} is not writable; copy the run to another folder and report on it there")
     config = Config.read(folder / "config.json")
+    packages.require(config.data, trains=False)
+    check_memory(config, device)
     images = images or load(config.data, Path(config.data_dir))
     model = build_model(config, images.train.shape[1]).to(device)
     progress = checkpoint.load_weights(folder / "checkpoint.safetensors", model)
+    rows = Metrics(folder).rows(progress["update"])
+    training_error = np.array([float(row[COLUMNS.index("nmse")]) for row in rows])
     evaluation = evaluate(model, images.held_out, images.train_variance(), device)
     summary = {
         "model": config.model,
@@ -61,19 +75,24 @@ def write(folder: Path, device: torch.device, images: ImageSet | None = None) ->
         "num_embeddings": config.num_embeddings,
         "training_seconds": round(progress["seconds"], 1),
     }
-    (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
-    figures = _draw(folder, model, images, evaluation, device, config.seed)
-    for name, figure in figures.items():
-        figure.savefig(folder / f"{name}.png", dpi=110)
-    page = _page(folder, config, summary, images.attribution, list(figures))
-    (folder / "report.html").write_text(page, encoding="utf-8")
+    figures = _draw(training_error, model, images, evaluation, device, config.seed)
+    drawn = {name: _png(figure) for name, figure in figures.items()}
+    contents: dict[Path, str | bytes] = {folder / f"{name}.png": data for name, data in drawn.items()}
+    contents[folder / "summary.json"] = json.dumps(summary, indent=2) + "\n"
+    contents[folder / "report.html"] = _page(config, summary, images.attribution, drawn)
+    write_together(contents)
     _print(summary, folder)
     return summary
 
 
 @torch.no_grad()
 def _draw(
-    folder: Path, model: Autoencoder, images: ImageSet, evaluation: Evaluation, device: torch.device, seed: int
+    training_error: np.ndarray,
+    model: Autoencoder,
+    images: ImageSet,
+    evaluation: Evaluation,
+    device: torch.device,
+    seed: int,
 ) -> dict[str, Figure]:
     originals = images.held_out[:_SHOWN].to(device).float() / 255
     encoded = model.encode(originals)
@@ -81,7 +100,7 @@ def _draw(
     masks = pictures.masks(len(originals), *latents.shape[2:])
     maps = pictures.pca_maps(latents.cpu())
     return {
-        "nmse": pictures.smoothed_error(_training_error(folder), evaluation.nmse),
+        "nmse": pictures.smoothed_error(training_error, evaluation.nmse),
         "reconstructions": pictures.side_by_side(originals, model.decode(latents)),
         "latent_maps": pictures.images(maps, "Latent maps"),
         "masks": pictures.images(masks, "Masks"),
@@ -95,16 +114,17 @@ def _draw(
     }
 
 
-def _training_error(folder: Path) -> np.ndarray:
-    with (folder / "metrics.csv").open(newline="", encoding="utf-8") as file:
-        return np.array([float(row["nmse"]) for row in csv.DictReader(file)])
+def _png(figure: Figure) -> bytes:
+    file = io.BytesIO()
+    figure.savefig(file, format="png", dpi=110)
+    return file.getvalue()
 
 
-def _page(folder: Path, config: Config, summary: dict[str, Any], attribution: str, names: list[str]) -> str:
+def _page(config: Config, summary: dict[str, Any], attribution: str, drawn: dict[str, bytes]) -> str:
     title = html.escape(f"{config.model} on {config.data}")
     shown = []
-    for name in names:
-        data = base64.b64encode((folder / f"{name}.png").read_bytes()).decode()
+    for name, png in drawn.items():
+        data = base64.b64encode(png).decode()
         caption = html.escape(_CAPTIONS[name])
         shown.append(
             f'<figure><img id="{name}" alt="{caption}" src="data:image/png;base64,{data}">'
@@ -165,13 +185,13 @@ def _print(summary: dict[str, Any], folder: Path) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m models.report", description="Report on a run.")
+    parser = Parser(prog="python -m models.report", description="Report on a run.")
     parser.add_argument("run", type=Path, help="folder of the run")
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:N or auto")
     options = parser.parse_args(arguments)
     try:
         write(options.run, pick_device(options.device))
-    except (DataError, ValueError) as error:
+    except (DataError, ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0

@@ -30,6 +30,16 @@ def learning_rate(config: Config, update: int) -> float:
     return config.lr * warmup * 0.5 * (1 + math.cos(math.pi * update / config.updates))
 
 
+def learning_rate_on_device(config: Config, clock: Tensor) -> Tensor:
+    """`learning_rate` of the update in `clock`, a scalar int64: a scalar float64 on the device of `clock`."""
+    if config.schedule == "constant":
+        return torch.full_like(clock, config.lr, dtype=torch.float64)
+    # Those who repeat the step beyond the last update keep its rate.
+    update = clock.clamp(max=config.updates - 1).double()
+    warmup = ((update + 1) / max(1, config.warmup)).clamp(max=1)
+    return config.lr * warmup * 0.5 * (1 + torch.cos(math.pi * update / config.updates))
+
+
 class Objective(nn.Module):
     """What is minimised: the normalised error of the reconstruction and the loss of the bottleneck, together."""
 
@@ -91,9 +101,8 @@ class Step:
         self._batches = batches
         self._autocast = autocast
         self._clock = torch.zeros((), dtype=torch.int64, device=device)
-        rates = [learning_rate(config, update) for update in range(config.updates)]
-        self._rates = torch.tensor(rates, dtype=torch.float32, device=device)
-        self._rate = self._rates[0].clone()
+        self._config = config
+        self._rate = torch.zeros((), device=device)
         for group in optimizer.param_groups:
             group["lr"] = self._rate
         # A row is (normalised error, loss, how often each code was taken); update u writes row u modulo `keeps`.
@@ -114,7 +123,7 @@ class Step:
         return Reading(host, event)
 
     def __call__(self) -> None:
-        self._rate.copy_(self._rates.index_select(0, self._clock.clamp(max=len(self._rates) - 1)).squeeze())
+        self._rate.copy_(learning_rate_on_device(self._config, self._clock))
         with record_function("batch"):
             images = self._batches.take(self._clock)
         with self._autocast():

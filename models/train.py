@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+import os
 import shlex
 import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from functools import partial
 from pathlib import Path
 from types import FrameType
@@ -16,16 +17,21 @@ from types import FrameType
 import torch
 from torch import nn
 
-from . import checkpoint, graph, report
+from . import checkpoint, graph, packages, report
 from .batches import Order, make_batches
 from .build import autocast, build_model, pick_device
 from .config import Config, parse
 from .data import DataError, load
-from .metrics import Metrics, write_whole
+from .files import remove_partial, write_whole
+from .lock import RunLock
+from .memory import check_memory
+from .metrics import Metrics
 from .profiling import Profile
 from .ranks import RankLostError, Ranks, end_process, join, leave, local_rank
 from .step import Objective, Reading, Step, learning_rate
 
+# The files that training writes and replaces.
+_WRITTEN = ("config.json", "metrics.csv", "checkpoint.safetensors", "model.safetensors", "trace.json", "profile.txt")
 # Updates between looks at the losses, which hold up the device.
 _LOOK_EVERY = {"cpu": 25, "cuda": 500}
 
@@ -79,6 +85,7 @@ class Run:
         self._looked = 0
         # Metrics that have been asked for, with the first update and the one after the last.
         self._asked: list[tuple[Reading, int, int]] = []
+        self._lock: RunLock | None = None
 
     def _launcher(self) -> Callable[[], None]:
         """The step, as a CUDA graph where that can be and is asked for."""
@@ -96,27 +103,41 @@ class Run:
         return self.folder / "checkpoint.safetensors"
 
     def start(self) -> None:
-        """Make the folder.
+        """Make the folder, and hold its lock until `close`.
 
         Raises:
-            OSError: it cannot be made.
+            DataError: the folder exists or cannot be made.
+            OSError: a file in it cannot be written.
         """
         if self.ranks.writes:
-            self.folder.mkdir(parents=True)
+            try:
+                self.folder.mkdir(parents=True)
+            except FileExistsError as error:
+                raise _exists(self.folder) from error
+            except OSError as error:
+                raise DataError(f"the folder {self.folder} cannot be made ({error}); choose another --out") from error
+            self._lock = RunLock(self.folder)
             write_whole(self.folder / "config.json", self.config.to_json())
             self.metrics.begin()
 
     def resume(self) -> None:
-        """Take up the checkpoint, or begin anew where there is none yet.
+        """Take up the checkpoint, or begin anew where there is none yet; hold the lock of the folder until `close`.
 
         Raises:
-            ValueError: the checkpoint is broken, of more updates than are asked for, or not the one that rank 0 sees.
+            ValueError: the checkpoint or metrics.csv is broken, the checkpoint is of more updates than are asked for or
+                not the one that rank 0 sees, or another process holds the lock.
+            OSError: a file cannot be read or written.
         """
-        if self.checkpoint_path.exists():
+        if self.ranks.writes:
+            self._lock = RunLock(self.folder)
+            remove_partial(*(self.folder / name for name in _WRITTEN))
+            checkpoint.remove_partial(self.folder)
+        if os.path.lexists(self.checkpoint_path):
             progress = checkpoint.load(self.checkpoint_path, self.model, self.optimizer)
             self.update, self.seconds = progress["update"], progress["seconds"]
         if self.update > self.config.updates:
-            raise ValueError(f"updates is {self.config.updates}; {self.folder} has done {self.update} already")
+            done = f"{self.folder} has done {self.update} already"
+            raise ValueError(f"updates is {self.config.updates}; {done}: give a larger --updates")
         of_first = self.ranks.from_first(self.update)
         if self.update != of_first:
             raise ValueError(
@@ -128,6 +149,11 @@ class Run:
         if self.ranks.writes:
             self.metrics.cut(self.update)
             write_whole(self.folder / "config.json", self.config.to_json())
+
+    def close(self) -> None:
+        """Let other processes train in the folder."""
+        if self._lock:
+            self._lock.release()
 
     def train(self) -> bool:
         """Train to the end, or until interrupted (False); either way all is saved.
@@ -254,41 +280,75 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"interrupted; what was saved is in {folder}", file=sys.stderr)
         return 130
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        reason = str(error).split("\n")[0]
+        print(f"error: out of memory ({reason}); lower --batch-size, --hiddens or --num-embeddings", file=sys.stderr)
+        return 1
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Whether torch, whose allocator for the CPU has no error type of its own, or Python could not get memory."""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
 
 
 def _run(config: Config, folder: Path, resumes: bool) -> int:
+    with ExitStack() as stack:
+        run = _begun(config, folder, resumes, stack)
+        folder, ranks = run.folder, run.ranks
+        start = ["python"] if ranks.count == 1 else ["torchrun", "..."]
+        again = shlex.join([*start, "-m", "models.train", "--resume", str(folder)])
+        if ranks.count > 1 and ranks.writes:
+            print(f"should a rank be lost, go on with: {again}")
+        try:
+            finished = run.train()
+            leave(ranks)
+            if finished and ranks.writes:
+                checkpoint.save_weights(folder / "model.safetensors", run.model)
+                report.write(folder, run.device, run.images)
+        except (OSError, RankLostError) as error:
+            kept = f"go on with: {again}" if run.checkpoint_path.exists() else "nothing was saved before"
+            raise RunBroken(f"{error}; {kept}") from error
+        if not finished and ranks.writes:
+            print(f"interrupted after {run.update} updates; go on with: {again}")
+        return 0 if finished else 130
+
+
+def _begun(config: Config, folder: Path, resumes: bool, stack: ExitStack) -> Run:
+    """A run that is ready to train, after all checks that are possible before; it is closed with the stack."""
     try:
-        ranks = join(pick_device(config.device, local_rank()), config.rank_timeout)
+        packages.require(config.data, trains=True)
+        device = pick_device(config.device, local_rank())
+        check_memory(config, device, _LOOK_EVERY[device.type])
+        ranks = join(device, config.rank_timeout)
         with ranks.watched():
             # Of the first rank, whose clock has named it.
             folder = ranks.from_first(_checked(folder, resumes) if ranks.writes else folder)
-            run = Run(config, folder, ranks)
+            run = stack.enter_context(closing(Run(config, folder, ranks)))
             run.resume() if resumes else run.start()
     except (ValueError, OSError, RankLostError) as error:
         raise DataError(str(error)) from error
-    start = ["python"] if ranks.count == 1 else ["torchrun", "..."]
-    again = shlex.join([*start, "-m", "models.train", "--resume", str(folder)])
-    if ranks.count > 1 and ranks.writes:
-        print(f"should a rank be lost, go on with: {again}")
-    try:
-        finished = run.train()
-        leave(ranks)
-        if finished and ranks.writes:
-            checkpoint.save_weights(folder / "model.safetensors", run.model)
-            report.write(folder, run.device, run.images)
-    except (OSError, RankLostError) as error:
-        kept = f"go on with: {again}" if run.checkpoint_path.exists() else "nothing was saved before"
-        raise RunBroken(f"{error}; {kept}") from error
-    if not finished and ranks.writes:
-        print(f"interrupted after {run.update} updates; go on with: {again}")
-    return 0 if finished else 130
+    if ranks.writes:
+        packages.note_missing()
+    return run
 
 
 def _checked(folder: Path, resumes: bool) -> Path:
-    """The folder, which a new run needs to make."""
-    if not resumes and folder.exists():
-        raise DataError(f"{folder} exists already; choose another --out, or go on with --resume {folder}")
+    """The folder, which a new run needs to make and a resumed one to write into."""
+    if not resumes and os.path.lexists(folder):
+        raise _exists(folder)
+    above = folder if resumes else next(each for each in folder.absolute().parents if os.path.lexists(each))
+    if not above.is_dir():
+        raise DataError(f"the folder {folder} cannot be made: {above} is not a folder; choose another --out")
+    if not os.access(above, os.W_OK | os.X_OK):
+        remedy = "copy the run to another folder and resume it there" if resumes else "choose another --out"
+        raise DataError(f"the folder {above} is not writable; {remedy}")
     return folder
+
+
+def _exists(folder: Path) -> DataError:
+    return DataError(f"{folder} exists already; choose another --out, or go on with --resume {folder}")
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from PIL import Image
 
 from models import data
 from models.data import DataError, ImageSet, load
+from models.image_file import read_image
 
 
 @pytest.fixture
@@ -78,7 +79,7 @@ def test_photographs_are_turned_upright(folder):
     exif = image.getexif()
     exif[0x0112] = 3  # turned by 180 degrees
     image.save(folder / "turned.png", exif=exif)
-    turned = data._read_image(folder / "turned.png")
+    turned = read_image(folder / "turned.png", 32)
     assert turned[:, 0].max() == 0
     assert turned[:, -1].min() == 255
 
@@ -86,7 +87,7 @@ def test_photographs_are_turned_upright(folder):
 def test_other_modes(folder):
     for mode in ("L", "P", "RGBA", "1", "CMYK"):
         Image.new(mode, (40, 40)).save(folder / f"{mode}.tiff")
-        assert data._read_image(folder / f"{mode}.tiff").shape == (3, 32, 32)
+        assert read_image(folder / f"{mode}.tiff", 32).shape == (3, 32, 32)
     Image.fromarray(np.zeros((40, 40), dtype=np.uint16)).save(folder / "deep.png")
     with pytest.raises(DataError, match=r"deep\.png has pixels of more than 8 bits"):
         load(f"folder:{folder}", Path("unused"))

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -37,6 +38,19 @@ def test_a_trace_and_a_table(images, tmp_path, capsys):
     events = json.loads((tmp_path / "run/trace.json").read_text())["traceEvents"]
     for part in PARTS:
         assert sum(event.get("name") == part and event.get("ph") == "X" for event in events) == 10
+
+
+def test_profile_that_cannot_be_written_leaves_no_part_of_a_trace(images, tmp_path, monkeypatch):
+    def write_half(self, path):
+        Path(path).write_text("{")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch.profiler.profile, "export_chrome_trace", write_half)
+    run = Run(parse([*images, "--updates", "30", "--profile"]).config, tmp_path / "run")
+    run.start()
+    with pytest.raises(OSError, match=r"trace\.json cannot be written \(.*No space left on device\)"):
+        run.train()
+    assert not list(run.folder.glob("trace.json*"))
 
 
 def test_a_run_that_is_too_short_says_so(images, tmp_path, capsys):

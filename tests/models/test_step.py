@@ -13,7 +13,7 @@ from models.batches import Order, ResidentBatches, StreamedBatches
 from models.build import build_model
 from models.config import Config
 from models.ranks import Ranks
-from models.step import Objective, Step, learning_rate
+from models.step import Objective, Step, learning_rate, learning_rate_on_device
 
 SMALL = {"hiddens": 16, "residual_hiddens": 8, "num_embeddings": 32, "embedding_dim": 8, "sparsity_level": 4}
 KEEPS = 4
@@ -74,6 +74,22 @@ def test_the_learning_rate_follows_the_clock():
         step()
         expected = learning_rate(Config(updates=10, warmup=3), update)
         assert step._optimizer.param_groups[0]["lr"].item() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("updates", [1, 7, 1200, 200_000, 10**9])
+@pytest.mark.parametrize(
+    "options", [{"schedule": "constant"}, {"warmup": 0}, {"warmup": 50}, {"warmup": 10**9}], ids=str
+)
+def test_learning_rate_on_device_is_learning_rate_in_float32(updates, options):
+    config = Config(updates=updates, lr=2e-3, **options)
+    for update in (0, 1, 2, 49, 50, updates // 3, updates // 2, updates - 2, updates - 1):
+        update = min(max(update, 0), updates - 1)
+        rate = learning_rate_on_device(config, torch.tensor(update))
+        assert rate.dtype == torch.float64
+        expected = torch.tensor(learning_rate(config, update))
+        assert (rate.float() - expected).abs() <= 2**-23 * expected
+    last = learning_rate_on_device(config, torch.tensor(updates - 1))
+    assert learning_rate_on_device(config, torch.tensor(updates + 5)) == last
 
 
 def test_the_metrics_of_the_last_updates_are_kept():

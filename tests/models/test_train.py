@@ -185,7 +185,7 @@ def test_broken_runs_say_so(whole, images, tmp_path):
     (run / "checkpoint.safetensors").write_bytes(b"no checkpoint")
     result = train("--resume", run)
     assert result.returncode == 1
-    assert "checkpoint.safetensors is not a whole checkpoint of a run" in result.stderr
+    assert "checkpoint.safetensors is not a whole checkpoint of this run" in result.stderr
     assert "Traceback" not in result.stderr
     assert report.main([str(run)]) == 1
     result = train(*images, "--device", "nowhere", "--out", tmp_path / "other")
