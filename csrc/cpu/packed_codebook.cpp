@@ -8,14 +8,26 @@ namespace {
 // About so many features are measured or packed at a time.
 constexpr int64_t GRAIN = 32768;
 
-constexpr int64_t FEW_ROWS = 2;
-
 // Codes within these need no scaling: nor do rows about as long.
 constexpr float LEAST = 0x1p-20f, MOST = 0x1p20f;
 
-float scale_of(float peak) {
+// Codes that stand for all of them.
+constexpr int64_t SAMPLE = 64;
+// The centre of longer codes might take finite codes beyond float32.
+constexpr double LARGEST_CENTRE = 0x1p100;
+// The longest code, in lengths that all but an eighth of the codes exceed, from which on each has its own error bound.
+constexpr double SPREAD = 16;
+
+float scale_of(double peak) {
   if (peak == 0 || (peak >= LEAST && peak <= MOST)) return 1;
   return std::ldexp(1.0f, std::clamp(-std::ilogb(peak), -100, 100));
+}
+
+// Calls f(k) for all codes, or for as many as a sample has, spread over them without a period.
+template <class F>
+void for_sample(int64_t count, const F& f) {
+  for (uint64_t i = 0; i < (uint64_t)std::min(count, SAMPLE); ++i)
+    f(count <= SAMPLE ? (int64_t)i : (int64_t)((uint32_t)(i * 0x9e3779b1) * (uint64_t)count >> 32));
 }
 
 }  // namespace
@@ -26,24 +38,153 @@ void check_codebook(const Tensor& codebook, const Rows& x) {
   STD_TORCH_CHECK(x.features == features, "x has D = ", x.features, "; it needs that of codebook, ", features);
 }
 
-PackedCodebook::PackedCodebook(const Kernels& kernels, const Tensor& codebook, int64_t rows)
+PackedCodebook::PackedCodebook(const Kernels& kernels, const Tensor& codebook, const Rows& x)
     : codes_("codebook", codebook) {
-  const int64_t count = codes_.rows, features = codes_.features, panels = (count + kernels.panel - 1) / kernels.panel;
+  const int64_t count = codes_.rows, features = codes_.features;
   STD_TORCH_CHECK(
       count >= 1 && features >= 1,
       "codebook has shape [", count, ", ", features, "]; it needs [K, D] with K >= 1 and D >= 1");
   STD_TORCH_CHECK(
       count < INT32_MAX - kernels.panel, "codebook has ", count, " codes; the compiled search takes fewer than 2^31");
-  book_.codes = codes_.data;
+  book_.codes = book_.centred = codes_.data;
   book_.count = count;
   book_.features = features;
+  if (x.count <= FEW_ROWS) {
+    find(kernels, x);
+    return;
+  }
+  measure(kernels);
+  if (centre()) measure(kernels);
+  if (has_repeated()) leave_out_repeated();
+  pack(kernels);
+}
+
+void PackedCodebook::find(const Kernels& kernels, const Rows& x) {
+  const int64_t count = book_.count, features = book_.features, ld = (features + 15) / 16 * 16;
+  found_ = new_array<Found>(x.count);
+  std::fill(found_.get(), found_.get() + x.count, Found{0, -1});
+  book_.found = found_.get();
+  const int64_t padded = FEW_ROWS * ld;
+  const Array<float> rows = new_array<float>(padded);
+  std::fill(rows.get(), rows.get() + padded, 0.0f);
+  kernels.load_rows(x, 0, x.count, rows.get(), ld);
+  std::mutex mutex;
+  parallel(count, 1 + GRAIN / features, [&](int64_t begin, int64_t end) {
+    Found found[FEW_ROWS];
+    kernels.search_few(book_, rows.get(), ld, x.count, begin, end, found);
+    const std::lock_guard<std::mutex> lock(mutex);
+    for (int64_t r = 0; r < x.count; ++r)
+      if (found[r].index >= 0 && found_[r].is_behind(found[r].distance, found[r].index)) found_[r] = found[r];
+  });
+  const auto has_nan = [&](const float* v) {
+    return std::any_of(v, v + features, [](float value) { return std::isnan(value); });
+  };
+  for (int64_t r = 0; r < x.count; ++r) {
+    int64_t& index = found_[r].index;
+    // A row that is not finite has the first code without NaN.
+    const int64_t end = has_nan(&rows[r * ld]) ? 0 : count;
+    for (int64_t k = 0; k < end && index < 0; ++k)
+      if (!has_nan(book_.codes + k * features)) index = k;
+    index = std::max<int64_t>(0, index);
+  }
+}
+
+// Takes a centre off codes that lie around it, far from zero. The sample decides, without those that are far longer than
+// most: codes that the centre does not fit are no worse off than codes without one.
+bool PackedCodebook::centre() {
+  const int64_t features = book_.features;
+  std::vector<std::pair<double, int64_t>> sample;  // |c|, k
+  for_sample(book_.count, [&](int64_t k) {
+    if (std::isfinite(peaks_[k])) sample.emplace_back(norms_[k], k);
+  });
+  if (sample.empty()) return false;
+  const auto middle = sample.begin() + sample.size() / 2;
+  std::nth_element(sample.begin(), middle, sample.end());
+  const double longest = 4 * middle->first;
+  std::vector<double> mean(features);
+  double squares = 0, square = 0, size = 0;
+  for (const auto& [norm, k] : sample) {
+    if (norm > longest) continue;
+    squares += norm * norm;
+    ++size;
+    for (int64_t d = 0; d < features; ++d) mean[d] += book_.codes[k * features + d];
+  }
+  for (double& each : mean) {
+    each /= size;
+    square += each * each;
+  }
+  // Codes have to become shorter by half.
+  const bool is_far = square > 0.75 * squares / size;
+  if (!is_far || square > LARGEST_CENTRE * LARGEST_CENTRE) return false;
+  centre_ = new_array<float>(features);
+  centred_ = new_array<float>(book_.count * features);
+  std::copy(mean.begin(), mean.end(), centre_.get());
+  parallel(book_.count, 1 + GRAIN / features, [&](int64_t begin, int64_t end) {
+    for (int64_t k = begin; k < end; ++k)
+      for (int64_t d = 0, i = k * features; d < features; ++d, ++i) centred_[i] = book_.codes[i] - centre_[d];
+  });
+  book_.centre = centre_.get();
+  book_.centred = centred_.get();
+  return true;
+}
+
+// Whether a code of the sample has another with its hash. Where none has, so few codes are repeated that the rows nearest
+// to them cost little.
+bool PackedCodebook::has_repeated() const {
+  int64_t ids[SAMPLE + 1], size = 0;
+  uint8_t sampled[4096] = {};
+  const auto place_of = [&](int64_t k) { return hashes_[k] * 0x9e3779b1u >> 20; };
+  for_sample(book_.count, [&](int64_t k) {
+    if (!std::isfinite(peaks_[k])) return;
+    ids[++size] = k;
+    sampled[place_of(k)] = (uint8_t)size;
+  });
+  for (int64_t k = 0; k < book_.count; ++k) {
+    const int id = sampled[place_of(k)];
+    if (id != 0 && ids[id] != k && hashes_[ids[id]] == hashes_[k]) return true;
+  }
+  return false;
+}
+
+// A code that equals an earlier one is never the nearest.
+void PackedCodebook::leave_out_repeated() {
+  int bits = 1;
+  while (int64_t{1} << bits < 2 * book_.count) ++bits;
+  const int64_t places = int64_t{1} << bits;
+  const Array<int32_t> first = new_array<int32_t>(places);
+  std::fill(first.get(), first.get() + places, -1);
+  for (int64_t k = 0; k < book_.count; ++k) {
+    if (!std::isfinite(peaks_[k])) continue;
+    const float* code = book_.codes + k * book_.features;
+    int64_t place = hashes_[k] * 0x9e3779b97f4a7c15u >> (64 - bits);
+    for (; first[place] >= 0; place = (place + 1) % places) {
+      const int64_t other = first[place];
+      if (hashes_[other] == hashes_[k] && std::equal(code, code + book_.features, book_.codes + other * book_.features))
+        break;
+    }
+    if (first[place] >= 0) {
+      peaks_[k] = INFINITY;
+    } else {
+      first[place] = (int32_t)k;
+    }
+  }
+}
+
+void PackedCodebook::measure(const Kernels& kernels) {
+  const int64_t count = book_.count;
   peaks_ = new_array<float>(count);
   norms_ = new_array<double>(count);
-  losses_ = new_array<float>(count);
+  hashes_ = new_array<uint32_t>(count);
   book_.peaks = peaks_.get();
   book_.norms = norms_.get();
-  book_.losses = losses_.get();
-  parallel(count, 1 + GRAIN / features, [&](int64_t begin, int64_t end) { kernels.measure_codes(book_, begin, end); });
+  book_.hashes = hashes_.get();
+  parallel(count, 1 + GRAIN / book_.features, [&](int64_t begin, int64_t end) {
+    kernels.measure_codes(book_, begin, end);
+  });
+}
+
+void PackedCodebook::pack(const Kernels& kernels) {
+  const int64_t count = book_.count, features = book_.features, panels = (count + kernels.panel - 1) / kernels.panel;
   float peak = 0;
   double norm = 0;
   for (int64_t k = 0; k < count; ++k) {
@@ -52,11 +193,18 @@ PackedCodebook::PackedCodebook(const Kernels& kernels, const Tensor& codebook, i
     peak = std::max(peak, peaks_[k]);
     norm = std::max(norm, norms_[k]);
   }
-  if (rows <= FEW_ROWS) return;
-  book_.scale = scale_of(peak);
+  std::vector<double> sample;
+  for_sample(count, [&](int64_t k) {
+    if (std::isfinite(peaks_[k])) sample.push_back(norms_[k]);
+  });
+  std::sort(sample.begin(), sample.end());
+  book_.is_spread = !sample.empty() && norm > SPREAD * sample[sample.size() / 8];
+  book_.scale = scale_of(book_.is_spread ? sample[sample.size() * 3 / 4] : (double)peak);
   book_.peak = peak * book_.scale;
   book_.norm = static_cast<float>(norm * book_.scale * (1 + 0x1p-22));
   book_.steps = kernels.packed_steps(book_);
+  losses_ = new_array<float>(count);
+  book_.losses = losses_.get();
   words_ = new_array<uint32_t>(panels * kernels.panel * book_.steps);
   start_ = new_array<float>(panels * kernels.panel);
   book_.words = words_.get();

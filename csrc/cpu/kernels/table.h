@@ -20,6 +20,7 @@ dlvae::Kernels make_table(const char* name) {
   table.rows = ROWS;
   table.load_rows = load_rows;
   table.store_rows = store_rows;
+  table.search_few = search_few;
   table.packed_steps = packed_steps;
   table.measure_codes = measure_codes;
   table.pack_panels = pack_panels;
