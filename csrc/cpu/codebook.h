@@ -29,7 +29,7 @@ struct Codebook {
   // Where there are so few rows that nothing is measured or packed: their nearest codes, [N]; else null.
   const Found* found;
 
-  // Scores are found of codes and rows less `centre`, where that makes codes much shorter; it is null where it does not.
+  // Scores are found of codes and rows less `centre`; it is null where that does not make codes much shorter.
   const float* centre;   // [D]
   const float* centred;  // [K, D]: fl(c - centre), or the codes themselves
 

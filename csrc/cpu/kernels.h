@@ -63,8 +63,6 @@ struct Kernels {
       int64_t begin, int64_t end);
   // Rows [begin, end) of out = a - scale * b.
   void (*subtract_scaled)(const Rows& a, const Rows& b, float scale, const Rows& out, int64_t begin, int64_t end);
-  // Squared lengths of codes [begin, end) of `features` each.
-  void (*square_codes)(const float* codes, int64_t begin, int64_t end, int64_t features, double* squares);
   void (*pack_topk)(const Topk& topk, int64_t begin, int64_t end, float* panels);  // panels [begin, end)
   void (*topk_rows)(const Topk& topk, int64_t begin, int64_t end);
 

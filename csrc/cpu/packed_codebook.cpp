@@ -2,6 +2,8 @@
 
 #include <cmath>
 
+#include "code_sample.h"
+
 namespace dlvae {
 namespace {
 
@@ -11,10 +13,6 @@ constexpr int64_t GRAIN = 32768;
 // Codes within these need no scaling: nor do rows about as long.
 constexpr float LEAST = 0x1p-20f, MOST = 0x1p20f;
 
-// Codes that stand for all of them.
-constexpr int64_t SAMPLE = 64;
-// The centre of longer codes might take finite codes beyond float32.
-constexpr double LARGEST_CENTRE = 0x1p100;
 // The longest code, in lengths that all but an eighth of the codes exceed, from which on each has its own error bound.
 constexpr double SPREAD = 16;
 
@@ -23,14 +21,16 @@ float scale_of(double peak) {
   return std::ldexp(1.0f, std::clamp(-std::ilogb(peak), -100, 100));
 }
 
-// Calls f(k) for all codes, or for as many as a sample has, spread over them without a period.
-template <class F>
-void for_sample(int64_t count, const F& f) {
-  for (uint64_t i = 0; i < (uint64_t)std::min(count, SAMPLE); ++i)
-    f(count <= SAMPLE ? (int64_t)i : (int64_t)((uint32_t)(i * 0x9e3779b1) * (uint64_t)count >> 32));
-}
-
 }  // namespace
+
+Array<float> without_centre(const float* codes, int64_t count, int64_t features, const float* centre) {
+  Array<float> centred = new_array<float>(count * features);
+  parallel(count, 1 + GRAIN / features, [&](int64_t begin, int64_t end) {
+    for (int64_t k = begin; k < end; ++k)
+      for (int64_t d = 0, i = k * features; d < features; ++d, ++i) centred[i] = codes[i] - centre[d];
+  });
+  return centred;
+}
 
 void check_codebook(const Tensor& codebook, const Rows& x) {
   STD_TORCH_CHECK(codebook.dim() == 2, "codebook has ", codebook.dim(), " dimensions; it needs [K, D]");
@@ -55,7 +55,7 @@ PackedCodebook::PackedCodebook(const Kernels& kernels, const Tensor& codebook, c
   }
   measure(kernels);
   if (centre()) measure(kernels);
-  if (has_repeated()) leave_out_repeated();
+  leave_out_repeated();
   pack(kernels);
 }
 
@@ -81,7 +81,7 @@ void PackedCodebook::find(const Kernels& kernels, const Rows& x) {
   };
   for (int64_t r = 0; r < x.count; ++r) {
     int64_t& index = found_[r].index;
-    // A row that is not finite has the first code without NaN.
+    // A row that holds an infinity has the first code without NaN.
     const int64_t end = has_nan(&rows[r * ld]) ? 0 : count;
     for (int64_t k = 0; k < end && index < 0; ++k)
       if (!has_nan(book_.codes + k * features)) index = k;
@@ -89,85 +89,28 @@ void PackedCodebook::find(const Kernels& kernels, const Rows& x) {
   }
 }
 
-// Takes a centre off codes that lie around it, far from zero. The sample decides, without those that are far longer than
-// most: codes that the centre does not fit are no worse off than codes without one.
+// Takes a centre off codes that lie around it.
 bool PackedCodebook::centre() {
-  const int64_t features = book_.features;
-  std::vector<std::pair<double, int64_t>> sample;  // |c|, k
-  for_sample(book_.count, [&](int64_t k) {
-    if (std::isfinite(peaks_[k])) sample.emplace_back(norms_[k], k);
+  const int64_t count = book_.count, features = book_.features;
+  centre_ = centre_of(book_.codes, count, features, [&](int64_t k) {
+    return std::isfinite(peaks_[k]) ? norms_[k] : NAN;
   });
-  if (sample.empty()) return false;
-  const auto middle = sample.begin() + sample.size() / 2;
-  std::nth_element(sample.begin(), middle, sample.end());
-  const double longest = 4 * middle->first;
-  std::vector<double> mean(features);
-  double squares = 0, square = 0, size = 0;
-  for (const auto& [norm, k] : sample) {
-    if (norm > longest) continue;
-    squares += norm * norm;
-    ++size;
-    for (int64_t d = 0; d < features; ++d) mean[d] += book_.codes[k * features + d];
-  }
-  for (double& each : mean) {
-    each /= size;
-    square += each * each;
-  }
-  // Codes have to become shorter by half.
-  const bool is_far = square > 0.75 * squares / size;
-  if (!is_far || square > LARGEST_CENTRE * LARGEST_CENTRE) return false;
-  centre_ = new_array<float>(features);
-  centred_ = new_array<float>(book_.count * features);
-  std::copy(mean.begin(), mean.end(), centre_.get());
-  parallel(book_.count, 1 + GRAIN / features, [&](int64_t begin, int64_t end) {
-    for (int64_t k = begin; k < end; ++k)
-      for (int64_t d = 0, i = k * features; d < features; ++d, ++i) centred_[i] = book_.codes[i] - centre_[d];
-  });
+  if (!centre_) return false;
+  centred_ = without_centre(book_.codes, count, features, centre_.get());
   book_.centre = centre_.get();
   book_.centred = centred_.get();
   return true;
 }
 
-// Whether a code of the sample has another with its hash. Where none has, so few codes are repeated that the rows nearest
-// to them cost little.
-bool PackedCodebook::has_repeated() const {
-  int64_t ids[SAMPLE + 1], size = 0;
-  uint8_t sampled[4096] = {};
-  const auto place_of = [&](int64_t k) { return hashes_[k] * 0x9e3779b1u >> 20; };
-  for_sample(book_.count, [&](int64_t k) {
-    if (!std::isfinite(peaks_[k])) return;
-    ids[++size] = k;
-    sampled[place_of(k)] = (uint8_t)size;
-  });
-  for (int64_t k = 0; k < book_.count; ++k) {
-    const int id = sampled[place_of(k)];
-    if (id != 0 && ids[id] != k && hashes_[ids[id]] == hashes_[k]) return true;
-  }
-  return false;
-}
-
 // A code that equals an earlier one is never the nearest.
 void PackedCodebook::leave_out_repeated() {
-  int bits = 1;
-  while (int64_t{1} << bits < 2 * book_.count) ++bits;
-  const int64_t places = int64_t{1} << bits;
-  const Array<int32_t> first = new_array<int32_t>(places);
-  std::fill(first.get(), first.get() + places, -1);
-  for (int64_t k = 0; k < book_.count; ++k) {
-    if (!std::isfinite(peaks_[k])) continue;
-    const float* code = book_.codes + k * book_.features;
-    int64_t place = hashes_[k] * 0x9e3779b97f4a7c15u >> (64 - bits);
-    for (; first[place] >= 0; place = (place + 1) % places) {
-      const int64_t other = first[place];
-      if (hashes_[other] == hashes_[k] && std::equal(code, code + book_.features, book_.codes + other * book_.features))
-        break;
-    }
-    if (first[place] >= 0) {
-      peaks_[k] = INFINITY;
-    } else {
-      first[place] = (int32_t)k;
-    }
-  }
+  const int64_t features = book_.features;
+  const auto are_equal = [&](int64_t k, int64_t other) {
+    const float* code = book_.codes + k * features;
+    return std::equal(code, code + features, book_.codes + other * features);
+  };
+  const auto counts = [&](int64_t k) { return std::isfinite(peaks_[k]); };
+  for_repeated(book_.count, hashes_.get(), counts, are_equal, [&](int64_t k, int64_t) { peaks_[k] = INFINITY; });
 }
 
 void PackedCodebook::measure(const Kernels& kernels) {

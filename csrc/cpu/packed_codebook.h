@@ -18,7 +18,6 @@ class PackedCodebook {
   void find(const Kernels& kernels, const Rows& x);
   void measure(const Kernels& kernels);
   bool centre();
-  bool has_repeated() const;
   void leave_out_repeated();
   void pack(const Kernels& kernels);
 

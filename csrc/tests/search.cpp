@@ -109,7 +109,8 @@ void check_index(const Numbers& codes, int64_t count, const float* x, int64_t fe
 }
 
 // Few rows, without a packed codebook, the codes in two parts.
-void test_few(const Kernels& kernels, const Numbers& x, const Numbers& codes, int64_t n, int64_t count, int64_t features) {
+void test_few(
+    const Kernels& kernels, const Numbers& x, const Numbers& codes, int64_t n, int64_t count, int64_t features) {
   Codebook book{};
   book.codes = codes.data();
   book.count = count;
@@ -128,12 +129,14 @@ void test_few(const Kernels& kernels, const Numbers& x, const Numbers& codes, in
     CHECK(is_finite || best.index < 0, "row %ld is not finite and has code %ld", (long)r, (long)best.index);
     if (best.index >= 0) check_index(codes, count, row, features, best.index, r);
     if (is_finite && best.index < 0)
-      for (int64_t k = 0; k < count; ++k) CHECK(has_nan(&codes[k * features], features), "row %ld has no code", (long)r);
+      for (int64_t k = 0; k < count; ++k)
+        CHECK(has_nan(&codes[k * features], features), "row %ld has no code, not even %ld", (long)r, (long)k);
   }
 }
 
 void test_packing(
-    const Kernels& kernels, Numbers x, const Numbers& codes, int64_t n, int64_t count, int64_t features, Packing packing) {
+    const Kernels& kernels, Numbers x, const Numbers& codes, int64_t n, int64_t count, int64_t features,
+    Packing packing) {
   const Packed packed(kernels, codes, count, features, packing);
   const Rows rows = adjacent_rows(x, n, features);
   std::vector<int64_t> indices(n, -1), alone(n, -1), again(n, -1);
@@ -245,7 +248,8 @@ void test_search(const Kernels& kernels) {
     test_case(kernels, x, codes, n, count, d);
     codes = numbers(random, count * d), x = numbers(random, n * d);
     // Codes of very different lengths, and one beyond them all.
-    for (int64_t i = 0; i < count * d; ++i) codes[i] *= std::exp2((float)(i / d % 30) - 15) * (i / d == count / 2 ? 1e20f : 1);
+    for (int64_t i = 0; i < count * d; ++i)
+      codes[i] *= std::exp2((float)(i / d % 30) - 15) * (i / d == count / 2 ? 1e20f : 1);
     test_case(kernels, x, codes, n, count, d);
     test_case(kernels, x, Numbers(count * d, NAN), n, count, d);
     test_case(kernels, x, Numbers(count * d, INFINITY), n, count, d);

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import gc
-import time
 from pathlib import Path
-from statistics import median
 
 import pytest
 import torch
@@ -15,6 +13,7 @@ from dlvae_kernels.backends import native, reference
 from dlvae_kernels.testing import exact_distances
 
 from . import hard_data
+from .speed import slowdown
 
 pytestmark = pytest.mark.skipif(native._load() is not None, reason=str(native._load()))
 
@@ -151,30 +150,6 @@ def test_nearest_code_few_rows_copies_no_codebook():
     before = resident("VmRSS")
     nearest_code(x, codebook)
     assert resident("VmHWM") - before < 30
-
-
-def seconds(call, repeats=5):
-    """CPU time of this thread, which other processes do not lengthen."""
-    found = []
-    for _ in range(repeats):
-        start = time.thread_time()
-        call()
-        found.append(time.thread_time() - start)
-    return median(found)
-
-
-def slowdown(call, ordinary, most, tries=4):
-    """Median time of a call in that of another; the least of several tries, until one is at most `most`."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        found = []
-        while len(found) < tries and (not found or min(found) > most):
-            ordinary()
-            found.append(seconds(call) / seconds(ordinary))
-        return min(found)
-    finally:
-        torch.set_num_threads(before)
 
 
 @pytest.mark.slow

@@ -119,7 +119,7 @@ DLVAE_INLINE void InFloat32::scores(
   vector_scores<InFloat32>(start, x, ld, panel, steps, sums);
 }
 
-// How far float64 rounds two distances of a row apart, halved as scores are, from codes that are no longer than the row:
+// How far float64 rounds two distances of a row apart, halved as scores are, where codes are no longer than the row:
 // codes that it does not tell apart have to tie.
 inline float rounding_of_distances(const Codebook& book, float row_norm) {
   return (float)(book.features + 2) * 0x1p-51f * row_norm * row_norm;

@@ -106,7 +106,7 @@ DLVAE_INLINE void search_few_rows(const Codebook& book, int64_t ld, int64_t code
 constexpr int FEW_GROUP = 4;
 
 // The nearest of codes [begin, end) to each of the rows x [count, ld], which are padded with zeros to whole vectors and
-// to a multiple of FEW_GROUP rows; to found. A code that holds NaN is never found, nor any for a row that is not finite.
+// to a multiple of FEW_GROUP rows; to found. A code with NaN is never found, nor any for a row that is not finite.
 inline void search_few(
     const Codebook& book, const float* x, int64_t ld, int64_t count, int64_t begin, int64_t end, Found* found) {
   FewRow rows[dlvae::FEW_ROWS];

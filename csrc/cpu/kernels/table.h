@@ -33,7 +33,6 @@ dlvae::Kernels make_table(const char* name) {
   table.copy_rows = copy_rows;
   table.ema_rows = ema_rows;
   table.subtract_scaled = subtract_scaled;
-  table.square_codes = square_codes;
   table.pack_topk = pack_topk;
   table.topk_rows = topk_rows;
   table.pack_weight = pack_weight;
