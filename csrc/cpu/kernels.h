@@ -25,6 +25,10 @@ struct Kernels {
   void (*load_rows)(const Rows& rows, int64_t begin, int64_t end, float* to, int64_t ld);
   void (*store_rows)(const Rows& rows, int64_t begin, int64_t end, const float* from, int64_t ld);
 
+  // The nearest of codes [begin, end) to each of at most FEW_ROWS rows x[count, ld], as search_few says.
+  void (*search_few)(
+      const Codebook& book, const float* x, int64_t ld, int64_t count, int64_t begin, int64_t end, Found* found);
+
   // A codebook is measured, code by code, and packed, panel by panel, into arrays of `packed_steps` words.
   int64_t (*packed_steps)(const Codebook& book);
   void (*measure_codes)(const Codebook& book, int64_t begin, int64_t end);
@@ -59,8 +63,6 @@ struct Kernels {
       int64_t begin, int64_t end);
   // Rows [begin, end) of out = a - scale * b.
   void (*subtract_scaled)(const Rows& a, const Rows& b, float scale, const Rows& out, int64_t begin, int64_t end);
-  // Squared lengths of codes [begin, end) of `features` each.
-  void (*square_codes)(const float* codes, int64_t begin, int64_t end, int64_t features, double* squares);
   void (*pack_topk)(const Topk& topk, int64_t begin, int64_t end, float* panels);  // panels [begin, end)
   void (*topk_rows)(const Topk& topk, int64_t begin, int64_t end);
 

@@ -13,7 +13,7 @@ int64_t search(const Tensor& x, const Tensor& codebook, int64_t* indices, float*
   check_codebook(codebook, rows);
   if (rows.count == 0) return 0;
   const Kernels& k = kernels();
-  const PackedCodebook packed(k, codebook, rows.count);
+  const PackedCodebook packed(k, codebook, rows);
   std::atomic<int64_t> uncertain{0};
   parallel((rows.count + BLOCK - 1) / BLOCK, 1, [&](int64_t begin, int64_t end) {
     const int64_t last = std::min(end * BLOCK, rows.count);

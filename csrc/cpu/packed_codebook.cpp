@@ -2,23 +2,35 @@
 
 #include <cmath>
 
+#include "code_sample.h"
+
 namespace dlvae {
 namespace {
 
 // About so many features are measured or packed at a time.
 constexpr int64_t GRAIN = 32768;
 
-constexpr int64_t FEW_ROWS = 2;
-
 // Codes within these need no scaling: nor do rows about as long.
 constexpr float LEAST = 0x1p-20f, MOST = 0x1p20f;
 
-float scale_of(float peak) {
+// The longest code, in lengths that all but an eighth of the codes exceed, from which on each has its own error bound.
+constexpr double SPREAD = 16;
+
+float scale_of(double peak) {
   if (peak == 0 || (peak >= LEAST && peak <= MOST)) return 1;
   return std::ldexp(1.0f, std::clamp(-std::ilogb(peak), -100, 100));
 }
 
 }  // namespace
+
+Array<float> without_centre(const float* codes, int64_t count, int64_t features, const float* centre) {
+  Array<float> centred = new_array<float>(count * features);
+  parallel(count, 1 + GRAIN / features, [&](int64_t begin, int64_t end) {
+    for (int64_t k = begin; k < end; ++k)
+      for (int64_t d = 0, i = k * features; d < features; ++d, ++i) centred[i] = codes[i] - centre[d];
+  });
+  return centred;
+}
 
 void check_codebook(const Tensor& codebook, const Rows& x) {
   STD_TORCH_CHECK(codebook.dim() == 2, "codebook has ", codebook.dim(), " dimensions; it needs [K, D]");
@@ -26,24 +38,96 @@ void check_codebook(const Tensor& codebook, const Rows& x) {
   STD_TORCH_CHECK(x.features == features, "x has D = ", x.features, "; it needs that of codebook, ", features);
 }
 
-PackedCodebook::PackedCodebook(const Kernels& kernels, const Tensor& codebook, int64_t rows)
+PackedCodebook::PackedCodebook(const Kernels& kernels, const Tensor& codebook, const Rows& x)
     : codes_("codebook", codebook) {
-  const int64_t count = codes_.rows, features = codes_.features, panels = (count + kernels.panel - 1) / kernels.panel;
+  const int64_t count = codes_.rows, features = codes_.features;
   STD_TORCH_CHECK(
       count >= 1 && features >= 1,
       "codebook has shape [", count, ", ", features, "]; it needs [K, D] with K >= 1 and D >= 1");
   STD_TORCH_CHECK(
       count < INT32_MAX - kernels.panel, "codebook has ", count, " codes; the compiled search takes fewer than 2^31");
-  book_.codes = codes_.data;
+  book_.codes = book_.centred = codes_.data;
   book_.count = count;
   book_.features = features;
+  if (x.count <= FEW_ROWS) {
+    find(kernels, x);
+    return;
+  }
+  measure(kernels);
+  if (centre()) measure(kernels);
+  leave_out_repeated();
+  pack(kernels);
+}
+
+void PackedCodebook::find(const Kernels& kernels, const Rows& x) {
+  const int64_t count = book_.count, features = book_.features, ld = (features + 15) / 16 * 16;
+  found_ = new_array<Found>(x.count);
+  std::fill(found_.get(), found_.get() + x.count, Found{0, -1});
+  book_.found = found_.get();
+  const int64_t padded = FEW_ROWS * ld;
+  const Array<float> rows = new_array<float>(padded);
+  std::fill(rows.get(), rows.get() + padded, 0.0f);
+  kernels.load_rows(x, 0, x.count, rows.get(), ld);
+  std::mutex mutex;
+  parallel(count, 1 + GRAIN / features, [&](int64_t begin, int64_t end) {
+    Found found[FEW_ROWS];
+    kernels.search_few(book_, rows.get(), ld, x.count, begin, end, found);
+    const std::lock_guard<std::mutex> lock(mutex);
+    for (int64_t r = 0; r < x.count; ++r)
+      if (found[r].index >= 0 && found_[r].is_behind(found[r].distance, found[r].index)) found_[r] = found[r];
+  });
+  const auto has_nan = [&](const float* v) {
+    return std::any_of(v, v + features, [](float value) { return std::isnan(value); });
+  };
+  for (int64_t r = 0; r < x.count; ++r) {
+    int64_t& index = found_[r].index;
+    // A row that holds an infinity has the first code without NaN.
+    const int64_t end = has_nan(&rows[r * ld]) ? 0 : count;
+    for (int64_t k = 0; k < end && index < 0; ++k)
+      if (!has_nan(book_.codes + k * features)) index = k;
+    index = std::max<int64_t>(0, index);
+  }
+}
+
+// Takes a centre off codes that lie around it.
+bool PackedCodebook::centre() {
+  const int64_t count = book_.count, features = book_.features;
+  centre_ = centre_of(book_.codes, count, features, [&](int64_t k) {
+    return std::isfinite(peaks_[k]) ? norms_[k] : NAN;
+  });
+  if (!centre_) return false;
+  centred_ = without_centre(book_.codes, count, features, centre_.get());
+  book_.centre = centre_.get();
+  book_.centred = centred_.get();
+  return true;
+}
+
+// A code that equals an earlier one is never the nearest.
+void PackedCodebook::leave_out_repeated() {
+  const int64_t features = book_.features;
+  const auto are_equal = [&](int64_t k, int64_t other) {
+    const float* code = book_.codes + k * features;
+    return std::equal(code, code + features, book_.codes + other * features);
+  };
+  const auto counts = [&](int64_t k) { return std::isfinite(peaks_[k]); };
+  for_repeated(book_.count, hashes_.get(), counts, are_equal, [&](int64_t k, int64_t) { peaks_[k] = INFINITY; });
+}
+
+void PackedCodebook::measure(const Kernels& kernels) {
+  const int64_t count = book_.count;
   peaks_ = new_array<float>(count);
   norms_ = new_array<double>(count);
-  losses_ = new_array<float>(count);
+  hashes_ = new_array<uint32_t>(count);
   book_.peaks = peaks_.get();
   book_.norms = norms_.get();
-  book_.losses = losses_.get();
-  parallel(count, 1 + GRAIN / features, [&](int64_t begin, int64_t end) { kernels.measure_codes(book_, begin, end); });
+  book_.hashes = hashes_.get();
+  parallel(count, 1 + GRAIN / book_.features, [&](int64_t begin, int64_t end) {
+    kernels.measure_codes(book_, begin, end);
+  });
+}
+
+void PackedCodebook::pack(const Kernels& kernels) {
+  const int64_t count = book_.count, features = book_.features, panels = (count + kernels.panel - 1) / kernels.panel;
   float peak = 0;
   double norm = 0;
   for (int64_t k = 0; k < count; ++k) {
@@ -52,11 +136,18 @@ PackedCodebook::PackedCodebook(const Kernels& kernels, const Tensor& codebook, i
     peak = std::max(peak, peaks_[k]);
     norm = std::max(norm, norms_[k]);
   }
-  if (rows <= FEW_ROWS) return;
-  book_.scale = scale_of(peak);
+  std::vector<double> sample;
+  for_sample(count, [&](int64_t k) {
+    if (std::isfinite(peaks_[k])) sample.push_back(norms_[k]);
+  });
+  std::sort(sample.begin(), sample.end());
+  book_.is_spread = !sample.empty() && norm > SPREAD * sample[sample.size() / 8];
+  book_.scale = scale_of(book_.is_spread ? sample[sample.size() * 3 / 4] : (double)peak);
   book_.peak = peak * book_.scale;
   book_.norm = static_cast<float>(norm * book_.scale * (1 + 0x1p-22));
   book_.steps = kernels.packed_steps(book_);
+  losses_ = new_array<float>(count);
+  book_.losses = losses_.get();
   words_ = new_array<uint32_t>(panels * kernels.panel * book_.steps);
   start_ = new_array<float>(panels * kernels.panel);
   book_.words = words_.get();

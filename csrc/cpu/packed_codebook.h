@@ -7,19 +7,26 @@ namespace dlvae {
 // That a codebook is [K, D] with the D of rows x.
 void check_codebook(const Tensor& codebook, const Rows& x);
 
-// A codebook [K, D], measured and packed for the searches of one call; only measured for so few rows that packing would
-// take longer than to compare them with each code as it is.
+// A codebook [K, D], measured and packed for the searches of one call; for few rows x, whose nearest codes are found at
+// once in one pass over the codes as they are.
 class PackedCodebook {
  public:
-  PackedCodebook(const Kernels& kernels, const Tensor& codebook, int64_t rows);
+  PackedCodebook(const Kernels& kernels, const Tensor& codebook, const Rows& x);
   const Codebook& book() const { return book_; }
 
  private:
+  void find(const Kernels& kernels, const Rows& x);
+  void measure(const Kernels& kernels);
+  bool centre();
+  void leave_out_repeated();
+  void pack(const Kernels& kernels);
+
   Matrix codes_;
   Codebook book_{};
-  Array<float> peaks_, losses_, start_;
+  Array<Found> found_;
+  Array<float> centre_, centred_, peaks_, losses_, start_;
   Array<double> norms_;
-  Array<uint32_t> words_;
+  Array<uint32_t> hashes_, words_;
 };
 
 }  // namespace dlvae

@@ -16,16 +16,24 @@ struct Topk {
   int64_t k;
   bool is_product;
 
-  // Codes that are finite, with a finite bias, are packed; the others follow them, in this order.
-  int64_t packed;
-  const int32_t* ids;     // [packed], or null where that is all of them
-  const int32_t* others;  // [K - packed]: first those that hold no NaN
+  // With 'l2' scores are found of codes and rows less `centre`, see centre_of; null where they have none.
+  const float* centre;   // [D]
+  const float* centred;  // [K, D]: fl(c - centre), or the codes themselves
+
+  // Codes that are finite, with a finite bias, and differ from those before are packed, but for a few that are far
+  // longer than the others: these are compared in float64. Codes that are not finite follow all others.
+  int64_t packed, apart;
+  const int32_t* ids;     // [packed + apart], or null where all codes are packed
+  const int32_t* next;    // [K]: the next code that is equal to this one, or -1; null where no code is
+  const int32_t* others;  // codes that are not finite: first those that hold no NaN
   int64_t infinite;       // how many these are
+  int64_t nans;           // how many hold NaN
   // A score is start - x.c for the packed c; times 1 / scale it is |c|^2 / 2 - x.c, or -(x.c + b).
   const float* panels;  // [panels, D, PANEL]: codes times -scale
   const float* start;   // [panels, PANEL]: beyond all scores where there is no code
   float scale;          // a power of two that takes the longest code to about 1
   double norm;          // of the longest packed code, scaled
+  double peak;          // the largest feature of all finite codes, of which the centre is not taken off
 
   int64_t* indices;  // [N, k]
   float* values;     // [N, k]

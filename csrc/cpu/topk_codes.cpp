@@ -1,33 +1,68 @@
 #include <cmath>
+#include <numeric>
 #include <string>
 #include <tuple>
 
+#include "code_sample.h"
 #include "operations.h"
 
 namespace dlvae {
 namespace {
 
-// Codes and biases that are finite apart from those that are not.
+// The order in which codes are packed, or follow those that are.
 struct Codes {
-  std::vector<int32_t> finite, others;
-  int64_t infinite;
-  double largest;  // |c|^2 among the finite
+  std::vector<int32_t> ids, others, next;
+  int64_t packed = 0, infinite = 0;
+  double longest = 0;  // of the packed codes
+  double peak = 0;
 
-  Codes(const Topk& t, const std::vector<double>& squares) : largest(0) {
+  Codes(const Topk& t, const Codebook& book) {
+    const auto bias_of = [&](int64_t c) { return t.bias == nullptr ? 0.0f : t.bias[c]; };
+    const auto is_finite = [&](int64_t c) { return std::isfinite(book.peaks[c]) && std::isfinite(bias_of(c)); };
+    const auto are_equal = [&](int64_t c, int64_t other) {
+      const float* code = t.codes + c * t.features;
+      return bias_of(c) == bias_of(other) && std::equal(code, code + t.features, t.codes + other * t.features);
+    };
+    std::vector<int32_t> last;
+    for_repeated(t.count, book.hashes, is_finite, are_equal, [&](int64_t c, int64_t first) {
+      if (last.empty()) {
+        next.assign(t.count, -1);
+        last.resize(t.count);
+        std::iota(last.begin(), last.end(), 0);
+      }
+      next[last[first]] = (int32_t)c;
+      last[first] = (int32_t)c;
+      last[c] = -1;
+    });
     std::vector<int32_t> nans;
     for (int64_t c = 0; c < t.count; ++c) {
-      const double bias = t.bias == nullptr ? 0 : t.bias[c], both = squares[c] + std::abs(bias);
-      if (std::isnan(both)) {
+      if (is_finite(c)) {
+        if (last.empty() || last[c] >= 0) ids.push_back((int32_t)c);
+      } else if (std::isnan(book.peaks[c]) || std::isnan(bias_of(c))) {
         nans.push_back((int32_t)c);
-      } else if (std::isinf(both)) {
-        others.push_back((int32_t)c);
       } else {
-        finite.push_back((int32_t)c);
-        largest = std::max(largest, squares[c]);
+        others.push_back((int32_t)c);
       }
     }
     infinite = (int64_t)others.size();
     others.insert(others.end(), nans.begin(), nans.end());
+    packed = (int64_t)ids.size();
+    if (t.is_product) set_long_apart(book);
+    for (int64_t i = 0; i < packed; ++i) longest = std::max(longest, book.norms[ids[i]]);
+    for (int32_t c : ids) peak = std::max<double>(peak, book.peaks[c]);
+  }
+
+  // The error bound of products grows with the longest packed code: few codes far beyond the others go to the end.
+  void set_long_apart(const Codebook& book) {
+    constexpr double FAR = 16;
+    const int64_t most = 1 + packed / 64;
+    if (packed <= most) return;
+    std::vector<double> norms;
+    for (int32_t c : ids) norms.push_back(book.norms[c]);
+    std::nth_element(norms.begin(), norms.end() - 1 - most, norms.end());
+    const double limit = FAR * norms[packed - 1 - most];
+    const auto is_near = [&](int32_t c) { return book.norms[c] <= limit; };
+    packed = std::stable_partition(ids.begin(), ids.end(), is_near) - ids.begin();
   }
 };
 
@@ -73,26 +108,50 @@ std::tuple<Tensor, Tensor> topk_codes(
 
   const Kernels& all = kernels();
   const int64_t grain = 1 + 16384 / t.features;
-  std::vector<double> squares(t.count);
-  parallel(t.count, grain, [&](int64_t begin, int64_t end) {
-    all.square_codes(t.codes, begin, end, t.features, squares.data());
-  });
-  const Codes split(t, squares);
-  t.packed = (int64_t)split.finite.size();
-  t.ids = t.packed == t.count ? nullptr : split.finite.data();
+  const Array<float> peaks = new_array<float>(t.count);
+  const Array<double> norms = new_array<double>(t.count);
+  const Array<uint32_t> hashes = new_array<uint32_t>(t.count);
+  Codebook book{};
+  book.codes = book.centred = t.centred = t.codes;
+  book.count = t.count;
+  book.features = t.features;
+  book.peaks = peaks.get();
+  book.norms = norms.get();
+  book.hashes = hashes.get();
+  const auto measure = [&] {
+    parallel(t.count, grain, [&](int64_t begin, int64_t end) { all.measure_codes(book, begin, end); });
+  };
+  measure();
+  Array<float> centre, centred;
+  if (!t.is_product)
+    centre = centre_of(t.codes, t.count, t.features, [&](int64_t c) {
+      return std::isfinite(peaks[c]) ? norms[c] : NAN;
+    });
+  if (centre) {
+    centred = without_centre(t.codes, t.count, t.features, centre.get());
+    t.centre = centre.get();
+    t.centred = book.centred = centred.get();
+    measure();
+  }
+  const Codes split(t, book);
+  t.packed = split.packed;
+  t.apart = (int64_t)split.ids.size() - split.packed;
+  t.ids = t.packed == t.count ? nullptr : split.ids.data();
+  t.next = split.next.empty() ? nullptr : split.next.data();
   t.others = split.others.data();
   t.infinite = split.infinite;
-  const double longest = std::sqrt(split.largest);
+  t.nans = (int64_t)split.others.size() - split.infinite;
+  t.peak = split.peak;
   // Within the exponents of float32, where a code has any length at all.
-  const int exponent = longest == 0 ? 0 : std::max(-120, std::min(120, std::ilogb(longest)));
+  const int exponent = split.longest == 0 ? 0 : std::max(-120, std::min(120, std::ilogb(split.longest)));
   t.scale = std::ldexp(1.0f, -exponent);
-  t.norm = longest * t.scale;
+  t.norm = split.longest * t.scale;
 
   const int64_t panels = (t.packed + all.panel - 1) / all.panel;
   std::vector<float> start(panels * all.panel, NO_CODE);
   for (int64_t i = 0; i < t.packed; ++i) {
     const int64_t code = t.ids == nullptr ? i : t.ids[i];
-    start[i] = start_of(t, squares[code], code);
+    start[i] = start_of(t, norms[code] * norms[code], code);
   }
   const Tensor packed = new_tensor(x, {panels, t.features, all.panel});
   float* const to = static_cast<float*>(packed.data_ptr());

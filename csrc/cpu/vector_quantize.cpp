@@ -40,7 +40,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> vector_quantize_fwd(
   double loss = 0;
   if (rows.count > 0) {
     const Kernels& k = kernels();
-    const PackedCodebook packed(k, codebook, rows.count);
+    const PackedCodebook packed(k, codebook, rows);
     const Rows quantized_rows = rows_of("quantized", quantized);
     const Rows error_rows = need_error ? rows_of("half_error", half_error) : Rows{};
     const int64_t blocks = (rows.count + BLOCK - 1) / BLOCK;

@@ -7,18 +7,41 @@
 namespace dlvae {
 namespace {
 
+// How a codebook is packed; the library chooses by its lengths.
+struct Packing {
+  bool is_centred, is_spread, leaves_out_repeated;
+};
+constexpr Packing PACKINGS[] = {
+    {false, false, false}, {false, false, true}, {false, true, true}, {true, false, true}, {true, true, false}};
+
 // A codebook, measured and packed as the library does.
 struct Packed {
-  Packed(const Kernels& kernels, const Numbers& codes, int64_t count, int64_t features)
-      : peaks(count), losses(count), norms(count) {
+  Packed(const Kernels& kernels, const Numbers& codes, int64_t count, int64_t features, Packing packing)
+      : centred(codes), centre(codes.begin(), codes.begin() + features), peaks(count), losses(count), hashes(count),
+        norms(count) {
     const int64_t panels = (count + kernels.panel - 1) / kernels.panel;
+    for (int64_t i = 0; i < count * features; ++i) centred[i] -= centre[i % features];
+    const bool has_centre = packing.is_centred && std::all_of(centre.begin(), centre.end(), [](float value) {
+      return std::abs(value) < 1e30f;
+    });
     book.codes = codes.data();
+    book.centred = has_centre ? centred.data() : codes.data();
+    book.centre = has_centre ? centre.data() : nullptr;
+    book.is_spread = packing.is_spread;
     book.count = count;
     book.features = features;
     book.peaks = peaks.data();
     book.losses = losses.data();
     book.norms = norms.data();
+    book.hashes = hashes.data();
     kernels.measure_codes(book, 0, count);
+    for (int64_t k = 0; k < count; ++k)
+      for (int64_t j = 0; j < k && packing.leaves_out_repeated; ++j) {
+        if (!std::equal(&codes[k * features], &codes[k * features] + features, &codes[j * features])) continue;
+        CHECK(hashes[j] == hashes[k], "the equal codes %ld and %ld have different hashes", (long)j, (long)k);
+        if (std::isfinite(peaks[k])) peaks[k] = INFINITY;
+        break;
+      }
     float peak = 0;
     double norm = 0;
     for (int64_t k = 0; k < count; ++k) {
@@ -43,7 +66,8 @@ struct Packed {
   }
 
   Codebook book{};
-  Numbers peaks, losses, start;
+  Numbers centred, centre, peaks, losses, start;
+  std::vector<uint32_t> hashes;
   std::vector<double> norms;
   std::vector<uint32_t> words;
 };
@@ -84,8 +108,36 @@ void check_index(const Numbers& codes, int64_t count, const float* x, int64_t fe
   CHECK(is_best, "row %ld has code %ld at %g, and not %ld at %g", (long)row, (long)index, found, (long)first, best);
 }
 
-void test_case(const Kernels& kernels, Numbers x, const Numbers& codes, int64_t n, int64_t count, int64_t features) {
-  const Packed packed(kernels, codes, count, features);
+// Few rows, without a packed codebook, the codes in two parts.
+void test_few(
+    const Kernels& kernels, const Numbers& x, const Numbers& codes, int64_t n, int64_t count, int64_t features) {
+  Codebook book{};
+  book.codes = codes.data();
+  book.count = count;
+  book.features = features;
+  const int64_t ld = (features + 15) / 16 * 16;
+  Numbers rows((n + 3) / 4 * 4 * ld);
+  rows.shrink_to_fit();
+  for (int64_t r = 0; r < n; ++r) std::copy_n(&x[r * features], features, &rows[r * ld]);
+  std::vector<Found> found(n), rest(n);
+  kernels.search_few(book, rows.data(), ld, n, 0, count / 3, found.data());
+  kernels.search_few(book, rows.data(), ld, n, count / 3, count, rest.data());
+  for (int64_t r = 0; r < n; ++r) {
+    const float* row = &x[r * features];
+    const Found best = rest[r].index >= 0 && found[r].is_behind(rest[r].distance, rest[r].index) ? rest[r] : found[r];
+    const bool is_finite = std::all_of(row, row + features, [](float value) { return std::isfinite(value); });
+    CHECK(is_finite || best.index < 0, "row %ld is not finite and has code %ld", (long)r, (long)best.index);
+    if (best.index >= 0) check_index(codes, count, row, features, best.index, r);
+    if (is_finite && best.index < 0)
+      for (int64_t k = 0; k < count; ++k)
+        CHECK(has_nan(&codes[k * features], features), "row %ld has no code, not even %ld", (long)r, (long)k);
+  }
+}
+
+void test_packing(
+    const Kernels& kernels, Numbers x, const Numbers& codes, int64_t n, int64_t count, int64_t features,
+    Packing packing) {
+  const Packed packed(kernels, codes, count, features, packing);
   const Rows rows = adjacent_rows(x, n, features);
   std::vector<int64_t> indices(n, -1), alone(n, -1), again(n, -1);
   Numbers distances(n);
@@ -99,12 +151,16 @@ void test_case(const Kernels& kernels, Numbers x, const Numbers& codes, int64_t 
   kernels.search_rows(packed.book, rows, 0, std::min(n, BLOCK), alone.data(), nullptr);
   if (n > BLOCK) kernels.search_rows(packed.book, rows, BLOCK, n, alone.data(), nullptr);
   CHECK(alone == indices, "the parts of a search differ from the whole");
-  if (n <= 20) {
-    Codebook unpacked = packed.book;
-    unpacked.words = nullptr;
-    kernels.search_rows(unpacked, rows, 0, n, alone.data(), nullptr);
-    CHECK(alone == indices, "the search by differences finds other codes");
-  }
+  std::vector<Found> known(n);
+  for (int64_t r = 0; r < n; ++r) known[r] = {0, indices[r]};
+  Codebook unpacked{};
+  unpacked.codes = codes.data();
+  unpacked.count = count;
+  unpacked.features = features;
+  unpacked.found = known.data();
+  Numbers known_distances(n);
+  kernels.search_rows(unpacked, rows, 0, n, alone.data(), known_distances.data());
+  CHECK(alone == indices && are_same(distances, known_distances), "codes that are known come out as others");
 
   Numbers quantized(n * features), error(n * features);
   std::vector<double> losses((n + BLOCK - 1) / BLOCK);
@@ -131,6 +187,13 @@ void test_case(const Kernels& kernels, Numbers x, const Numbers& codes, int64_t 
   CHECK(again == indices, "the codes of quantize_rows differ without errors");
 }
 
+void test_case(
+    const Kernels& kernels, const Numbers& x, const Numbers& codes, int64_t n, int64_t count, int64_t features) {
+  for (const Packing& packing : PACKINGS) test_packing(kernels, x, codes, n, count, features, packing);
+  const int64_t few = std::min<int64_t>(n, FEW_ROWS);
+  for (int64_t rows = 1; rows <= few; rows += rows < 5 ? 1 : 4) test_few(kernels, x, codes, rows, count, features);
+}
+
 // Each code has a neighbour that is farther off by less than any arithmetic can tell: every row is searched twice.
 void test_uncertain(const Kernels& kernels, Random& random, int64_t n, int64_t count, int64_t d) {
   const Numbers x = numbers(random, n * d), apart = numbers(random, count * d);
@@ -139,7 +202,7 @@ void test_uncertain(const Kernels& kernels, Random& random, int64_t n, int64_t c
     std::copy_n(&apart[k / 2 * d], d, &codes[k * d]);
     if (k % 2 == 1) codes[k * d] += 1e-6f;
   }
-  const Packed packed(kernels, codes, 2 * count, d);
+  const Packed packed(kernels, codes, 2 * count, d, PACKINGS[0]);
   Numbers copy = x;
   const Rows rows = adjacent_rows(copy, n, d);
   std::vector<int64_t> indices(n, -1);
@@ -157,7 +220,11 @@ void test_search(const Kernels& kernels) {
   const int64_t counts[] = {1, 2, p - 1, p, p + 1, 4 * p, 4 * p + 1, 8 * p - 1, 8 * p + 1};
   for (int64_t d : {1, 2, 3, 7, 8, 9, 15, 16, 17, 33, 64})
     for (int64_t count : counts)
-      for (int64_t n : {1, 9, 65}) test_case(kernels, numbers(random, n * d), numbers(random, count * d), n, count, d);
+      for (int64_t n : {1, 9, 65}) {
+        const Numbers x = numbers(random, n * d), codes = numbers(random, count * d);
+        test_packing(kernels, x, codes, n, count, d, PACKINGS[random.below(5)]);
+        test_few(kernels, x, codes, std::min<int64_t>(n, FEW_ROWS), count, d);
+      }
   test_uncertain(kernels, random, 70, 5 * p + 1, 64);
   test_uncertain(kernels, random, 33, 600, 8);
   struct {
@@ -178,6 +245,11 @@ void test_search(const Kernels& kernels) {
     spoil(random, x, d);
     test_case(kernels, x, codes, n, count, d);
     spoil(random, codes, d);
+    test_case(kernels, x, codes, n, count, d);
+    codes = numbers(random, count * d), x = numbers(random, n * d);
+    // Codes of very different lengths, and one beyond them all.
+    for (int64_t i = 0; i < count * d; ++i)
+      codes[i] *= std::exp2((float)(i / d % 30) - 15) * (i / d == count / 2 ? 1e20f : 1);
     test_case(kernels, x, codes, n, count, d);
     test_case(kernels, x, Numbers(count * d, NAN), n, count, d);
     test_case(kernels, x, Numbers(count * d, INFINITY), n, count, d);

@@ -12,6 +12,7 @@ struct Case {
   int64_t n, count, features, k;
   bool is_product, has_bias;
   Form form;
+  bool links_equal;  // equal codes are searched for once
 };
 
 // The codes apart from those that are not finite, measured and packed as the library does.
@@ -23,35 +24,66 @@ struct Packed {
     t.features = c.features;
     t.k = c.k;
     t.is_product = c.is_product;
-    std::vector<double> squares(c.count);
-    kernels.square_codes(t.codes, 0, c.count / 2, c.features, squares.data());
-    kernels.square_codes(t.codes, c.count / 2, c.count, c.features, squares.data());
-    double largest = 0;
+    Numbers peaks(c.count);
+    std::vector<double> norms(c.count);
+    std::vector<uint32_t> hashes(c.count);
+    Codebook book{};
+    book.codes = book.centred = t.centred = codes.data();
+    book.count = c.count;
+    book.features = c.features;
+    book.peaks = peaks.data();
+    book.norms = norms.data();
+    book.hashes = hashes.data();
+    kernels.measure_codes(book, 0, c.count / 2);
+    kernels.measure_codes(book, c.count / 2, c.count);
     std::vector<int32_t> nans;
+    double longest = 0;
+    next.assign(c.count, -1);
     for (int64_t i = 0; i < c.count; ++i) {
+      const float* code = &codes[i * c.features];
       double square = 0;
-      for (int64_t d = 0; d < c.features; ++d) square += (double)codes[i * c.features + d] * codes[i * c.features + d];
-      const bool is_same = squares[i] == square || (std::isnan(square) && std::isnan(squares[i]));
-      CHECK(is_same || std::abs(squares[i] - square) <= 1e-13 * square, "|code %ld|^2 is %g, not %g", (long)i,
-            squares[i], square);
+      for (int64_t d = 0; d < c.features; ++d) square += (double)code[d] * code[d];
+      const double norm = std::isfinite(square) ? std::sqrt(square) : 0;
+      const bool is_same = std::abs(norms[i] - norm) <= 1e-13 * norm;
+      CHECK(is_same && std::isnan(peaks[i]) == std::isnan(square) && std::isfinite(peaks[i]) == std::isfinite(square),
+            "code %ld has length %g and peak %g, its square is %g", (long)i, norms[i], peaks[i], square);
       const double both = square + (c.has_bias ? std::abs(bias[i]) : 0);
-      (std::isnan(both) ? nans : std::isinf(both) ? others : ids).push_back((int32_t)i);
-      if (std::isfinite(both)) largest = std::max(largest, square);
+      if (!std::isfinite(both)) {
+        (std::isnan(both) ? nans : others).push_back((int32_t)i);
+        continue;
+      }
+      t.peak = std::max<double>(t.peak, peaks[i]);
+      int64_t last = i - 1;
+      const auto equals = [&](int64_t other) {
+        return hashes[i] == hashes[other] && std::equal(code, code + c.features, &codes[other * c.features]) &&
+               (!c.has_bias || bias[i] == bias[other]);
+      };
+      while (c.links_equal && last >= 0 && !equals(last)) --last;
+      if (c.links_equal && last >= 0) {
+        next[last] = (int32_t)i;
+      } else {
+        ids.push_back((int32_t)i);
+      }
     }
     t.infinite = (int64_t)others.size();
+    t.nans = (int64_t)nans.size();
     others.insert(others.end(), nans.begin(), nans.end());
     ids.shrink_to_fit();
     others.shrink_to_fit();
-    t.packed = (int64_t)ids.size();
+    // The first ones, whether they are long or not.
+    t.apart = c.is_product && ids.size() > 9 ? 3 : 0;
+    std::rotate(ids.begin(), ids.begin() + t.apart, ids.end());
+    t.packed = (int64_t)ids.size() - t.apart;
+    for (int64_t i = 0; i < t.packed; ++i) longest = std::max(longest, norms[ids[i]]);
     t.ids = t.packed == c.count ? nullptr : ids.data();
+    t.next = c.links_equal ? next.data() : nullptr;
     t.others = others.data();
-    const double longest = std::sqrt(largest);
     t.scale = std::ldexp(1.0f, longest == 0 ? 0 : -std::clamp(std::ilogb(longest), -120, 120));
     t.norm = longest * t.scale;
     const int64_t panels = (t.packed + kernels.panel - 1) / kernels.panel;
     start = Numbers(panels * kernels.panel, NO_CODE);
     for (int64_t i = 0; i < t.packed; ++i) {
-      const double first = t.is_product ? (c.has_bias ? -(double)bias[ids[i]] : 0) : squares[ids[i]] / 2;
+      const double first = t.is_product ? (c.has_bias ? -(double)bias[ids[i]] : 0) : norms[ids[i]] * norms[ids[i]] / 2;
       start[i] = (float)std::clamp<double>(first * t.scale, -LARGEST_START, LARGEST_START);
     }
     panels_ = Numbers(panels * kernels.panel * c.features);
@@ -63,7 +95,7 @@ struct Packed {
   Packed(const Packed&) = delete;
 
   Topk t{};
-  std::vector<int32_t> ids, others;
+  std::vector<int32_t> ids, others, next;
   Numbers start, panels_;
 };
 
@@ -158,7 +190,8 @@ void test_topk(const Kernels& kernels) {
     for (int metric = 0; metric < 3; ++metric) {
       Numbers x = numbers(random, n * d), codes = numbers(random, count * d), bias = numbers(random, count);
       change(x, codes, bias, d);
-      test_case(kernels, {n, count, d, k, metric > 0, metric > 1, form}, x, codes, bias);
+      for (bool links_equal : {false, true})
+        test_case(kernels, {n, count, d, k, metric > 0, metric > 1, form, links_equal}, x, codes, bias);
     }
   };
   const auto nothing = [](Numbers&, Numbers&, Numbers&, int64_t) {};

@@ -11,6 +11,9 @@ from dlvae_kernels import topk_codes, use_backend
 from dlvae_kernels.backends import native
 from dlvae_kernels.testing import assert_accurate, exact_distances, exact_products
 
+from . import hard_data
+from .speed import slowdown
+
 REASON = native.why_not("topk_codes")
 pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
 
@@ -157,6 +160,60 @@ def test_one_long_code_and_rows_that_are_not_finite():
     assert (distances[4] == torch.inf).all()
     others = [i for i in range(20) if i not in (3, 4)]
     assert torch.equal(indices[others], expected[0][others])
+
+
+@pytest.mark.parametrize("k", [1, 8, 64])
+@pytest.mark.parametrize("metric", ["l2", "dot"])
+@pytest.mark.parametrize("name", sorted(hard_data.CASES.keys() - {"infinite_rows"}))
+def test_topk_hard_data_equals_float64(name, metric, k):
+    for n, num_codes, d in ((40, 300, 24), (20, 1500, 3)):
+        x, dictionary = hard_data.draw(name, n, num_codes, d)
+        exact = exact_distances(x, dictionary) if metric == "l2" else -exact_products(x, dictionary)
+        best = exact.sort(dim=1, stable=True)
+        indices, values = topk_codes(x, dictionary, k, metric=metric)
+        assert torch.equal(indices, best.indices[:, :k])
+        expected = best.values[:, :k] if metric == "l2" else -best.values[:, :k]
+        terms = x.double().norm(dim=1)[:, None] * dictionary.double().norm(dim=1)[indices] + expected.abs()
+        assert ((values - expected).abs() <= 1e-6 * terms + 1e-44).all()
+
+
+@pytest.mark.parametrize("metric", ["l2", "dot"])
+def test_topk_repeated_codes_go_by_index_with_ties(metric):
+    """Groups of equal codes, of which several tie with one another, and codes that are not finite."""
+    x = torch.randint(-1, 2, (30, 3)).float()
+    dictionary, bias = torch.randint(-1, 2, (400, 3)).float(), torch.randint(0, 2, (400,)).float()
+    for k in (1, 5, 40, 400):
+        assert_exact(x, dictionary, k, metric, bias if metric == "dot" else None)
+    dictionary[7], dictionary[9] = torch.nan, torch.inf
+    indices = topk_codes(x + 0.5, dictionary, 400, metric=metric)[0]
+    finite = [i for i in range(400) if i not in (7, 9)]
+    exact = exact_distances(x + 0.5, dictionary[finite])
+    if metric == "dot":
+        exact = -exact_products(x + 0.5, dictionary[finite])
+    expected = torch.tensor(finite)[exact.sort(dim=1, stable=True).indices]
+    assert torch.equal(indices[:, :398], expected)
+    assert (indices[:, 398:] == torch.tensor([9, 7])).all()
+
+
+@pytest.mark.parametrize("metric", ["l2", "dot"])
+def test_topk_infinite_rows_go_by_index(metric):
+    x, dictionary = torch.randn(20, 4), torch.randn(60, 4)
+    x[:, 1], dictionary[3], dictionary[5, 2] = torch.inf, torch.nan, torch.inf
+    indices, values = topk_codes(x, dictionary, 60, metric=metric)
+    assert (indices == torch.tensor([*(i for i in range(60) if i != 3), 3])).all()
+    assert not values.isfinite().any()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("k", [8, 32])
+@pytest.mark.parametrize("metric", ["l2", "dot"])
+@pytest.mark.parametrize("name", hard_data.CASES)
+def test_topk_hard_data_is_at_most_four_times_slower(name, metric, k):
+    size = (2048, 512, 64)
+    x, dictionary = torch.randn(*size[::2]), torch.randn(*size[1:])
+    hard = hard_data.draw(name, *size)
+    search = lambda case: topk_codes(*case, k, metric=metric)  # noqa: E731
+    assert slowdown(lambda: search(hard), lambda: search((x, dictionary)), 4) <= 4
 
 
 def softmax_case(n, num_codes, d, k):

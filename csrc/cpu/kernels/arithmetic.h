@@ -13,6 +13,9 @@ namespace {
 using dlvae::BLOCK;
 using dlvae::Codebook;
 
+// Longer codes are never nearest to a row that has scores, see LARGEST_FEATURE; in the scale of the codes.
+constexpr double LARGEST_NORM = 0x1p42;
+
 // What is known of the rows of a block, in the scale of the codes, before they are packed.
 struct Measure {
   float peak = 0, norm = 0;  // the largest of all rows that are not slow
@@ -39,6 +42,8 @@ struct InFloat32 {
   using Vector = Floats;
   using Score = float;
   static constexpr Score LARGEST = 3e38f;
+  // Whether a score is a lower bound that takes in the error of its own code, and not one with an error for all codes.
+  static constexpr bool IS_BOUND = false;
   static constexpr int BLOCK_ROWS = ROWS;
   // Fewer, so that what is kept of a group has room in registers.
   static constexpr int GROUPED_ROWS = 4;
@@ -113,5 +118,49 @@ DLVAE_INLINE void InFloat32::scores(
     const Score* start, const uint32_t* x, int64_t ld, const uint32_t* panel, int64_t steps, Vector (&sums)[R][V]) {
   vector_scores<InFloat32>(start, x, ld, panel, steps, sums);
 }
+
+// How far float64 rounds two distances of a row apart, halved as scores are, where codes are no longer than the row:
+// codes that it does not tell apart have to tie.
+inline float rounding_of_distances(const Codebook& book, float row_norm) {
+  return (float)(book.features + 2) * 0x1p-51f * row_norm * row_norm;
+}
+
+// The same for codes of very different lengths. A score errs by at most `relative_error` times |c|^2 / 2 + |x| |c|,
+// which is taken off it: |c|^2 / 2 in its start, and |x| |c| as one more feature, |x| of a row.
+struct LowerBounds : InFloat32 {
+  static constexpr bool IS_BOUND = true;
+  // Shorter codes err as if they were as long as this: what is below the smallest normal number may be lost.
+  static constexpr float LEAST_NORM = 0x1p-90f;
+
+  static int64_t steps(int64_t features) { return features + 1; }
+
+  // D + 4 roundings of partial sums and of the bound itself, and those of the centred row and code.
+  static float relative_error(const Codebook& book) {
+    return (float)(book.features + (book.centre ? 6 : 4)) * 0x1.2p-24f;
+  }
+  static float error(const Codebook& book, float row_norm, float code_norm) {
+    return relative_error(book) * (0.5f * code_norm * code_norm + row_norm * (code_norm + LEAST_NORM)) +
+           (float)book.features * 0x1p-124f + rounding_of_distances(book, row_norm);
+  }
+
+  static Floats pack_codes(const Codebook& book, const float* const (&codes)[WIDTH], uint32_t* words) {
+    InFloat32::pack_codes(book, codes, words);
+    Floats errors = {};
+    for (int i = 0; i < WIDTH; ++i) {
+      if (!codes[i]) continue;
+      const double norm = book.norms[(codes[i] - book.centred) / book.features] * book.scale;
+      errors[i] = relative_error(book) * (float)(norm + LEAST_NORM);
+    }
+    store(words + book.features * PANEL, -errors);
+    return Floats{};
+  }
+  // Returns |x|, from which `error` follows.
+  static float pack_row(const Codebook& book, const float* x, float, float norm, uint32_t* words) {
+    float* to = (float*)words;
+    for (int64_t d = 0; d < book.features; ++d) to[d] = x[d] * book.scale;
+    to[book.features] = norm;
+    return norm;
+  }
+};
 
 }  // namespace

@@ -15,6 +15,7 @@ struct InBFloat16 {
   using Vector = Floats;
   using Score = float;
   static constexpr Score LARGEST = 3e38f;
+  static constexpr bool IS_BOUND = false;
   // Two tiles of rows by two of codes.
   static constexpr int COPIES = 1;
   static constexpr int BLOCK_ROWS = 2 * TILE_ROWS;

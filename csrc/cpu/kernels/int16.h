@@ -36,6 +36,7 @@ struct InInt16 {
   using Vector = Ints;
   using Score = int32_t;
   static constexpr Score LARGEST = INT32_MAX;
+  static constexpr bool IS_BOUND = false;
   static constexpr int BLOCK_ROWS = ROWS;
   // Fewer, so that what is kept of a group has room in registers.
   static constexpr int GROUPED_ROWS = 4;

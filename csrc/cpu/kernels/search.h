@@ -11,7 +11,9 @@
 #include "bfloat16.h"
 #include "buffer.h"
 #include "distances.h"
+#include "few_rows.h"
 #include "int16.h"
+#include "measure.h"
 #include "rows.h"
 
 namespace {
@@ -20,30 +22,8 @@ namespace {
 constexpr int64_t CHUNK_WORDS = 65536;
 // Panels of one group, see `scan`.
 constexpr int64_t GROUP = 8;
-// A row is searched by differences if one of its features is larger than this, in the scale of the codes.
-constexpr float LARGEST_FEATURE = 0x1p40f;
 
 inline int64_t panels_of(const Codebook& book) { return (book.count + PANEL - 1) / PANEL; }
-
-// The peaks and norms of codes [begin, end), both before any scaling.
-inline void measure_codes(const Codebook& book, int64_t begin, int64_t end) {
-  for (int64_t k = begin; k < end; ++k) {
-    const float* code = book.codes + k * book.features;
-    Floats highs = {};
-    float peak = 0;
-    int64_t d = 0;
-    for (; d + WIDTH <= book.features; d += WIDTH) {
-      const Floats value = load<Floats>(code + d);
-      highs = larger(highs, larger(value, -value));
-    }
-    for (; d < book.features; ++d) peak = __builtin_fabsf(code[d]) > peak ? __builtin_fabsf(code[d]) : peak;
-    // In the square NaN and infinity show for certain.
-    const double square = squared_norm(code, book.features);
-    const bool is_whole = square - square == 0;
-    book.peaks[k] = is_whole ? -lowest(-larger(highs, fill(peak))) : (float)square;
-    book.norms[k] = is_whole ? __builtin_sqrt(square) : 0;
-  }
-}
 
 // Packs panels [begin, end).
 template <class A>
@@ -52,10 +32,11 @@ void pack_codes(const Codebook& book, int64_t begin, int64_t end) {
     const float* codes[WIDTH];
     for (int i = 0; i < WIDTH; ++i) {
       const int64_t k = first + i;
-      const bool counts = k < book.count && is_finite(book.peaks[k]);
-      codes[i] = counts ? book.codes + k * book.features : nullptr;
-      const double norm = counts ? book.norms[k] * book.scale : 0;
-      book.start[k] = counts ? (float)(0.5 * norm * norm) : InFloat32::LARGEST;
+      const double norm = k < book.count ? book.norms[k] * book.scale : 0;
+      const bool counts = k < book.count && is_finite(book.peaks[k]) && norm <= LARGEST_NORM;
+      codes[i] = counts ? book.centred + k * book.features : nullptr;
+      const double error = A::IS_BOUND ? LowerBounds::relative_error(book) : 0;
+      book.start[k] = counts ? (float)(0.5 * norm * norm * (1 - error)) : InFloat32::LARGEST;
     }
     const Floats losses = A::pack_codes(book, codes, book.words + first / PANEL * book.steps * PANEL + first % PANEL);
     for (int i = 0; i < WIDTH && first + i < book.count; ++i) book.losses[first + i] = losses[i];
@@ -82,48 +63,36 @@ struct Block {
   static_assert(BLOCK % A::BLOCK_ROWS == 0);
 
   explicit Block(const Codebook& book)
-      : steps(book.steps), ld(book.steps * A::COPIES), words(BLOCK * ld), lanes(BLOCK) {}
+      : steps(book.steps),
+        ld(book.steps * A::COPIES),
+        words(BLOCK * ld),
+        lanes(BLOCK),
+        centred(book.centre ? BLOCK * book.features : 0) {}
 
   int64_t count;  // rows, padded with zeros to a multiple of A::BLOCK_ROWS
   int64_t steps, ld;
   Buffer<uint32_t> words;  // [BLOCK, steps, COPIES]
   Buffer<Lanes<Vector>> lanes;
+  Buffer<float> centred;  // [BLOCK, D]: rows less the centre of the codebook
   Measure measure;
   float per_score;       // units of a score that make one in the scale of the codes
-  float margins[BLOCK];  // how far two scores of a row may be off together, in units of a score
+  float margins[BLOCK];  // how far two scores of a row may be off together, in units of a score; or |x|, see IS_BOUND
 };
 
-inline void measure_rows(const Codebook& book, const float* x, int64_t count, Measure& measure) {
-  const int64_t features = book.features;
-  Floats peaks = {};
-  for (int64_t r = 0; r < count; ++r, x += features) {
-    Floats sums = {}, highs = {};
-    float sum = 0, high = 0;
-    int64_t d = 0;
-    for (; d + WIDTH <= features; d += WIDTH) {
-      const Floats value = load<Floats>(x + d) * book.scale;
-      sums += value * value;
-      highs = larger(highs, larger(value, -value));
-    }
-    for (; d < features; ++d) {
-      const float value = __builtin_fabsf(x[d] * book.scale);
-      sum += value * value;
-      high = value > high ? value : high;
-    }
-    sum += total(sums);
-    // NaN and infinity show in the sum alone.
-    measure.is_slow[r] = !(sum < LARGEST_FEATURE * LARGEST_FEATURE);
-    measure.norms[r] = measure.is_slow[r] ? 0 : __builtin_sqrtf(sum) * 1.0005f + 0x1p-60f;
-    if (measure.is_slow[r]) continue;
-    peaks = larger(peaks, larger(highs, fill(high)));
-    measure.norm = measure.norms[r] > measure.norm ? measure.norms[r] : measure.norm;
-  }
-  measure.peak = -lowest(-peaks);
+// Each word `copies` times, side by side.
+inline void repeat_words(uint32_t* words, int64_t count, int copies) {
+  for (int64_t s = count - 1; s >= 0; --s)
+    for (int i = copies - 1; i >= 0; --i) words[s * copies + i] = words[s];
 }
 
 // Packs rows x [count, D].
 template <class A>
 void pack_rows(const Codebook& book, const float* x, int64_t count, Block<A>& block) {
+  if (book.centre) {
+    for (int64_t r = 0; r < count; ++r)
+      for (int64_t d = 0, i = r * book.features; d < book.features; ++d, ++i) block.centred[i] = x[i] - book.centre[d];
+    x = block.centred;
+  }
   measure_rows(book, x, count, block.measure);
   block.count = (count + A::BLOCK_ROWS - 1) / A::BLOCK_ROWS * A::BLOCK_ROWS;
   const float unit = A::row_unit(book, block.measure);
@@ -131,9 +100,13 @@ void pack_rows(const Codebook& book, const float* x, int64_t count, Block<A>& bl
   for (int64_t r = 0; r < block.count; ++r) {
     uint32_t* words = block.words + r * block.ld;
     if (r < count && !block.measure.is_slow[r]) {
-      block.margins[r] = A::pack_row(book, x + r * book.features, unit, block.measure.norms[r], words);
-      for (int64_t s = block.steps - 1; A::COPIES > 1 && s >= 0; --s)
-        for (int i = A::COPIES - 1; i >= 0; --i) words[s * A::COPIES + i] = words[s];
+      const float norm = block.measure.norms[r];
+      block.margins[r] = A::pack_row(book, x + r * book.features, unit, norm, words);
+      if (A::COPIES > 1) repeat_words(words, block.steps, A::COPIES);
+      if (A::IS_BOUND) continue;
+      block.margins[r] += rounding_of_distances(book, norm) * block.per_score;
+      // The roundings of a centred row, and twice that of a centred code, in each of two scores.
+      if (book.centre) block.margins[r] += 0x1.1p-22f * (norm + 0.5f * book.norm) * book.norm * block.per_score;
     } else {
       memset(words, 0, block.ld * sizeof(uint32_t));
     }
@@ -244,34 +217,40 @@ void compare_close(
   for (; p < panels; ++p) go(Constant<2>{}, p);
 }
 
-// A row that is not finite or too large for any other way, or one of few.
+// A row that is not finite or too large for any other way, or one of a codebook without finite codes.
 inline void search_by_differences(const Codebook& book, Nearest& nearest) {
-  bool is_finite_row = true;
+  bool is_finite_row = true, is_nan_row = false;
+  float least = InFloat32::LARGEST;
   for (int64_t d = 0; d < book.features; ++d) {
-    if (nearest.x[d] != nearest.x[d]) nearest.index = 0;
-    is_finite_row &= is_finite(nearest.x[d]);
+    const float value = __builtin_fabsf(nearest.x[d]);
+    is_nan_row |= value != value;
+    is_finite_row &= is_finite(value);
+    least = value < least ? value : least;
   }
-  if (nearest.index == 0) return;
-  // Where no distance is finite all are equal: the first code that holds no NaN is the nearest.
-  const bool has_distances = is_finite_row && book.any_finite;
-  for (int64_t k = 0; k < book.count; ++k) {
-    if (has_distances) {
-      if (is_finite(book.peaks[k])) nearest.compare(k);
-    } else if (book.peaks[k] == book.peaks[k]) {
-      nearest.index = k;
-      return;
-    }
+  // Beside features so large those of the codes vanish, even in float64.
+  const bool are_equal = !book.centre && (double)least * book.scale > 0x1p54 * book.peak;
+  for (int64_t k = 0; k < book.count && !is_nan_row; ++k) {
+    const float peak = book.peaks[k];
+    if (is_finite_row && book.any_finite ? !is_finite(peak) : peak != peak) continue;
+    nearest.compare(k);
+    // Distances that are all infinite, or all the same.
+    if (!is_finite_row || !book.any_finite || are_equal) return;
   }
   if (nearest.index < 0) nearest.index = 0;
 }
 
-// The nearest codes of rows x [count, D], at most BLOCK; also their squared distances where `distances` is not null.
-// Returns how many rows went through the scores again.
+// Squared distances of rows x [count, D] from the codes that were found.
+inline void measure_found(
+    const Codebook& book, const float* x, int64_t count, const int64_t* indices, float* distances) {
+  for (int64_t r = 0; r < count; ++r, x += book.features)
+    distances[r] = (float)squared_distance(x, book.codes + indices[r] * book.features, book.features);
+}
+
+// The nearest codes of rows x [count, D], at most BLOCK. Returns how many rows went through the scores again.
 template <class A>
-int64_t search_block(
-    const Codebook& book, const float* x, int64_t count, Block<A>& block, int64_t* indices, float* distances) {
+int64_t search_block(const Codebook& book, const float* x, int64_t count, Block<A>& block, int64_t* indices) {
   const int64_t features = book.features;
-  const bool is_grouped = prefers_groups(book), has_scores = book.any_finite && book.words;
+  const bool is_grouped = prefers_groups(book), has_scores = book.any_finite;
   if (has_scores) {
     pack_rows<A>(book, x, count, block);
     (is_grouped ? scan<A, true> : scan<A, false>)(book, block);
@@ -288,29 +267,39 @@ int64_t search_block(
       const Ints place = kept.best == best ? kept.where * WIDTH + counting() : fill(INT32_MAX);
       const int32_t first = lowest(place);
       const auto second = lowest(place == first ? kept.second : kept.best);
-      const typename A::Score threshold = A::sum(best, block.margins[r]);
+      // The codes of which one has the best score.
+      const int64_t step = is_grouped ? WIDTH : 1;
+      const int64_t begin = is_grouped ? first / WIDTH * GROUP * PANEL + first % WIDTH : first;
+      const int64_t beyond = begin + (is_grouped ? GROUP * PANEL : 1), end = beyond < book.count ? beyond : book.count;
+      float margin = block.margins[r];
+      if constexpr (A::IS_BOUND) {
+        double norm = 0;
+        for (int64_t k = begin; k < end; k += step) {
+          const bool is_longer = is_finite(book.peaks[k]) && book.norms[k] * book.scale <= LARGEST_NORM;
+          if (is_longer && book.norms[k] > norm) norm = book.norms[k];
+        }
+        margin = 2.01f * A::error(book, margin, (float)(norm * book.scale));
+      }
+      const typename A::Score threshold = A::sum(best, margin);
       if (second <= threshold) {
         compare_close<A>(book, block, r, threshold, nearest);
         ++uncertain;
       } else if (is_grouped) {
-        const int64_t lane = first % WIDTH, begin = first / WIDTH * GROUP * PANEL;
-        const int64_t end = begin + GROUP * PANEL < book.count ? begin + GROUP * PANEL : book.count;
-        for (int64_t k = begin + lane; k < end; k += WIDTH)
+        for (int64_t k = begin; k < end; k += step)
           if (is_finite(book.peaks[k])) nearest.compare(k);
       } else {
         nearest.index = first;
       }
     }
     indices[r] = nearest.index;
-    if (distances)
-      distances[r] = (float)squared_distance(nearest.x, book.codes + nearest.index * features, features);
   }
   return uncertain;
 }
 
 // Calls f(an arithmetic) with the one in which this codebook is searched.
 template <class F>
-DLVAE_INLINE void in_arithmetic_of([[maybe_unused]] const Codebook& book, const F& f) {
+DLVAE_INLINE void in_arithmetic_of(const Codebook& book, const F& f) {
+  if (book.is_spread) return f(LowerBounds{});
 #if defined(DLVAE_AMX)
   f(InBFloat16{});
 #else
@@ -337,10 +326,9 @@ DLVAE_INLINE int64_t for_searched_blocks(
     const Codebook& book, const Rows& rows, int64_t begin, int64_t end, int64_t* indices, float* distances,
     const F& f) {
   int64_t uncertain = 0;
-  in_arithmetic_of(book, [&](auto arithmetic) {
-    using A = decltype(arithmetic);
-    Block<A> block(book);
-    Buffer<float> copy(adjacent_rows(rows, 0) ? 0 : BLOCK * book.features);
+  Buffer<float> copy(adjacent_rows(rows, 0) ? 0 : BLOCK * book.features);
+  // Calls search(x, count, indices, distances) for each block.
+  const auto for_blocks = [&](const auto& search) {
     for (int64_t r = begin; r < end; r += BLOCK) {
       const int64_t count = r + BLOCK < end ? BLOCK : end - r;
       const float* x = adjacent_rows(rows, r);
@@ -348,9 +336,24 @@ DLVAE_INLINE int64_t for_searched_blocks(
         load_rows(rows, r, r + count, copy, book.features);
         x = copy;
       }
-      uncertain += search_block<A>(book, x, count, block, indices + r, distances ? distances + r : nullptr);
+      search(x, count, indices + r, distances ? distances + r : nullptr);
       f(r, count, x);
     }
+  };
+  if (book.found) {
+    for_blocks([&](const float* x, int64_t count, int64_t* index, float* distance) {
+      for (int64_t r = 0; r < count; ++r) index[r] = book.found[index - indices + r].index;
+      if (distance) measure_found(book, x, count, index, distance);
+    });
+    return 0;
+  }
+  in_arithmetic_of(book, [&](auto arithmetic) {
+    using A = decltype(arithmetic);
+    Block<A> block(book);
+    for_blocks([&](const float* x, int64_t count, int64_t* index, float* distance) {
+      uncertain += search_block<A>(book, x, count, block, index);
+      if (distance) measure_found(book, x, count, index, distance);
+    });
   });
   return uncertain;
 }

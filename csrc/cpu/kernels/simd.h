@@ -60,6 +60,22 @@ DLVAE_INLINE V load(const S* from) {
   return v;
 }
 
+// The first n < WIDTH elements, and zeros beyond.
+DLVAE_INLINE Floats load_first(const float* from, int64_t n) {
+#if defined(DLVAE_AVX512)
+  return (Floats)_mm512_maskz_loadu_ps((__mmask16)((1u << n) - 1), from);
+#elif defined(DLVAE_AVX2)
+  Ints places;
+  for (int i = 0; i < WIDTH; ++i) places[i] = i;
+  return (Floats)_mm256_maskload_ps(from, (__m256i)(places < (int32_t)n));
+#else
+  Floats v{};
+  for (int i = 0; i < WIDTH; ++i)
+    if (i < n) v[i] = from[i];
+  return v;
+#endif
+}
+
 template <class V, class S>
 DLVAE_INLINE void store(S* to, V v) {
   memcpy(to, &v, sizeof(V));

@@ -20,6 +20,7 @@ dlvae::Kernels make_table(const char* name) {
   table.rows = ROWS;
   table.load_rows = load_rows;
   table.store_rows = store_rows;
+  table.search_few = search_few;
   table.packed_steps = packed_steps;
   table.measure_codes = measure_codes;
   table.pack_panels = pack_panels;
@@ -32,7 +33,6 @@ dlvae::Kernels make_table(const char* name) {
   table.copy_rows = copy_rows;
   table.ema_rows = ema_rows;
   table.subtract_scaled = subtract_scaled;
-  table.square_codes = square_codes;
   table.pack_topk = pack_topk;
   table.topk_rows = topk_rows;
   table.pack_weight = pack_weight;

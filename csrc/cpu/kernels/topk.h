@@ -2,7 +2,8 @@
 //
 // Scores are found in float32, a block of rows and a chunk of codes at a time. Each row keeps the codes whose score may
 // be among its k best: a bound on the rounding says how far above another score that is. They are sorted by score; only
-// where neighbours lie within that bound are they compared in float64, each pair of a row and a code by itself.
+// where neighbours lie within that bound are they compared in float64, each pair of a row and a code by itself. One code
+// stands for all that equal it, which follow it.
 #pragma once
 
 #include "../topk.h"
@@ -27,12 +28,8 @@ inline double exact_score(const Topk& t, const float* x, int64_t code) {
   return -(t.bias == nullptr ? product : product + (double)t.bias[code]);
 }
 
-inline void square_codes(const float* codes, int64_t begin, int64_t end, int64_t features, double* squares) {
-  for (int64_t c = begin; c < end; ++c) squares[c] = squared_norm(codes + c * features, features);
-}
-
 inline void pack_topk(const Topk& t, int64_t begin, int64_t end, float* panels) {
-  pack_transposed(t.codes, t.ids, t.packed, t.features, -t.scale, begin, end, panels);
+  pack_transposed(t.centred, t.ids, t.packed, t.features, -t.scale, begin, end, panels);
 }
 
 // Scratch of a thread, and the search of its rows.
@@ -40,12 +37,13 @@ class TopkSearch {
  public:
   explicit TopkSearch(const Topk& t)
       : t_(t),
-        wanted_(t.k < t.packed ? t.k : t.packed),
+        wanted_(t.k < t.packed + t.apart ? t.k : t.packed + t.apart),
         room_(wanted_ + wanted_ / 2 + 128),
-        capacity_((room_ + CODES + 8 * WIDTH) / WIDTH * WIDTH),
+        capacity_((room_ + t.apart + CODES + 8 * WIDTH) / WIDTH * WIDTH),
         is_one_chunk_(t.packed <= CODES),
         block_(rows_of_block(t)),
         x_(block_ * t.features),
+        centred_(t.centre ? block_ * t.features : 0),
         scores_(block_ * CODES),
         kept_(block_),
         found_(capacity_ * (is_one_chunk_ ? 1 : block_)),
@@ -53,7 +51,9 @@ class TopkSearch {
         sorted_(capacity_),
         sorted_places_(capacity_),
         exact_(t.count),
-        merged_(t.count) {}
+        merged_(t.count),
+        known_(t.next ? wanted_ : 0),
+        firsts_(t.next ? wanted_ : 0) {}
 
   void run(int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; r += block_) search(r, r + block_ < end ? block_ : end - r);
@@ -66,6 +66,7 @@ class TopkSearch {
     float margin;    // how far the score of a code may be from what it is for the share of the row in it
     double square;   // |x|^2
     bool is_exact;   // compared in float64 with all codes
+    double unit;     // of a score in float64: rows of subnormal numbers are scaled up
   };
 
   static int64_t rows_of_block(const Topk& t) {
@@ -95,6 +96,8 @@ class TopkSearch {
     // does not tell the distances apart have to tie.
     margin += (double)t_.features * 0x1p-120;
     if (!t_.is_product) margin += (double)(t_.features + 2) * 0x1p-53 * row.square * (double)t_.scale;
+    // The roundings of a centred row, and twice that of a centred code.
+    if (t_.centre) margin += 0x1.1p-23 * t_.norm * (size + t_.norm / (double)t_.scale / 2);
     row.margin = (float)margin;
     row.count = 0;
     row.bound = LARGEST_SCORE;
@@ -105,11 +108,20 @@ class TopkSearch {
     load_rows(t_.x, first, first + count, x_, features);
     const int64_t whole = whole_tiles(count);
     for (int64_t i = count * features; i < whole * features; ++i) x_[i] = 0;
-    for (int64_t r = 0; r < count; ++r) measure(x_ + r * features, kept_[r]);
+    const float* scored = x_;
+    if (t_.centre) {
+      for (int64_t r = 0; r < whole; ++r)
+        for (int64_t d = 0, i = r * features; d < features; ++d, ++i) centred_[i] = x_[i] - t_.centre[d];
+      scored = centred_;
+    }
+    for (int64_t r = 0; r < count; ++r) {
+      scale_up(x_ + r * features, kept_[r]);
+      measure(scored + r * features, kept_[r]);
+    }
     for (int64_t c = 0; c < t_.packed; c += CODES) {
       const int64_t n = c + CODES < t_.packed ? CODES : t_.packed - c;
       multiply(
-          (const float*)x_, RowMajor{features}, count, t_.panels + c * features, features * PANEL, panels_of(n),
+          scored, RowMajor{features}, count, t_.panels + c * features, features * PANEL, panels_of(n),
           features, scores_, CODES, t_.start + c, false);
       for (int64_t r = 0; r < count; ++r) {
         if (kept_[r].is_exact) continue;
@@ -120,11 +132,23 @@ class TopkSearch {
     }
     for (int64_t r = 0; r < count; ++r) {
       if (kept_[r].is_exact) {
-        search_exactly(first + r, x_ + r * features);
+        search_exactly(first + r, kept_[r], x_ + r * features);
       } else if (!is_one_chunk_) {
         finish(first + r, kept_[r], x_ + r * features, found_ + r * capacity_, places_ + r * capacity_);
       }
     }
+  }
+
+  // Products of tiny rows would vanish below the smallest normal number.
+  void scale_up(float* x, Kept& row) const {
+    row.unit = 1;
+    if (!t_.is_product || t_.bias) return;
+    const double square = squared_norm(x, t_.features);
+    if (!(square < 0x1p-100) || square == 0) return;
+    for (; row.unit * row.unit * square < 1; row.unit *= 0x1p40) {
+    }
+    for (int64_t d = 0; d < t_.features; ++d) x[d] = (float)((double)x[d] * row.unit);
+    row.unit = 1 / row.unit;
   }
 
   // Adds the codes of a chunk that may be among the k best.
@@ -150,6 +174,12 @@ class TopkSearch {
 
   void finish(int64_t row, Kept& kept, const float* x, float* found, int32_t* places) {
     if (!is_one_chunk_ && kept.count > wanted_ + wanted_ / 8 + 8) tighten(kept, found, places);
+    for (int64_t i = 0; i < t_.apart; ++i) {
+      const double score = exact_score(t_, x, t_.ids[t_.packed + i]) * (double)t_.scale;
+      const bool is_large = !(score > -LARGEST_SCORE && score < LARGEST_SCORE);
+      found[kept.count] = is_large ? -LARGEST_SCORE : (float)score;
+      places[kept.count++] = (int32_t)(t_.packed + i);
+    }
     const int64_t n = kept.count;
     const float* scores = sorted_;
     if (n <= SORTED_BY_RANKS) {
@@ -158,10 +188,11 @@ class TopkSearch {
       sort_by_digits(found, places, n, sorted_, sorted_places_);
     }
     const bool is_large = n < wanted_ || scores[0] <= -LARGEST_SCORE || scores[wanted_ - 1] >= LARGEST_SCORE;
-    if (is_large) return search_exactly(row, x);
+    if (is_large) return search_exactly(row, kept, x);
     int64_t* indices = t_.indices + row * t_.k;
     float* values = t_.values + row * t_.k;
-    const double unit = (t_.is_product ? -1.0 : 2.0) / (double)t_.scale, offset = t_.is_product ? 0 : kept.square;
+    const double unit = (t_.is_product ? -kept.unit : 2.0) / (double)t_.scale;
+    const double offset = t_.is_product ? 0 : kept.square;
     for (int64_t i = 0; i < wanted_; ++i) values[i] = (float)((double)scores[i] * unit + offset);
     for (int64_t i = 0; i < wanted_; ++i) indices[i] = sorted_places_[i];
     if (t_.ids != nullptr)
@@ -172,8 +203,37 @@ class TopkSearch {
       for (int64_t i = 0; i < wanted_ && !((double)values[i] > certain); ++i)
         values[i] = (float)squared_distance(x, t_.codes + indices[i] * t_.features, t_.features);
     }
+    for (int64_t i = 0; t_.next && i < wanted_; ++i) known_[i] = __builtin_nan("");
     compare_near(kept, x, n, indices, values);
-    for (int64_t i = wanted_; i < t_.k; ++i) set_exactly(x, t_.others[i - wanted_], indices + i, values + i);
+    complete(kept, x, indices, values);
+  }
+
+  // Lets the codes that equal those found follow them, and then those that are not finite.
+  void complete(const Kept& kept, const float* x, int64_t* indices, float* values) {
+    const int64_t n = t_.next ? repeat(indices, values) : wanted_;
+    for (int64_t i = n; i < t_.k; ++i) set_exactly(kept, x, t_.others[i - n], indices + i, values + i);
+  }
+
+  // Returns how many codes there are then. Of distinct codes with the same score all equal ones go by index together.
+  int64_t repeat(int64_t* indices, float* values) {
+    for (int64_t i = 0; i < wanted_; ++i) firsts_[i] = {values[i], (int32_t)indices[i]};
+    int64_t n = 0;
+    for (int64_t begin = 0, end; begin < wanted_ && n < t_.k; begin = end) {
+      end = begin + 1;
+      while (end < wanted_ && known_[end] == known_[begin]) ++end;
+      int64_t equal = 0;
+      for (int64_t i = begin; i < end; ++i) {
+        int64_t left = t_.k - n;
+        for (int32_t code = firsts_[i].place; code >= 0 && left > 0; code = t_.next[code], --left)
+          exact_[equal++] = {0, code};
+      }
+      if (end > begin + 1) sort_exact(exact_, merged_, equal);
+      for (int64_t i = 0; i < equal && n < t_.k; ++i, ++n) {
+        indices[n] = exact_[i].place;
+        values[n] = (float)firsts_[begin].score;
+      }
+    }
+    return n;
   }
 
   // Runs of codes, each within the reach of the next, go by exact scores.
@@ -211,13 +271,16 @@ class TopkSearch {
     sort_exact(exact_, merged_, end - begin);
     for (int64_t i = begin; i < end && i < wanted_; ++i) {
       indices[i] = exact_[i - begin].place;
-      values[i] = (float)(t_.is_product ? -exact_[i - begin].score : exact_[i - begin].score);
+      values[i] = value_of(kept, exact_[i - begin].score);
+      if (t_.next) known_[i] = exact_[i - begin].score;
     }
     return end;
   }
 
-  // All scores in float64. Those that are not finite follow by index, and after them codes that hold NaN.
-  void search_exactly(int64_t row, const float* x) {
+  float value_of(const Kept& kept, double score) const { return (float)(t_.is_product ? -score * kept.unit : score); }
+
+  // All scores in float64, of which a heap keeps the best, the worst of these on top.
+  void search_exactly(int64_t row, const Kept& kept, const float* x) {
     int64_t* indices = t_.indices + row * t_.k;
     float* values = t_.values + row * t_.k;
     const double square = squared_norm(x, t_.features);
@@ -225,30 +288,72 @@ class TopkSearch {
       for (int64_t i = 0; i < t_.k; ++i) indices[i] = i, values[i] = __builtin_nanf("");
       return;
     }
-    for (int64_t i = 0; i < t_.packed; ++i) {
+    if (square - square != 0) return search_by_index(kept, x, indices, values);
+    float least = __builtin_inff();
+    for (int64_t d = 0; d < t_.features; ++d) least = __builtin_fabsf(x[d]) < least ? __builtin_fabsf(x[d]) : least;
+    // Beside features so large those of the codes vanish, even in float64: all distances are the same.
+    const bool are_equal = !t_.is_product && !t_.centre && (double)least > 0x1p54 * t_.peak;
+    int64_t n = 0;
+    double score = 0;
+    for (int64_t i = 0; i < t_.packed + t_.apart && !(are_equal && n == wanted_); ++i) {
       const int32_t code = t_.ids == nullptr ? (int32_t)i : t_.ids[i];
-      const double score = exact_score(t_, x, code);
-      exact_[i] = {score - score == 0 ? score : __DBL_MAX__, code};
+      if (i == 0 || !are_equal) score = exact_score(t_, x, code);
+      if (n < wanted_) {
+        exact_[n++] = {score, code};
+        if (n == wanted_)
+          for (int64_t top = wanted_ / 2 - 1; top >= 0; --top) sift(top);
+      } else if (comes_before({score, code}, exact_[0])) {
+        exact_[0] = {score, code};
+        sift(0);
+      }
     }
-    for (int64_t i = 0; i < t_.count - t_.packed; ++i)
-      exact_[t_.packed + i] = {i < t_.infinite ? __DBL_MAX__ : __builtin_inf(), t_.others[i]};
-    sort_exact(exact_, merged_, t_.count);
-    for (int64_t i = 0; i < t_.k; ++i) set_exactly(x, exact_[i].place, indices + i, values + i);
+    sort_exact(exact_, merged_, wanted_);
+    for (int64_t i = 0; i < wanted_; ++i) {
+      indices[i] = exact_[i].place;
+      values[i] = value_of(kept, exact_[i].score);
+      if (t_.next) known_[i] = exact_[i].score;
+    }
+    complete(kept, x, indices, values);
   }
 
-  void set_exactly(const float* x, int32_t code, int64_t* index, float* value) const {
-    const double score = exact_score(t_, x, code);
+  // Lets the element at `top` sink until none below it comes after it.
+  void sift(int64_t top) {
+    for (int64_t child = 2 * top + 1; child < wanted_; child = 2 * top + 1) {
+      if (child + 1 < wanted_ && comes_before(exact_[child], exact_[child + 1])) ++child;
+      if (!comes_before(exact_[top], exact_[child])) return;
+      const Exact swap = exact_[top];
+      exact_[top] = exact_[child], exact_[child] = swap;
+      top = child;
+    }
+  }
+
+  // No score of a row that holds an infinity is finite: codes go by index, those that hold NaN last.
+  void search_by_index(const Kept& kept, const float* x, int64_t* indices, float* values) const {
+    const int32_t* nans = t_.others + t_.infinite;
+    int64_t n = 0, passed = 0;
+    for (int32_t code = 0; code < t_.count && n < t_.k; ++code) {
+      if (passed < t_.nans && nans[passed] == code) {
+        ++passed;
+      } else {
+        set_exactly(kept, x, code, indices + n, values + n), ++n;
+      }
+    }
+    for (int64_t i = 0; n < t_.k; ++i, ++n) set_exactly(kept, x, nans[i], indices + n, values + n);
+  }
+
+  void set_exactly(const Kept& kept, const float* x, int32_t code, int64_t* index, float* value) const {
     *index = code;
-    *value = (float)(t_.is_product ? -score : score);
+    *value = value_of(kept, exact_score(t_, x, code));
   }
 
   const Topk& t_;
-  const int64_t wanted_;    // of the packed codes
+  const int64_t wanted_;    // of distinct finite codes
   const int64_t room_;      // of candidates that a row carries on to the next chunk
   const int64_t capacity_;  // with all of one chunk, and what vectors touch beyond
   const bool is_one_chunk_;
   const int64_t block_;
   Buffer<float> x_;       // [block, D]
+  Buffer<float> centred_;  // the same less the centre
   Buffer<float> scores_;  // [block, CODES]
   Buffer<Kept> kept_;
   Buffer<float> found_;  // [block or 1, capacity]
@@ -256,6 +361,10 @@ class TopkSearch {
   Buffer<float> sorted_;
   Buffer<int32_t> sorted_places_;
   Buffer<Exact> exact_, merged_;  // [K]
+  // Where codes are repeated: the scores in float64 of those found, NaN where that is not known and differs from all
+  // others; and those found, with their values.
+  Buffer<double> known_;  // [wanted]
+  Buffer<Exact> firsts_;  // [wanted]
 };
 
 inline void topk_rows(const Topk& t, int64_t begin, int64_t end) { TopkSearch(t).run(begin, end); }

@@ -1,0 +1,134 @@
+// The nearest codes of rows so few that packing the codebook would take longer than the search.
+//
+// Squared differences are summed in float32. That errs by a small part of the sum itself, so that a code whose sum is
+// above a limit cannot be the nearest; each of the few others is compared in float64.
+#pragma once
+
+#include "../codebook.h"
+#include "distances.h"
+
+namespace {
+
+using dlvae::Codebook;
+using dlvae::Found;
+
+// Element i is the sum of the elements of vector i.
+DLVAE_INLINE Floats totals(Floats (&v)[WIDTH]) {
+  const Ints even = 2 * counting(), odd = even + 1;
+  unroll<4>([&](auto step) {
+    constexpr int half = WIDTH >> (decltype(step)::value + 1);
+    unroll<half>([&](auto i) {
+      const Floats a = v[2 * decltype(i)::value], b = v[2 * decltype(i)::value + 1];
+      v[decltype(i)::value] = shuffle(a, b, even) + shuffle(a, b, odd);
+    });
+  });
+  return v[0];
+}
+
+// Element r * C + c is the sum of term(sum, x, code) over the features of row r and code c.
+template <int R, class F>
+DLVAE_INLINE Floats pair_sums(const float* x, int64_t ld, const float* codes, int64_t features, const F& term) {
+  constexpr int C = WIDTH / R;
+  Floats sums[WIDTH] = {};
+  const auto add = [&](int64_t d, auto is_whole) {
+    Floats values[C];
+    unroll<C>([&](auto c) {
+      const float* from = codes + decltype(c)::value * features + d;
+      values[decltype(c)::value] = decltype(is_whole)::value ? load<Floats>(from) : load_first(from, features - d);
+    });
+    unroll<R>([&](auto r) {
+      constexpr int i = decltype(r)::value;
+      const Floats row = load<Floats>(x + i * ld + d);
+      unroll<C>([&](auto c) {
+        constexpr int j = decltype(c)::value;
+        sums[i * C + j] = term(sums[i * C + j], row, values[j]);
+      });
+    });
+  };
+  int64_t d = 0;
+  for (; d + WIDTH <= features; d += WIDTH) add(d, Constant<1>{});
+  if (d < features) add(d, Constant<0>{});
+  return totals(sums);
+}
+
+struct AddSquare {
+  DLVAE_INLINE Floats operator()(Floats sum, Floats x, Floats c) const {
+    const Floats difference = x - c;
+    return sum + difference * difference;
+  }
+};
+
+// A row, and the limit that follows from its nearest code so far.
+struct FewRow {
+  const float* x;
+  Found nearest;
+  float limit;  // Sums of codes that may be nearer are not above it. Below zero: the row is not searched.
+};
+
+// Out of line, so that sums stay in registers on the way past it.
+__attribute__((noinline)) inline void compare_few(
+    const Codebook& book, const float* sums, int64_t first, int64_t count, FewRow& row) {
+  // Roundings: of a difference, twice in its square, and of the square; of the sums; of the limit.
+  const double error = 1.01 * 0x1p-24 * (double)(book.features / WIDTH + 12);
+  for (int64_t i = 0; i < count; ++i) {
+    if (!(sums[i] <= row.limit)) continue;
+    const double found = squared_distance(row.x, book.codes + (first + i) * book.features, book.features);
+    if (!row.nearest.is_behind(found, first + i)) continue;
+    row.nearest = {found, first + i};
+    row.limit = (float)(found * (1 + error)) + 0x1p-120f;
+  }
+}
+
+template <int R>
+DLVAE_INLINE void search_few_rows(const Codebook& book, int64_t ld, int64_t code, int64_t n, FewRow* rows) {
+  constexpr int C = WIDTH / R;
+  Floats sums;
+  if (n == C) {
+    sums = pair_sums<R>(rows->x, ld, book.codes + code * book.features, book.features, AddSquare{});
+  } else {
+    // Fewer than C: one at a time.
+    float each[WIDTH];
+    for (int64_t c = 0; c < n; ++c)
+      for (int r = 0; r < R; ++r)
+        each[r * C + c] = (float)squared_distance(rows[r].x, book.codes + (code + c) * book.features, book.features);
+    for (int r = 0; r < R; ++r) compare_few(book, each + r * C, code, n, rows[r]);
+    return;
+  }
+  Floats limits;
+  for (int i = 0; i < WIDTH; ++i) limits[i] = rows[i / C].limit;
+  if (!any((Ints)(sums <= limits))) return;
+  float each[WIDTH];
+  store(each, sums);
+  for (int r = 0; r < R; ++r) compare_few(book, each + r * C, code, C, rows[r]);
+}
+
+// Rows that are searched together, if there are more than two.
+constexpr int FEW_GROUP = 4;
+
+// The nearest of codes [begin, end) to each of the rows x [count, ld], which are padded with zeros to whole vectors and
+// to a multiple of FEW_GROUP rows; to found. A code with NaN is never found, nor any for a row that is not finite.
+inline void search_few(
+    const Codebook& book, const float* x, int64_t ld, int64_t count, int64_t begin, int64_t end, Found* found) {
+  FewRow rows[dlvae::FEW_ROWS];
+  const int64_t whole = count <= 2 ? count : (count + FEW_GROUP - 1) / FEW_GROUP * FEW_GROUP;
+  for (int64_t r = 0; r < whole; ++r) {
+    bool is_searched = r < count;
+    for (int64_t d = 0; d < book.features; ++d) is_searched &= is_finite(x[r * ld + d]);
+    rows[r] = {x + r * ld, {0, -1}, is_searched ? __builtin_inff() : -1.0f};
+  }
+  const auto go = [&](auto group) {
+    constexpr int R = decltype(group)::value, C = WIDTH / R;
+    for (int64_t k = begin; k < end; k += C)
+      for (int64_t r = 0; r < whole; r += R) search_few_rows<R>(book, ld, k, end - k < C ? end - k : C, rows + r);
+  };
+  if (count == 1) {
+    go(Constant<1>{});
+  } else if (count == 2) {
+    go(Constant<2>{});
+  } else {
+    go(Constant<FEW_GROUP>{});
+  }
+  for (int64_t r = 0; r < count; ++r) found[r] = rows[r].nearest;
+}
+
+}  // namespace
