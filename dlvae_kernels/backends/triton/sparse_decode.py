@@ -17,7 +17,7 @@ from .tuning import on_device
 
 # Elements of one block of rows and features, and blocks that are in flight at once.
 _BLOCK, _UNROLL = 2048, 4
-# The most atoms that are added one after another: the error of such a chain grows with its length.
+# The most atoms that are added in float32, one after another: the error of such a chain grows with its length.
 _CHAIN = 128
 
 
@@ -73,7 +73,7 @@ def _sparse_decode_fwd_kernel(
 ):
     """A block of features of a block of rows: these features of all atoms stay in the L2 cache.
 
-    CHAIN: how many atoms are added one after another, before their sum is added to the total; None for all.
+    CHAIN: how many atoms are added one after another, before their sum is added in float64; None for all.
     """
     n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -81,10 +81,12 @@ def _sparse_decode_fwd_kernel(
     if CHAIN is None:
         total = _atoms_sum(value_ptr, index_ptr, dictionary_ptr, n, d, 0, kept, *sizes, UNIT, UNROLL)
     else:
-        total = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+        total = tl.zeros([BLOCK_N, BLOCK_D], tl.float64)
         for begin in range(0, kept, CHAIN):
             end = tl.minimum(begin + CHAIN, kept)
-            total += _atoms_sum(value_ptr, index_ptr, dictionary_ptr, n, d, begin, end, *sizes, UNIT, UNROLL)
+            chain = _atoms_sum(value_ptr, index_ptr, dictionary_ptr, n, d, begin, end, *sizes, UNIT, UNROLL)
+            total += chain.to(tl.float64)
+        total = total.to(tl.float32)
     out = out_ptr + (n * (num_features // OUT_UNIT) * OUT_UNIT)[:, None] + d[None, :]
     tl.store(out, total.to(out_ptr.dtype.element_ty), mask=(n < num_rows)[:, None] & (d < num_features)[None, :])
 
@@ -145,8 +147,10 @@ def sparse_decode_fwd(values: Tensor, indices: Tensor, dictionary: Tensor) -> Te
         return out
     block = _block_d(num_features)
     is_chain = kept <= _CHAIN
+    # The float64 total takes the registers of half a block.
+    block_n = (_BLOCK if is_chain else _BLOCK // 2) // block
     with on_device(out):
-        _sparse_decode_fwd_kernel[(triton.cdiv(num_rows, _BLOCK // block), triton.cdiv(num_features, block))](
+        _sparse_decode_fwd_kernel[(triton.cdiv(num_rows, block_n), triton.cdiv(num_features, block))](
             values.contiguous(),
             indices.contiguous(),
             dictionary,
@@ -158,10 +162,9 @@ def sparse_decode_fwd(values: Tensor, indices: Tensor, dictionary: Tensor) -> Te
             *dictionary.stride(),
             UNIT=unit(dictionary.stride(0)),
             OUT_UNIT=unit(num_features),
-            # The second sum takes the registers of half the blocks in flight.
-            UNROLL=min(_UNROLL if is_chain else _UNROLL // 2, triton.next_power_of_2(kept)),
+            UNROLL=min(_UNROLL, triton.next_power_of_2(kept)),
             CHAIN=None if is_chain else _CHAIN,
-            BLOCK_N=_BLOCK // block,
+            BLOCK_N=block_n,
             BLOCK_D=block,
         )
     return out
