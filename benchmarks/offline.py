@@ -143,6 +143,7 @@ def cases() -> dict[str, Callable[[], Any]]:
     for name, n, num_atoms, d, k, dtype in (
         ("many atoms", 1_024, 16_384, 256, 32, torch.float32),
         ("many atoms, D=64", 1_024, 16_384, 64, 32, torch.float32),
+        ("many atoms, k=1000", 1_024, 16_384, 256, 1_000, torch.float32),
         ("few atoms", 16_384, 512, 256, 100, torch.float32),
         ("few atoms, float16", 16_384, 256, 256, 100, torch.float16),
     ):

@@ -47,9 +47,10 @@ struct Kernels {
 
   // What a share has of the pairs of rows [begin, end), which lie at data[., data_ld], is added to sums[., ld]; where
   // begin is 0, to nothing. is_far: rows come from beyond a core's cache. places: how far each code has been summed.
+  // totals [min(K, P / SUM_CHAIN + 1), features]: scratch of the codes with more than SUM_CHAIN pairs, kept between calls.
   void (*sum_segments)(
       const Segments& segments, const Share& share, int64_t begin, int64_t end, const float* data, int64_t data_ld,
-      bool is_far, int64_t* places, float* sums, int64_t features, int64_t ld);
+      bool is_far, int64_t* places, double* totals, float* sums, int64_t features, int64_t ld);
   // Rows [begin, end) of out: sums of k atoms; and of values[., k]: inner products with them.
   void (*decode_rows)(const Atoms& atoms, const float* values, int64_t begin, int64_t end, const Rows& out);
   void (*atom_products)(const Atoms& atoms, const Rows& rows, int64_t begin, int64_t end, float* values);

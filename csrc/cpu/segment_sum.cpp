@@ -114,7 +114,8 @@ void segment_sum(const Rows& rows, const SortedPairs& pairs, int64_t per_row, fl
   const Kernels& k = kernels();
   const Segments segments = pairs.segments(weight);
   const int64_t row_bytes = rows.features * (int64_t)sizeof(float);
-  const int64_t work = (segments.starts[segments.codes] + segments.codes) * rows.features;
+  const int64_t count = segments.starts[segments.codes];
+  const int64_t work = (count + segments.codes) * rows.features;
   const int64_t threads = threads_for(work);
   const Shares shares(segments, rows.features, threads);
 
@@ -128,10 +129,11 @@ void segment_sum(const Rows& rows, const SortedPairs& pairs, int64_t per_row, fl
 
   const Array<float> copy = new_array<float>(in_place ? 0 : block * rows.features);
   const Array<int64_t> places = new_array<int64_t>(segments.codes + threads);  // a code that two threads part has two
+  const Array<double> totals = new_array<double>(std::min(segments.codes, count / SUM_CHAIN + 1) * rows.features);
   const auto sum_block = [&](int64_t thread, int64_t begin, int64_t end, const float* data, int64_t data_ld) {
     const Share share = shares(thread);
-    k.sum_segments(segments, share, begin, end, data, data_ld, is_far, places.get() + share.first_code + thread, sums,
-        rows.features, ld);
+    k.sum_segments(segments, share, begin, end, data, data_ld, is_far, places.get() + share.first_code + thread,
+        totals.get(), sums, rows.features, ld);
   };
   if (in_place) {
     const float* data = static_cast<const float*>(rows.data);

@@ -20,8 +20,9 @@ class SortedPairs {
   Array<float> weights_;  // null where pairs have none
 };
 
-// sums[c, 0:D] = sum of weight * row over the pairs of code c, added in the order of the pairs: the same bits for any
-// number of threads. The weight is that of the pair, or `weight`.
+// sums[c, 0:D] = sum of weight * row over the pairs of code c: those of SUM_CHAIN consecutive pairs are added in float32, in
+// the order of the pairs, and their sums in float64. The bits are the same for any number of threads. The weight is that
+// of the pair, or `weight`.
 void segment_sum(const Rows& rows, const SortedPairs& pairs, int64_t per_row, float weight, float* sums, int64_t ld);
 
 }  // namespace dlvae

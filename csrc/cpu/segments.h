@@ -5,6 +5,10 @@
 
 namespace dlvae {
 
+// The most terms of a sum that are added in float32, one after another. The sums of such chains are added in float64:
+// the error of a chain grows with its length.
+constexpr int64_t SUM_CHAIN = 128;
+
 struct Segments {
   int64_t codes;          // K
   const int64_t* starts;  // [K + 1]: where the pairs of each code begin

@@ -105,17 +105,18 @@ __global__ void __launch_bounds__(THREADS, 2) sum_chunks_kernel(
   if (begin < end) flush(starts[code + 1] > end);
 }
 
-// What lies in several chunks, chunk by chunk; and zeros for codes without pairs.
+// What lies in several chunks, chunk by chunk; and zeros for codes without pairs. In float64, since the error of a chain
+// of additions grows with its length.
 __global__ void join_chunks_kernel(const int64_t* starts, int64_t features, Sums sums) {
   const int64_t code = blockIdx.x;
   const int64_t begin = starts[code], end = starts[code + 1];
   const int64_t first = begin / CHUNK, last = (end - 1) / CHUNK;
   if (begin < end && first == last) return;
   for (int64_t d = threadIdx.x; d < features; d += blockDim.x) {
-    float sum = 0;
+    double sum = 0;
     for (int64_t chunk = first; begin < end && chunk <= last; ++chunk)
       sum += sums.edges[(2 * chunk + (begin < chunk * CHUNK ? 0 : 1)) * features + d];
-    sums.data[code * sums.ld + d] = sum;
+    sums.data[code * sums.ld + d] = (float)sum;
   }
 }
 

@@ -1,5 +1,6 @@
 // Sums of rows by code, always in the same order: pairs of a row and a code are sorted by code, which keeps the order
-// of rows, and summed in chunks of the same size whatever the device.
+// of rows, and summed in float32 in chunks of the same size whatever the device. What a code has in several chunks is
+// added in float64.
 #pragma once
 
 #include "launch.h"

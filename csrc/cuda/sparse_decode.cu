@@ -7,6 +7,9 @@ namespace dlvae {
 namespace {
 
 constexpr int THREADS = 256;
+// Atoms that are added in float32, one after another: a multiple of 32. The sums of such chains are added in float64,
+// since the error of a chain grows with its length.
+constexpr int CHAIN = 128;
 
 struct Atoms {
   Rows dictionary;
@@ -31,7 +34,15 @@ __global__ void __launch_bounds__(THREADS, 2) decode_kernel(Atoms atoms, const f
   if (row >= out.count) return;
   const int64_t feature = ((int64_t)blockIdx.y * 32 + lane_index()) * V;
   float sum[V] = {};
+  double total[V] = {};
   for (int64_t j = 0; j < atoms.k; j += 32) {
+    if (j % CHAIN == 0 && j > 0) {
+#pragma unroll
+      for (int v = 0; v < V; ++v) {
+        total[v] += sum[v];
+        sum[v] = 0;
+      }
+    }
     const int64_t at = row * atoms.k + j + lane_index();
     const int64_t atom = j + lane_index() < atoms.k ? atoms.indices[at] : -1;
     const bool is_in = atom >= 0 && atom < atoms.dictionary.count;
@@ -51,7 +62,8 @@ __global__ void __launch_bounds__(THREADS, 2) decode_kernel(Atoms atoms, const f
   const int64_t to = row_offset(out, row);
 #pragma unroll
   for (int v = 0; v < V; ++v)
-    if (feature + v < out.features) store_element(out, to + (feature + v) * out.stride, sum[v]);
+    if (feature + v < out.features)
+      store_element(out, to + (feature + v) * out.stride, atoms.k <= CHAIN ? sum[v] : (float)(total[v] + sum[v]));
 }
 
 // A warp a row: inner products of its gradient with its atoms.

@@ -1,5 +1,6 @@
 // Sums of rows by code and of atoms, and the passes over rows, against plain loops: sums of whole numbers are exact.
 #include <algorithm>
+#include <numeric>
 
 #include "check.h"
 
@@ -32,6 +33,7 @@ Numbers sums_of(
   Numbers sums((segments.codes - 1) * ld + features, NAN);
   std::vector<Share> shares(count);
   std::vector<std::vector<int64_t>> places;
+  std::vector<double> totals(std::min(segments.codes, segments.starts[segments.codes] / SUM_CHAIN + 1) * features, NAN);
   for (int64_t i = 0; i < count; ++i) {
     const int64_t from = all * i / count, to = all * (i + 1) / count;
     shares[i] = {from / columns, from % columns * 16, to / columns, to % columns * 16};
@@ -43,7 +45,8 @@ Numbers sums_of(
     for (int64_t r = 0; r < n; ++r) std::copy_n(&data[(begin + r) * features], features, &part[r * ld]);
     for (int64_t i = 0; i < count; ++i)
       kernels.sum_segments(
-          segments, shares[i], begin, end, part.data(), ld, is_far, places[i].data(), sums.data(), features, ld);
+          segments, shares[i], begin, end, part.data(), ld, is_far, places[i].data(), totals.data(), sums.data(),
+          features, ld);
   }
   Numbers found(segments.codes * features);
   for (int64_t code = 0; code < segments.codes; ++code) {
@@ -120,6 +123,20 @@ void test_atoms(
   }
 }
 
+// A sum of equal rows is as exact as one chain of them, however many there are.
+void test_equal_rows(const Kernels& kernels, int64_t rows) {
+  const std::vector<int64_t> starts{0, rows};
+  std::vector<uint32_t> numbers(rows);
+  std::iota(numbers.begin(), numbers.end(), 0);
+  const Segments segments{1, starts.data(), numbers.data(), nullptr, 1};
+  for (float value : {1.1f, 1.0000075f, 1.7f, 1.999f})
+    for (int64_t block : {rows, rows / 7}) {
+      const double sum = sums_of(kernels, segments, Numbers(rows, value), rows, 1, 1, block, 0, false)[0];
+      const double exact = (double)rows * value;
+      CHECK(std::abs(sum - exact) <= 2e-6 * exact, "%ld rows of %g: %.9g, not %.9g", (long)rows, value, sum, exact);
+    }
+}
+
 void test_copies(const Kernels& kernels, Random& random, int64_t rows, int64_t codes, int64_t row_bytes) {
   const int64_t stride = row_bytes + 6;
   std::vector<char> from((codes - 1) * stride + row_bytes), to(rows * row_bytes);
@@ -186,13 +203,18 @@ void test_sums(const Kernels& kernels) {
     test_segments(kernels, random, 1, 1, 1, d);
     test_segments(kernels, random, 23, 1, 6, d);
     test_segments(kernels, random, 10, 3, 5, d);
-    for (int64_t k : Sizes{0, 1, w - 1, w, w + 1, 2 * w + 3}) test_atoms(kernels, random, PLAIN, 3, k, 9, d);
+    // Codes with several chains: few codes, and more codes than chains.
+    test_segments(kernels, random, 3 * SUM_CHAIN + 1, 1, 2, d);
+    test_segments(kernels, random, 2 * SUM_CHAIN, 3, 4, d);
+    test_segments(kernels, random, 2 * SUM_CHAIN + 40, 1, 4, d);
+    for (int64_t k : Sizes{0, 1, w - 1, w, w + 1, 2 * w + 3, SUM_CHAIN + 1, 2 * SUM_CHAIN}) test_atoms(kernels, random, PLAIN, 3, k, 9, d);
     for (Form form : FORMS) {
       test_atoms(kernels, random, form, 0, 2, 1, d);
       test_atoms(kernels, random, form, 1, w, 1, d);
       test_atoms(kernels, random, form, 34, 2, 9, d);
     }
   }
+  test_equal_rows(kernels, 1 << 20);
   for (int64_t bytes : {0, 1, 2, 15, 16, 17, 31, 33, 63, 64, 65, 128, 255, 256, 257, 330, 2100})
     for (int64_t n : {0, 1, 9, 20}) test_copies(kernels, random, n, 5, bytes);
   for (Form form : FORMS)

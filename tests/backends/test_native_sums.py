@@ -91,6 +91,21 @@ def test_codes_that_span_copies(n):
         assert torch.equal(native.gather_codes_bwd(rows, codes, 3).double(), sums(rows, codes[:, None], 3))
 
 
+def test_sums_rows_copied_in_blocks_equal_those_in_place():
+    """Codes with several chains of additions, that go on from one block of copied rows to the next."""
+    x, codes = torch.randn(20_000, 256).bfloat16(), torch.randint(0, 60, (20_000,)) ** 2
+    expected = native.ema_statistics(x.float(), codes, 3600)
+    for rows in (x, x.float().T.contiguous().T):
+        assert torch.equal(native.ema_statistics(rows, codes, 3600), expected)
+
+
+def test_sums_rows_visited_in_blocks_equal_those_in_one_pass():
+    """A block has 512 rows with these features, and a row is of three codes."""
+    x, codes = torch.randn(2000, 256), torch.randint(0, 40, (2000, 3)) ** 2
+    _, in_blocks = native.sparse_decode_bwd(x, torch.ones(codes.shape), codes, x[:1600], False, True)
+    assert torch.equal(in_blocks, native.gather_codes_bwd(x.repeat_interleave(3, 0), codes.flatten(), 1600))
+
+
 @pytest.mark.parametrize("num_codes", [1, 2, 40, 70_000])
 @pytest.mark.parametrize("skew", ["even", "one", "most", "ends"])
 def test_the_same_bits_at_any_number_of_threads(threads, num_codes, skew):

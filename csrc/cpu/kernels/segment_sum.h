@@ -11,7 +11,8 @@ using dlvae::Share;
 
 inline void sum_segments(
     const Segments& segments, const Share& share, int64_t begin, int64_t end, const float* data, int64_t data_ld,
-    bool is_far, int64_t* places, float* sums, int64_t features, int64_t ld) {
+    bool is_far, int64_t* places, double* totals, float* sums, int64_t features, int64_t ld) {
+  const bool are_codes_few = segments.codes <= segments.starts[segments.codes] / SUM_CHAIN;
   const uint32_t* last = segments.rows + segments.starts[segments.codes];
   const int64_t codes_end = share.last_code + (share.last_feature > 0);
   for (int64_t code = share.first_code; code < codes_end; ++code) {
@@ -34,9 +35,18 @@ inline void sum_segments(
     }
     if (next == place) continue;
     const float* weights = segments.weights == nullptr ? nullptr : segments.weights + place;
-    const Terms<uint32_t> terms{
-        segments.rows + place, last, weights, segments.weight, next - place, data, begin, data_ld, is_far};
-    add_terms(terms, from, to, place == start, sum);
+    // Each branch makes its own, so that the first keeps them in registers.
+    const auto terms = [&] {
+      return Terms<uint32_t>{
+          segments.rows + place, last, weights, segments.weight, next - place, data, begin, end,
+          data_ld, is_far};
+    };
+    if (stop - start <= SUM_CHAIN) {
+      add_chain(terms(), from, to, place == start, sum);
+    } else {
+      double* total = totals + (are_codes_few ? code : start / SUM_CHAIN) * features;
+      add_chains(terms(), place - start, stop - start, from, to, total, sum);
+    }
     place = next;
   }
 }

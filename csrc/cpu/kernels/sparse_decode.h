@@ -18,14 +18,22 @@ inline void decode_rows(const Atoms& atoms, const float* values, int64_t begin, 
   const bool in_place = is_dense(out);
   const int64_t ld = in_place ? out.strides[0] : features;
   Buffer<float> copy(in_place ? 0 : BATCH * features);
+  Buffer<double> totals(k > SUM_CHAIN ? features : 0);
   for (int64_t first = begin; first < end; first += BATCH) {
     const int64_t last = first + BATCH < end ? first + BATCH : end;
     float* to = in_place ? (float*)out.data + first * ld : copy;
     for (int64_t row = first; row < last; ++row) {
-      const Terms<int64_t> terms{
-          atoms.indices + row * k, atoms.indices + atoms.rows * k, values + row * k, 0, k,
-          atoms.dictionary, 0, features, atoms.is_far};
-      add_terms(terms, 0, features, true, to + (row - first) * ld);
+      const auto terms = [&] {
+        return Terms<int64_t>{
+            atoms.indices + row * k, atoms.indices + atoms.rows * k, values + row * k, 0, k,
+            atoms.dictionary, 0, INT64_MAX, features, atoms.is_far};
+      };
+      float* sum = to + (row - first) * ld;
+      if (k <= SUM_CHAIN) {
+        add_chain(terms(), 0, features, true, sum);
+      } else {
+        add_chains(terms(), 0, k, 0, features, totals, sum);
+      }
     }
     if (!in_place) store_rows(out, first, last, to, ld);
   }

@@ -1,9 +1,12 @@
 // Sums of weighted rows that are found by number.
 #pragma once
 
+#include "../segments.h"
 #include "simd.h"
 
 namespace {
+
+using dlvae::SUM_CHAIN;
 
 // The first `count` floats of a vector, of less than WIDTH; zeros behind them.
 DLVAE_INLINE Floats load_part(const float* from, int64_t count) {
@@ -32,7 +35,7 @@ struct Terms {
   float weight;
   int64_t count;
   const float* rows;
-  int64_t first;  // number of the row at `rows`
+  int64_t first, end;  // numbers of the rows at `rows`: a row that comes later may be another
   int64_t ld;
   bool is_far;
 };
@@ -55,7 +58,8 @@ DLVAE_INLINE void add_terms_to(const Terms<Index>& terms, int64_t feature, int64
   for (int64_t t = 0; t < terms.count; ++t) {
     const float* row = base + ((int64_t)terms.which[t] - terms.first) * terms.ld;
     if (terms.is_far && terms.which + t + LATER < terms.which_end) {
-      const float* later = base + ((int64_t)terms.which[t + LATER] - terms.first) * terms.ld;
+      const int64_t number = (int64_t)terms.which[t + LATER];
+      const float* later = number >= terms.first && number < terms.end ? base + (number - terms.first) * terms.ld : row;
       unroll<(COUNT * WIDTH + 15) / 16>([&](auto v) { __builtin_prefetch(later + decltype(v)::value * 16); });
     }
     const Floats weight = fill(terms.weights == nullptr ? terms.weight : terms.weights[t]);
@@ -76,7 +80,7 @@ DLVAE_INLINE void add_terms_to(const Terms<Index>& terms, int64_t feature, int64
 
 // Features [begin, end) of the sum, at `to` + feature: what is there plus the terms, or these alone.
 template <class Index>
-inline void add_terms(const Terms<Index>& terms, int64_t begin, int64_t end, bool is_first, float* to) {
+DLVAE_INLINE void add_chain(const Terms<Index>& terms, int64_t begin, int64_t end, bool is_first, float* to) {
   int64_t d = begin;
   for (; d + 2 * ROWS * WIDTH <= end; d += 2 * ROWS * WIDTH)
     add_terms_to<2 * ROWS>(terms, d, 0, is_first, to + d);
@@ -91,6 +95,35 @@ inline void add_terms(const Terms<Index>& terms, int64_t begin, int64_t end, boo
   one(Constant<2>{});
   one(Constant<1>{});
   if (d < end) add_terms_to<0>(terms, d, end - d, is_first, to + d);
+}
+
+// totals += chain, or totals = chain where that is the first, for features [begin, end).
+inline void add_to_totals(const float* chain, int64_t begin, int64_t end, bool is_first, double* totals) {
+  int64_t d = begin;
+  for (; d + WIDTH / 2 <= end; d += WIDTH / 2) {
+    const Doubles sum = widen(chain + d);
+    store(totals + d, is_first ? sum : load<Doubles>(totals + d) + sum);
+  }
+  for (; d < end; ++d) totals[d] = is_first ? chain[d] : totals[d] + chain[d];
+}
+
+// Features [begin, end) of a sum of `all` terms, more than SUM_CHAIN, at `to` + feature: `terms` follow the first `done`
+// of them. It is the sum of its chains, in `totals`; between two calls `to` holds an incomplete chain.
+template <class Index>
+__attribute__((noinline)) void add_chains(
+    const Terms<Index>& all_terms, int64_t done, int64_t all, int64_t begin, int64_t end, double* totals, float* to) {
+  Terms<Index> terms = all_terms;
+  for (int64_t left = terms.count; left > 0; left -= terms.count) {
+    const int64_t place = done % SUM_CHAIN;
+    terms.count = left < SUM_CHAIN - place ? left : SUM_CHAIN - place;
+    add_chain(terms, begin, end, place == 0, to);
+    done += terms.count;
+    if (done % SUM_CHAIN == 0 || done == all) add_to_totals(to, begin, end, done <= SUM_CHAIN, totals);
+    terms.which += terms.count;
+    if (terms.weights != nullptr) terms.weights += terms.count;
+  }
+  if (done == all)
+    for (int64_t d = begin; d < end; ++d) to[d] = (float)totals[d];
 }
 
 }  // namespace

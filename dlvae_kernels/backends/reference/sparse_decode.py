@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn.functional import embedding_bag
+from torch.nn.functional import embedding_bag, pad
 
-from .segment_sum import segment_sum
+from .segment_sum import CHAIN, segment_sum
 
 # Elements of one temporary chunk in the backward.
 _CHUNK_ELEMENTS = 2**21
@@ -17,10 +17,18 @@ _GATHER_ABOVE = 64
 def sparse_decode_fwd(values: Tensor, indices: Tensor, dictionary: Tensor) -> Tensor:
     dtype = torch.promote_types(dictionary.dtype, torch.float32)
     k = indices.shape[-1]
-    out = embedding_bag(
-        indices.reshape(-1, k), dictionary.to(dtype), mode="sum", per_sample_weights=values.reshape(-1, k).to(dtype)
-    )
+    out = _sums_of_atoms(values.reshape(-1, k).to(dtype), indices.reshape(-1, k), dictionary.to(dtype))
     return out.view(*indices.shape[:-1], dictionary.shape[1]).to(torch.promote_types(values.dtype, dictionary.dtype))
+
+
+def _sums_of_atoms(values: Tensor, indices: Tensor, dictionary: Tensor) -> Tensor:
+    """Sum of the k atoms of each row: [N, D]. The sums of at most CHAIN atoms are added pairwise."""
+    k = indices.shape[1]
+    if k <= CHAIN:
+        return embedding_bag(indices, dictionary, mode="sum", per_sample_weights=values)
+    halves = zip(values.split(-(-k // 2), 1), indices.split(-(-k // 2), 1), strict=True)
+    first, second = (_sums_of_atoms(*half, dictionary) for half in halves)
+    return first + second
 
 
 def sparse_decode_bwd(
@@ -56,17 +64,22 @@ def _products_by_gather(rows: Tensor, atoms: Tensor, dictionary: Tensor) -> Tens
 
 
 def _sums(rows: Tensor, coefficients: Tensor, atoms: Tensor, num_atoms: int) -> Tensor:
-    """Sum over rows [N, D] of each row times its coefficient for an atom [N, k], by dense coefficients: [K, D]."""
-    sums = rows.new_zeros(num_atoms, rows.shape[1])
-    chunk = _rows_of(num_atoms)
+    """Sum over rows [N, D] of each row times its coefficient for an atom [N, k], by dense coefficients: [K, D].
+
+    Products are of blocks of CHAIN rows; their sums are added in float64.
+    """
+    sums = rows.new_zeros(num_atoms, rows.shape[1], dtype=torch.float64)
+    chunk = CHAIN * -(-_rows_of(num_atoms) // CHAIN)
     # The CPU adds in a row in turn; on a GPU, column by column, no two additions meet: either order is fixed.
     step = atoms.shape[1] if rows.device.type == "cpu" else 1
     for row, coefficient, atom in zip(rows.split(chunk), coefficients.split(chunk), atoms.split(chunk), strict=True):
-        dense = row.new_zeros(len(row), num_atoms)
+        missing = -len(row) % CHAIN
+        dense = row.new_zeros(len(row) + missing, num_atoms)
         for j in range(0, atom.shape[1], step):
-            dense.scatter_add_(1, atom[:, j : j + step], coefficient[:, j : j + step])
-        sums.addmm_(dense.T, row)
-    return sums
+            dense[: len(row)].scatter_add_(1, atom[:, j : j + step], coefficient[:, j : j + step])
+        blocks = pad(row, (0, 0, 0, missing)).view(-1, CHAIN, row.shape[1])
+        sums += (dense.view(-1, CHAIN, num_atoms).mT @ blocks).sum(0, dtype=torch.float64)
+    return sums.to(rows.dtype)
 
 
 def _sums_by_segment(rows: Tensor, coefficients: Tensor, atoms: Tensor, num_atoms: int) -> Tensor:

@@ -18,6 +18,9 @@ from .tuning import INTERPRETED, WANTED_PROGRAMS, architecture, on_device, split
 
 # Of an H200, a second: bytes from the L2 cache; comparisons, of three instructions; products of half precision.
 _BYTES, _COMPARISONS, _PRODUCTS = 5.5e12, 1e13, 2.5e14
+# The most tiles of rows whose sums are added one after another: the error of such a chain grows with its length. The
+# sums of all chains are added pairwise.
+_MOST_TILES = 64
 
 
 def suits(num_rows: int, num_atoms: int, num_features: int, kept: int, dtype: torch.dtype) -> bool:
@@ -197,7 +200,7 @@ def dense_decode_bwd_dictionary(rows: Rows, values: Tensor, indices: Tensor, num
         block_d = _block_d(num_features)
         blocks = triton.cdiv(num_atoms, block_k), triton.cdiv(num_features, block_d)
         tiles = triton.cdiv(rows.num_rows, block_n)
-        splits, per_split = splits_of(blocks[0] * blocks[1], tiles)
+        splits, per_split = splits_of(blocks[0] * blocks[1], tiles, _MOST_TILES)
         out = torch.empty(splits, num_atoms, num_features, dtype=torch.float32, device=x.device)
         _dense_decode_bwd_dictionary_kernel[(*blocks, splits)](
             x,

@@ -1,7 +1,7 @@
 """Sums and counts of rows by code, for few codes: one_hot^T x on the matrix units, the one-hot made in registers.
 
-Only the order of additions rounds, and it is fixed: each program sums its own rows, and their sums are added up in
-turn.
+The order of additions is fixed: a program adds the sums of its tiles of rows one after another, at most _MOST_TILES of
+them since the error of such a chain grows with its length, and the sums of all programs are added pairwise.
 """
 
 from __future__ import annotations
@@ -16,6 +16,9 @@ from .rows import Rows, load_rows
 from .tuning import INTERPRETED, on_device, splits_of
 
 _BLOCK_N, _BLOCK_K = 64, 128
+_MOST_TILES = 64
+# A count of more rows is not exact in float32.
+_MOST_ROWS = 2**24
 # Of products; about here a sort takes as long (an estimate). Beyond it, and for many codes, `segment_sum` sorts.
 _MOST_FLOP = 3e10
 _MOST_CODES = 1024
@@ -54,7 +57,8 @@ def _one_hot_sum_kernel(
         x = tl.where((code < num_codes)[:, None], x, 0.0)
         is_code = k[:, None] == code[None, :]
         count += tl.sum(is_code.to(tl.float32), axis=1)
-        total = sum_marked(is_code, x, total, TERMS, UPCAST)
+        # The matrix units round towards zero what they add to, so that a chain of their additions is biased.
+        total += sum_marked(is_code, x, tl.zeros([BLOCK_K, BLOCK_D], tl.float32), TERMS, UPCAST)
     at = out_ptr + (tl.program_id(2).to(tl.int64) * num_codes + k) * (num_features + 1)
     tl.store(at[:, None] + d[None, :], total, mask=(k < num_codes)[:, None] & (d < num_features)[None, :])
     tl.store(at + num_features, count, mask=(k < num_codes) & (tl.program_id(1) == 0))
@@ -63,7 +67,8 @@ def _one_hot_sum_kernel(
 def suits(rows: Rows, num_codes: int) -> bool:
     """Whether this is likely the faster way."""
     terms = 3 if rows.tensor.dtype == torch.float32 else 1
-    return num_codes <= _MOST_CODES and 2.0 * rows.num_rows * num_codes * rows.num_features * terms <= _MOST_FLOP
+    is_small = num_codes <= _MOST_CODES and rows.num_rows <= _MOST_ROWS
+    return is_small and 2.0 * rows.num_rows * num_codes * rows.num_features * terms <= _MOST_FLOP
 
 
 def one_hot_sum(rows: Rows, codes: Tensor, num_codes: int) -> Tensor:
@@ -71,7 +76,7 @@ def one_hot_sum(rows: Rows, codes: Tensor, num_codes: int) -> Tensor:
     block_d = min(64, max(16, triton.next_power_of_2(rows.num_features)))
     blocks = triton.cdiv(num_codes, _BLOCK_K), triton.cdiv(rows.num_features, block_d)
     tiles = triton.cdiv(rows.num_rows, _BLOCK_N)
-    splits, per_split = splits_of(blocks[0] * blocks[1], tiles)
+    splits, per_split = splits_of(blocks[0] * blocks[1], tiles, _MOST_TILES)
     x = rows.tensor
     out = torch.empty(splits, num_codes, rows.num_features + 1, dtype=torch.float32, device=x.device)
     with on_device(x):

@@ -2,7 +2,7 @@
 
 Rows are sorted by code, and a program sums a chunk of sorted rows, as the product of a matrix that marks equal codes
 with the rows: a code that begins and ends within its chunk is done. What crosses an edge of a chunk is kept apart, and
-a second kernel joins those pieces in order.
+a second kernel joins those pieces in order, in float64: the error of a float32 chain grows with its length.
 """
 
 from __future__ import annotations
@@ -101,15 +101,16 @@ def _join_edges_kernel(
         d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
         mask = d <= num_features
         width = num_features + 1
-        total = tl.load(edge_ptr + (chunk * 2 + 1) * width + d, mask=mask, other=0.0)
+        total = tl.load(edge_ptr + (chunk * 2 + 1) * width + d, mask=mask, other=0.0).to(tl.float64)
         following = chunk + 1
         while following < num_chunks:
             ahead = following + tl.arange(0, AHEAD)
             is_same = tl.load(code_ptr + ahead * CHUNK, mask=ahead < num_chunks, other=-1) == code
             pieces = edge_ptr + (ahead * 2 * width)[:, None] + d[None, :]
-            total += tl.sum(tl.load(pieces, mask=is_same[:, None] & mask[None, :], other=0.0), axis=0)
+            piece = tl.sum(tl.load(pieces, mask=is_same[:, None] & mask[None, :], other=0.0), axis=0)
+            total += piece.to(tl.float64)
             following = tl.where(tl.min(is_same.to(tl.int32), axis=0) > 0, following + AHEAD, num_chunks)
-        tl.store(out_ptr + code.to(tl.int64) * width + d, total, mask=mask)
+        tl.store(out_ptr + code.to(tl.int64) * width + d, total.to(tl.float32), mask=mask)
 
 
 def valid_or_last(indices: Tensor, num_codes: int) -> Tensor:

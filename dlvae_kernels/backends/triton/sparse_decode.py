@@ -17,6 +17,39 @@ from .tuning import on_device
 
 # Elements of one block of rows and features, and blocks that are in flight at once.
 _BLOCK, _UNROLL = 2048, 4
+# The most atoms that are added in float32, one after another: the error of such a chain grows with its length.
+_CHAIN = 128
+
+
+@triton.jit
+def _atoms_sum(
+    value_ptr,
+    index_ptr,
+    dictionary_ptr,
+    n,
+    d,
+    begin,
+    end,
+    num_rows,
+    num_atoms,
+    num_features,
+    kept,
+    stride_k,
+    stride_d,
+    UNIT: tl.constexpr,
+    UNROLL: tl.constexpr,
+):
+    """Features d of the weighted sum of atoms [begin, end) of rows n."""
+    total = tl.zeros([n.shape[0], d.shape[0]], tl.float32)
+    for first in range(begin, end, UNROLL):
+        for step in tl.static_range(UNROLL):
+            j = first + step
+            mask = (n < num_rows) & (j < end)
+            atoms = tl.load(index_ptr + n * kept + j, mask=mask, other=-1)
+            values = tl.load(value_ptr + n * kept + j, mask=mask, other=0.0).to(tl.float32)
+            found = load_codes(dictionary_ptr, atoms, d, num_atoms, num_features, stride_k, stride_d, UNIT)
+            total += values[:, None] * found.to(tl.float32)
+    return total
 
 
 @triton.jit
@@ -34,21 +67,26 @@ def _sparse_decode_fwd_kernel(
     UNIT: tl.constexpr,
     OUT_UNIT: tl.constexpr,
     UNROLL: tl.constexpr,
+    CHAIN: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """A block of features of a block of rows: these features of all atoms stay in the L2 cache."""
+    """A block of features of a block of rows: these features of all atoms stay in the L2 cache.
+
+    CHAIN: how many atoms are added one after another, before their sum is added in float64; None for all.
+    """
     n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    total = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-    for begin in range(0, kept, UNROLL):
-        for step in tl.static_range(UNROLL):
-            j = begin + step
-            mask = (n < num_rows) & (j < kept)
-            atoms = tl.load(index_ptr + n * kept + j, mask=mask, other=-1)
-            values = tl.load(value_ptr + n * kept + j, mask=mask, other=0.0).to(tl.float32)
-            found = load_codes(dictionary_ptr, atoms, d, num_atoms, num_features, stride_k, stride_d, UNIT)
-            total += values[:, None] * found.to(tl.float32)
+    sizes = num_rows, num_atoms, num_features, kept, stride_k, stride_d
+    if CHAIN is None:
+        total = _atoms_sum(value_ptr, index_ptr, dictionary_ptr, n, d, 0, kept, *sizes, UNIT, UNROLL)
+    else:
+        total = tl.zeros([BLOCK_N, BLOCK_D], tl.float64)
+        for begin in range(0, kept, CHAIN):
+            end = tl.minimum(begin + CHAIN, kept)
+            chain = _atoms_sum(value_ptr, index_ptr, dictionary_ptr, n, d, begin, end, *sizes, UNIT, UNROLL)
+            total += chain.to(tl.float64)
+        total = total.to(tl.float32)
     out = out_ptr + (n * (num_features // OUT_UNIT) * OUT_UNIT)[:, None] + d[None, :]
     tl.store(out, total.to(out_ptr.dtype.element_ty), mask=(n < num_rows)[:, None] & (d < num_features)[None, :])
 
@@ -108,8 +146,11 @@ def sparse_decode_fwd(values: Tensor, indices: Tensor, dictionary: Tensor) -> Te
         dense_decode_fwd(values, indices, dictionary, out)
         return out
     block = _block_d(num_features)
+    is_chain = kept <= _CHAIN
+    # The float64 total takes the registers of half a block.
+    block_n = (_BLOCK if is_chain else _BLOCK // 2) // block
     with on_device(out):
-        _sparse_decode_fwd_kernel[(triton.cdiv(num_rows, _BLOCK // block), triton.cdiv(num_features, block))](
+        _sparse_decode_fwd_kernel[(triton.cdiv(num_rows, block_n), triton.cdiv(num_features, block))](
             values.contiguous(),
             indices.contiguous(),
             dictionary,
@@ -122,7 +163,8 @@ def sparse_decode_fwd(values: Tensor, indices: Tensor, dictionary: Tensor) -> Te
             UNIT=unit(dictionary.stride(0)),
             OUT_UNIT=unit(num_features),
             UNROLL=min(_UNROLL, triton.next_power_of_2(kept)),
-            BLOCK_N=_BLOCK // block,
+            CHAIN=None if is_chain else _CHAIN,
+            BLOCK_N=block_n,
             BLOCK_D=block,
         )
     return out

@@ -186,9 +186,10 @@ def _softmax_block_d(wide: bool) -> int:
     return 64 if architecture() >= 90 else 32
 
 
-def splits_of(blocks: int, tiles: int) -> tuple[int, int]:
-    """How many splits, of how many tiles each, give about the wanted programs."""
+def splits_of(blocks: int, tiles: int, most_tiles: int | None = None) -> tuple[int, int]:
+    """How many splits, of how many tiles each, give about the wanted programs; a split has at most `most_tiles`."""
     per_split = max(1, triton.cdiv(tiles, max(1, WANTED_PROGRAMS // max(1, blocks))))
+    per_split = per_split if most_tiles is None else min(per_split, most_tiles)
     return triton.cdiv(tiles, per_split), per_split
 
 

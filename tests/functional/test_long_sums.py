@@ -1,0 +1,103 @@
+"""Sums of very many rows or atoms: their error does not grow with the number of additions."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+from torch import Tensor
+
+from dlvae_kernels import gather_codes, sparse_decode
+from dlvae_kernels.functional import ema_statistics
+
+from .cases import INTERPRETED
+
+OPS = ("ema_statistics", "gather_codes_bwd", "vector_quantize_bwd", "sparse_decode_fwd", "sparse_decode_bwd")
+# Triton's interpreter and the emulator of CUDA take minutes for a million rows: tests/backends/test_triton_sums.py has
+# the kernels that the few rows here do not show.
+IS_EMULATED = "DLVAE_EMULATED_CUDA" in os.environ
+NUM_ROWS = 2**12 if INTERPRETED else 2**17 if IS_EMULATED else 2**20
+# The rounding errors of a float32 chain of equal terms add up; by how much differs from value to value.
+VALUES = (1.1, 1.7, 1.999)
+ERROR = 2e-6
+
+
+def equal_rows(value: float, device: torch.device) -> Tensor:
+    return torch.full((NUM_ROWS, 2), value, device=device)
+
+
+def relative_error(actual: Tensor, exact: float) -> float:
+    return float(((actual.double() - exact) / exact).abs().max())
+
+
+@pytest.mark.parametrize("value", VALUES)
+@pytest.mark.parametrize("layout", ["rows", "map", "half"])
+def test_ema_statistics_equal_rows_error_is_bounded(device, layout, value):
+    x = equal_rows(value, device)
+    if layout == "map":
+        x = x.view(4, -1, 2).transpose(1, 2).contiguous().transpose(1, 2)
+    elif layout == "half":
+        x = x.half()
+    statistics = ema_statistics(x, torch.ones(x.shape[:-1], dtype=torch.int64, device=device), 3)
+    assert relative_error(statistics[1, :-1], float(x.flatten()[0]) * NUM_ROWS) <= ERROR
+    assert statistics[:, -1].tolist() == [0, NUM_ROWS, 0]
+    assert not statistics[[0, 2]].any()
+
+
+@pytest.mark.skipif(INTERPRETED or IS_EMULATED, reason="it takes hours for 2**24 rows")
+def test_ema_statistics_more_than_2_to_24_ones_are_counted(device):
+    n = 2**24 + 1000
+    statistics = ema_statistics(torch.ones(n, 1, device=device), torch.zeros(n, dtype=torch.int64, device=device), 1)
+    assert statistics[0, 1] == n
+    assert relative_error(statistics[0, 0], n) <= 1e-6
+
+
+@pytest.mark.parametrize("value", VALUES)
+def test_codebook_gradient_equal_rows_error_is_bounded(device, value):
+    grad, indices = equal_rows(value, device), torch.ones(NUM_ROWS, dtype=torch.int64, device=device)
+    codebook = torch.zeros(3, 2, device=device, requires_grad=True)
+    gather_codes(codebook, indices).backward(grad)
+    exact = float(grad[0, 0]) * NUM_ROWS
+    assert relative_error(codebook.grad[1], exact) <= ERROR
+    one = torch.ones((), device=device)
+    arguments = (grad, one, one, grad, indices, 3, False, True)
+    _, grad_codebook = torch.ops.dlvae.vector_quantize_bwd(*arguments)
+    # The slope 2 / numel is rounded to float32.
+    assert relative_error(grad_codebook[1], exact * 2 / grad.numel()) <= ERROR + 2**-23
+
+
+# The reference multiplies by dense coefficients where atoms are few, and sorts where they are many.
+@pytest.mark.parametrize("num_atoms", [3, 1000])
+@pytest.mark.parametrize("value", VALUES)
+def test_dictionary_gradient_equal_rows_error_is_bounded(device, value, num_atoms):
+    grad = equal_rows(value, device)[: NUM_ROWS // 4]
+    indices = torch.tensor([0, 1, 0, 2], device=device).expand(len(grad), 4)
+    dictionary = torch.zeros(num_atoms, 2, device=device, requires_grad=True)
+    sparse_decode(torch.ones(indices.shape, device=device), indices, dictionary).backward(grad)
+    exact = float(grad[0, 0]) * len(grad)
+    assert relative_error(dictionary.grad[:3], torch.tensor([[2], [1], [1]], device=device) * exact) <= ERROR
+    assert not dictionary.grad[3:].any()
+
+
+@pytest.mark.parametrize("value", VALUES)
+def test_sparse_decode_many_equal_atoms_error_is_bounded(device, value):
+    k = 2**9 if INTERPRETED else 2**14
+    values, indices = torch.full((3, k), value, device=device), torch.arange(k, device=device).expand(3, k) % 2000
+    out = sparse_decode(values, indices, torch.ones(2000, 2, device=device))
+    assert relative_error(out, float(values[0, 0]) * k) <= ERROR
+
+
+def test_ema_statistics_random_rows_error_is_that_of_a_pairwise_sum(device):
+    n = NUM_ROWS // 4
+    x = torch.rand(n, 32, device=device)
+    exact = x.double().sum(0)
+    chains = x.view(-1, 128, 32)
+    pairwise = torch.zeros_like(chains[:, 0])
+    for i in range(128):
+        pairwise += chains[:, i]
+    while len(pairwise) > 1:
+        pairwise = pairwise[::2] + pairwise[1::2]
+    statistics = ema_statistics(x, torch.zeros(n, dtype=torch.int64, device=device), 1)
+    errors = [(each.double() - exact).square().mean().sqrt() for each in (statistics[0, :-1], pairwise[0])]
+    assert errors[0] <= 1.5 * errors[1]
