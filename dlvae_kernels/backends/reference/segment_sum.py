@@ -49,7 +49,7 @@ def segment_sum(rows: Tensor, row_of: Tensor | None, codes: Tensor, num_codes: i
 def _places_of(sizes: Tensor, total: int) -> tuple[Tensor, Tensor, Tensor]:
     """Items [M] take `sizes` of `total` places in turn; returns the item of each place and its number within the item.
 
-    Places beyond those of the last item have item M. The third result is where the items begin and the last ends: [M + 1].
+    Places beyond those of the last item have item M. The third result is where items begin, and the last ends: [M + 1].
     """
     first = pad(sizes.cumsum(0), (1, 0))
     place = torch.arange(total, device=sizes.device)
