@@ -121,12 +121,12 @@ class Distances(Scores):
 
     def _differences(self, row: Tensor, code: Tensor) -> tuple[Tensor, Tensor]:
         """Squared distances of pairs times 4^exponent, where the largest difference comes to about 1; and exponents."""
-        found = []
+        squares, exponents = [], []
         for i, j in self._split(row, code):
             difference = self._unscaled[i] - self._codes.unscaled[j]
-            exponents = _exponents_to_one(difference, dim=1)
-            found.append(((difference * _power_of_two(exponents)).square().sum(1), exponents.squeeze(1)))
-        squares, exponents = zip(*found, strict=True)
+            exponent = _exponents_to_one(difference, dim=1)
+            squares.append((difference * _power_of_two(exponent)).square().sum(1))
+            exponents.append(exponent.squeeze(1))
         return torch.cat(squares), torch.cat(exponents)
 
 
