@@ -41,7 +41,7 @@ def summary() -> str:
 
 def table() -> str:
     """Markdown of the tables in docs/benchmarks.md."""
-    lines = [*_training_lines()]
+    lines = [*_training_lines(), "", *_update_lines()]
     for name in ("cpu", "gpu"):
         path = results.FOLDER / f"{name}.csv"
         if path.exists():
@@ -68,6 +68,17 @@ def _training_lines() -> Iterator[str]:
         )
 
 
+def _update_lines() -> Iterator[str]:
+    rows = results.read(results.FOLDER / "updates-cpu.csv")
+    yield "Time of a training update with the notebook's hyper-parameters (batch of 256), on the same machine:"
+    yield ""
+    yield "| model | implementation | precision | ms | relative to dlvae_kernels in float32 |"
+    yield "|---|---|---|---|---|"
+    for row in rows:
+        cells = (row["model"], row["contender"], row["precision"], f"{float(row['ms']):.0f}")
+        yield f"| {' | '.join(cells)} | {_two_digits(float(row['ratio']))} |"
+
+
 def _operation_lines(rows: list[dict[str, str]], file: str) -> Iterator[str]:
     timed = [row for row in rows if row["ms"]]
     others = [row for row in timed if row["contender"] != "dlvae_kernels"]
@@ -75,8 +86,8 @@ def _operation_lines(rows: list[dict[str, str]], file: str) -> Iterator[str]:
     yield (
         f"Each operation and its baselines, on {_machine(timed)}. A speed-up is the time of the baseline divided by the"
         f" time of dlvae_kernels, forward / backward: **above 1 dlvae_kernels is faster**, below 1 the baseline is. Of"
-        f" all {len(others)} speed-ups in [{file}](../benchmarks/results/{file}), {slower} are below 1. Between rounds a"
-        f" speed-up varies by {_noise(others):.0%} (half the distance from the 20th to the 80th percentile, median)."
+        f" all {len(others)} speed-ups in [{file}](../benchmarks/results/{file}), {slower} are below 1. Between rounds"
+        f" a speed-up varies by {_noise(others):.0%} (half the distance from the 20th to the 80th percentile, median)."
         f"{_agreement(rows, file)}"
     )
     yield ""
