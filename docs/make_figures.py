@@ -65,8 +65,8 @@ def caption(rows: list[dict[str, str]]) -> str:
     return (
         "![Three photographs, each beside its reconstruction](docs/images/reconstructions.png)\n\n"
         f"*Left: original, reduced in size. Right: reconstruction from {first['bits_per_pixel']} bits per pixel, by the"
-        f" {first['model']} that `make train` trains in {first['updates']} updates on 32 x 32 patches. PSNR of the whole"
-        " photograph, and in brackets of its rightmost fifth, from which training took no patch:"
+        f" {first['model']} that `make train` trains in {first['updates']} updates on 32 x 32 patches. PSNR of the"
+        " whole photograph, and in brackets of its rightmost fifth, from which training took no patch:"
         f" {of_each}. Photographs: scikit-image.*"
     )
 
