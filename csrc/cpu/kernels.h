@@ -64,6 +64,9 @@ struct Kernels {
       int64_t begin, int64_t end);
   // Rows [begin, end) of out = a - scale * b.
   void (*subtract_scaled)(const Rows& a, const Rows& b, float scale, const Rows& out, int64_t begin, int64_t end);
+  // The k best of codes [begin, end) for each of at most FEW_ROWS rows x[count, ld], as topk_few says.
+  void (*topk_few)(
+      const Topk& topk, const float* x, int64_t ld, int64_t count, int64_t begin, int64_t end, Exact* found);
   void (*pack_topk)(const Topk& topk, int64_t begin, int64_t end, float* panels);  // panels [begin, end)
   void (*topk_rows)(const Topk& topk, int64_t begin, int64_t end);
 

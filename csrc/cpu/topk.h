@@ -7,6 +7,12 @@
 
 namespace dlvae {
 
+// A score in float64, the lower the better, and its code.
+struct Exact {
+  double score;
+  int32_t place;
+};
+
 struct Topk {
   Rows x;
   const float* codes;  // [K, D]

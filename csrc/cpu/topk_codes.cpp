@@ -66,9 +66,55 @@ struct Codes {
   }
 };
 
+// Few rows go through the dictionary as it is where at most so small a share of it is selected.
+constexpr int64_t FEW_SHARE = 8;
+
 float start_of(const Topk& t, double square, int64_t code) {
   const double start = t.is_product ? (t.bias == nullptr ? 0 : -(double)t.bias[code]) : square / 2;
   return (float)std::min<double>(std::max<double>(start * t.scale, -LARGEST_START), LARGEST_START);
+}
+
+// The best codes of few rows, found in one pass over the dictionary as it is, which all threads share.
+void topk_of_few(const Kernels& kernels, const Topk& t) {
+  const int64_t n = t.x.count, features = t.features, ld = (features + 15) / 16 * 16, padded = FEW_ROWS * ld;
+  const Array<float> rows = new_array<float>(padded);
+  std::fill(rows.get(), rows.get() + padded, 0.0f);
+  kernels.load_rows(t.x, 0, n, rows.get(), ld);
+  std::vector<std::vector<Exact>> all(n);
+  std::mutex mutex;
+  parallel(t.count, 1 + 32768 / features, [&](int64_t begin, int64_t end) {
+    std::vector<Exact> found(n * t.k);
+    kernels.topk_few(t, rows.get(), ld, n, begin, end, found.data());
+    const std::lock_guard<std::mutex> lock(mutex);
+    for (int64_t i = 0; i < n * t.k; ++i)
+      if (found[i].place >= 0) all[i / t.k].push_back(found[i]);
+  });
+  for (int64_t r = 0; r < n; ++r) {
+    const float* row = &rows[r * ld];
+    int64_t* indices = t.indices + r * t.k;
+    float* values = t.values + r * t.k;
+    if (std::any_of(row, row + features, [](float value) { return std::isnan(value); })) {
+      std::iota(indices, indices + t.k, 0);
+      std::fill(values, values + t.k, NAN);
+      continue;
+    }
+    std::partial_sort(all[r].begin(), all[r].begin() + t.k, all[r].end(), [](const Exact& a, const Exact& b) {
+      return std::tie(a.score, a.place) < std::tie(b.score, b.place);
+    });
+    for (int64_t i = 0; i < t.k; ++i) {
+      const auto [score, code] = all[r][i];
+      indices[i] = code;
+      values[i] = (float)(t.is_product ? -score : score);
+      if (score < std::numeric_limits<double>::max()) continue;
+      // Infinite or NaN, whatever the order of the sum.
+      float sum = t.is_product && t.bias != nullptr ? t.bias[code] : 0;
+      for (int64_t d = 0; d < features; ++d) {
+        const float c = t.codes[code * features + d], difference = row[d] - c;
+        sum += t.is_product ? row[d] * c : difference * difference;
+      }
+      values[i] = sum;
+    }
+  }
 }
 
 }  // namespace
@@ -107,6 +153,10 @@ std::tuple<Tensor, Tensor> topk_codes(
   if (t.x.count == 0) return {indices, values};
 
   const Kernels& all = kernels();
+  if (t.x.count <= FEW_ROWS && t.k * FEW_SHARE <= t.count) {
+    topk_of_few(all, t);
+    return {indices, values};
+  }
   const int64_t grain = 1 + 16384 / t.features;
   const Array<float> peaks = new_array<float>(t.count);
   const Array<double> norms = new_array<double>(t.count);

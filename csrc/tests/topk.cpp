@@ -132,6 +132,30 @@ double length_of(const float* v, int64_t features) {
   return std::sqrt(square);
 }
 
+// Few rows, without a packed dictionary, the codes in two parts: the same codes as those of topk_rows.
+void test_few(const Kernels& kernels, const Topk& t, const Numbers& x, const std::vector<int64_t>& indices) {
+  const int64_t n = std::min(t.x.count, FEW_ROWS), ld = (t.features + 15) / 16 * 16;
+  Numbers rows((n + 3) / 4 * 4 * ld);
+  rows.shrink_to_fit();
+  for (int64_t r = 0; r < n; ++r) std::copy_n(&x[r * t.features], t.features, &rows[r * ld]);
+  std::vector<Exact> parts[2] = {std::vector<Exact>(n * t.k), std::vector<Exact>(n * t.k)};
+  kernels.topk_few(t, rows.data(), ld, n, 0, t.count / 3, parts[0].data());
+  kernels.topk_few(t, rows.data(), ld, n, t.count / 3, t.count, parts[1].data());
+  for (int64_t r = 0; r < n; ++r) {
+    const float* row = &x[r * t.features];
+    if (std::any_of(row, row + t.features, [](float value) { return std::isnan(value); })) continue;
+    std::vector<std::pair<double, int32_t>> found;
+    for (const auto& part : parts)
+      for (int64_t i = r * t.k; i < (r + 1) * t.k; ++i)
+        if (part[i].place >= 0) found.emplace_back(part[i].score, part[i].place);
+    std::sort(found.begin(), found.end());
+    CHECK((int64_t)found.size() >= t.k, "row %ld has %ld codes", (long)r, (long)found.size());
+    for (int64_t i = 0; i < t.k; ++i)
+      CHECK(found[i].second == indices[r * t.k + i], "code %ld of row %ld is %ld, not %ld", (long)i, (long)r,
+            (long)found[i].second, (long)indices[r * t.k + i]);
+  }
+}
+
 void test_case(const Kernels& kernels, const Case& c, const Numbers& rows, const Numbers& codes, const Numbers& bias) {
   Packed packed(kernels, c, codes, bias);
   Topk& t = packed.t;
@@ -144,6 +168,7 @@ void test_case(const Kernels& kernels, const Case& c, const Numbers& rows, const
   t.values = values.data();
   kernels.topk_rows(t, c.n / 3, c.n);
   kernels.topk_rows(t, 0, c.n / 3);
+  if (c.n > 0) test_few(kernels, t, x, indices);
   std::vector<Score> all(c.count);
   for (int64_t r = 0; r < c.n; ++r) {
     const float* row = &x[r * c.features];

@@ -166,7 +166,8 @@ def test_one_long_code_and_rows_that_are_not_finite():
 @pytest.mark.parametrize("metric", ["l2", "dot"])
 @pytest.mark.parametrize("name", sorted(hard_data.CASES.keys() - {"infinite_rows"}))
 def test_topk_hard_data_equals_float64(name, metric, k):
-    for n, num_codes, d in ((40, 300, 24), (20, 1500, 3)):
+    # Few rows take another way, unless k is a large part of the codes.
+    for n, num_codes, d in ((40, 300, 24), (20, 1500, 3), (5, 600, 24)):
         x, dictionary = hard_data.draw(name, n, num_codes, d)
         exact = exact_distances(x, dictionary) if metric == "l2" else -exact_products(x, dictionary)
         best = exact.sort(dim=1, stable=True)
@@ -195,13 +196,46 @@ def test_topk_repeated_codes_go_by_index_with_ties(metric):
     assert (indices[:, 398:] == torch.tensor([9, 7])).all()
 
 
+@pytest.mark.parametrize("n", [3, 20])
 @pytest.mark.parametrize("metric", ["l2", "dot"])
-def test_topk_infinite_rows_go_by_index(metric):
-    x, dictionary = torch.randn(20, 4), torch.randn(60, 4)
+def test_topk_infinite_rows_go_by_index(metric, n):
+    x, dictionary = torch.randn(n, 4), torch.randn(60, 4)
     x[:, 1], dictionary[3], dictionary[5, 2] = torch.inf, torch.nan, torch.inf
     indices, values = topk_codes(x, dictionary, 60, metric=metric)
     assert (indices == torch.tensor([*(i for i in range(60) if i != 3), 3])).all()
     assert not values.isfinite().any()
+    assert torch.equal(topk_codes(x, dictionary, 5, metric=metric)[0], indices[:, :5])
+
+
+@pytest.mark.parametrize("d", [1, 16, 33])
+@pytest.mark.parametrize("num_codes", [17, 50, 3001])
+def test_topk_few_rows_equals_float64_with_any_number_of_threads(num_codes, d):
+    dictionary, bias = torch.randn(num_codes, d), torch.randn(num_codes)
+    dictionary[num_codes // 2 :: 7], bias[num_codes // 2 :: 7] = dictionary[0].clone(), bias[0].clone()
+    before = torch.get_num_threads()
+    try:
+        for n in (1, 2, 7, 17):
+            x = torch.randn(n, d)
+            for threads in (1, 3):
+                torch.set_num_threads(threads)
+                for k in (1, num_codes // 8):
+                    assert_exact(x, dictionary, k)
+                    assert_exact(x, dictionary, k, "dot")
+                    assert_exact(x, dictionary, k, "dot", bias)
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("n", [1, 2, 4, 8])
+@pytest.mark.parametrize("metric", ["l2", "dot"])
+def test_topk_few_rows_is_not_much_slower_than_plain_torch(instruction_set, metric, n):
+    if instruction_set not in native.instruction_sets()[:1]:
+        pytest.skip("plain PyTorch takes the best instruction set")
+    x, dictionary = torch.randn(n, 256), torch.randn(16384, 256)
+    scores = (lambda: x @ dictionary.T) if metric == "dot" else (lambda: -torch.cdist(x, dictionary))
+    found = slowdown(lambda: topk_codes(x, dictionary, 8, metric=metric), lambda: scores().topk(8), 1.1)
+    assert found <= 1.1
 
 
 @pytest.mark.slow

@@ -45,6 +45,18 @@ def test_ema_statistics_equal_rows_error_is_bounded(device, layout, value):
     assert not statistics[[0, 2]].any()
 
 
+@pytest.mark.parametrize("num_unused", [0, 50])
+def test_ema_statistics_counts_around_a_chain_sums_are_exact(device, num_unused):
+    counts = torch.tensor([0, 127, 128, 129, 0, 1, 255, 256, 257, 700] + [0] * num_unused)
+    indices = torch.arange(len(counts)).repeat_interleave(counts)
+    indices = indices[torch.randperm(len(indices))].to(device)
+    x = torch.randint(-8, 9, (len(indices), 3), device=device).float()
+    exact = torch.zeros(len(counts), 3, dtype=torch.float64, device=device).index_add_(0, indices, x.double())
+    statistics = ema_statistics(x, indices, len(counts))
+    assert torch.equal(statistics[:, :-1].double(), exact)
+    assert torch.equal(statistics[:, -1].long().cpu(), counts)
+
+
 @pytest.mark.skipif(INTERPRETED or IS_EMULATED, reason="it takes hours for 2**24 rows")
 def test_ema_statistics_more_than_2_to_24_ones_are_counted(device):
     n = 2**24 + 1000

@@ -72,7 +72,11 @@ __attribute__((noinline)) inline void compare_few(
   const double error = 1.01 * 0x1p-24 * (double)(book.features / WIDTH + 12);
   for (int64_t i = 0; i < count; ++i) {
     if (!(sums[i] <= row.limit)) continue;
-    const double found = squared_distance(row.x, book.codes + (first + i) * book.features, book.features);
+    const float* code = book.codes + (first + i) * book.features;
+    // Of equal codes the first is nearest; many of them would be compared again and again.
+    const float* best = book.codes + row.nearest.index * book.features;
+    if (row.nearest.index >= 0 && memcmp(code, best, book.features * sizeof(float)) == 0) continue;
+    const double found = squared_distance(row.x, code, book.features);
     if (!row.nearest.is_behind(found, first + i)) continue;
     row.nearest = {found, first + i};
     row.limit = (float)(found * (1 + error)) + 0x1p-120f;

@@ -113,13 +113,33 @@ inline void sort_by_digits(float* scores, int32_t* places, int64_t n, float* sor
   }
 }
 
-struct Exact {
-  double score;
-  int32_t place;
-};
+using dlvae::Exact;
 
 DLVAE_INLINE bool comes_before(const Exact& a, const Exact& b) {
   return a.score < b.score || (a.score == b.score && a.place < b.place);
+}
+
+// Lets the element at `top` of a heap sink until none below it comes after it.
+inline void sink(Exact* heap, int64_t n, int64_t top) {
+  for (int64_t child = 2 * top + 1; child < n; child = 2 * top + 1) {
+    if (child + 1 < n && comes_before(heap[child], heap[child + 1])) ++child;
+    if (!comes_before(heap[top], heap[child])) return;
+    const Exact swap = heap[top];
+    heap[top] = heap[child], heap[child] = swap;
+    top = child;
+  }
+}
+
+// Keeps the best `most` of all that are added, the worst of these on top once there are so many; returns how many.
+DLVAE_INLINE int64_t add_to_heap(Exact* heap, int64_t n, int64_t most, Exact added) {
+  if (n < most) {
+    heap[n++] = added;
+    for (int64_t top = n == most ? most / 2 - 1 : -1; top >= 0; --top) sink(heap, most, top);
+  } else if (comes_before(added, heap[0])) {
+    heap[0] = added;
+    sink(heap, most, 0);
+  }
+  return n;
 }
 
 // Sorts n by (score, place): runs that double in length are merged between `all` and `other`, of n each.

@@ -33,6 +33,7 @@ dlvae::Kernels make_table(const char* name) {
   table.copy_rows = copy_rows;
   table.ema_rows = ema_rows;
   table.subtract_scaled = subtract_scaled;
+  table.topk_few = topk_few;
   table.pack_topk = pack_topk;
   table.topk_rows = topk_rows;
   table.pack_weight = pack_weight;

@@ -7,26 +7,15 @@
 #pragma once
 
 #include "../topk.h"
-#include "distances.h"
+#include "few_topk.h"
 #include "order.h"
 #include "product.h"
 
 namespace {
 
-using dlvae::Topk;
-
 constexpr int64_t CODES = 512;        // of one chunk, whole panels
 constexpr int64_t SORTED_BY_RANKS = 512;  // at most; beyond, digits are faster
 constexpr float LARGEST_SCORE = 0x1p100f;
-constexpr double ROUNDING = 0x1p-24;
-
-// The squared distance or, the lower the better too, the negative product: in float64, equal for equal codes.
-inline double exact_score(const Topk& t, const float* x, int64_t code) {
-  const float* c = t.codes + code * t.features;
-  if (!t.is_product) return squared_distance(x, c, t.features);
-  const double product = product_of(x, c, t.features);
-  return -(t.bias == nullptr ? product : product + (double)t.bias[code]);
-}
 
 inline void pack_topk(const Topk& t, int64_t begin, int64_t end, float* panels) {
   pack_transposed(t.centred, t.ids, t.packed, t.features, -t.scale, begin, end, panels);
@@ -298,14 +287,7 @@ class TopkSearch {
     for (int64_t i = 0; i < t_.packed + t_.apart && !(are_equal && n == wanted_); ++i) {
       const int32_t code = t_.ids == nullptr ? (int32_t)i : t_.ids[i];
       if (i == 0 || !are_equal) score = exact_score(t_, x, code);
-      if (n < wanted_) {
-        exact_[n++] = {score, code};
-        if (n == wanted_)
-          for (int64_t top = wanted_ / 2 - 1; top >= 0; --top) sift(top);
-      } else if (comes_before({score, code}, exact_[0])) {
-        exact_[0] = {score, code};
-        sift(0);
-      }
+      n = add_to_heap(exact_, n, wanted_, {score, code});
     }
     sort_exact(exact_, merged_, wanted_);
     for (int64_t i = 0; i < wanted_; ++i) {
@@ -314,17 +296,6 @@ class TopkSearch {
       if (t_.next) known_[i] = exact_[i].score;
     }
     complete(kept, x, indices, values);
-  }
-
-  // Lets the element at `top` sink until none below it comes after it.
-  void sift(int64_t top) {
-    for (int64_t child = 2 * top + 1; child < wanted_; child = 2 * top + 1) {
-      if (child + 1 < wanted_ && comes_before(exact_[child], exact_[child + 1])) ++child;
-      if (!comes_before(exact_[top], exact_[child])) return;
-      const Exact swap = exact_[top];
-      exact_[top] = exact_[child], exact_[child] = swap;
-      top = child;
-    }
   }
 
   // No score of a row that holds an infinity is finite: codes go by index, those that hold NaN last.

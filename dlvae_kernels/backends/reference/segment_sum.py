@@ -28,18 +28,33 @@ def segment_sum(rows: Tensor, row_of: Tensor | None, codes: Tensor, num_codes: i
     per_pair = None if weights is None else weights[order]
     counts = torch.bincount(codes, minlength=num_codes)
     starts = pad(counts.cumsum(0), (1, 0))  # [K + 1]
-    if len(codes) <= CHAIN:
+    several = min(len(codes) // CHAIN, num_codes)
+    if several == 0:
         return _sum_bags(source, rows, starts, per_pair)
-    first_chains = pad(((counts + CHAIN - 1) // CHAIN).cumsum(0), (1, 0))  # [K + 1]
-    # S = P // CHAIN + K is at least the number of chains, which the host does not know; the chains beyond are empty.
-    chains = torch.arange(len(codes) // CHAIN + num_codes, device=codes.device)  # [S]
-    of_code = torch.searchsorted(first_chains[1:], chains, right=True)  # K for the chains beyond
-    chain_starts = starts[of_code] + (chains - first_chains[of_code]) * CHAIN
-    chain_starts = pad(chain_starts.clamp(max=len(codes)), (0, 1), value=len(codes))
-    chain_sums = _sum_bags(source, rows, chain_starts, per_pair)  # [S, D]
-    # The last bag has the chains beyond.
-    first_chains = pad(first_chains, (0, 1), value=len(chains))
-    return _sum_bags(chains, chain_sums.double(), first_chains, None)[:num_codes].to(rows.dtype)
+    # The host does not know how many chains there are, so that some beyond the last are added, which are empty.
+    code, chain, first_chains = _places_of(counts // CHAIN + 1, len(codes) // CHAIN + num_codes)
+    chain_starts = pad((starts[code] + chain * CHAIN).clamp(max=len(codes)), (0, 1), value=len(codes))
+    chain_sums = _sum_bags(source, rows, chain_starts, per_pair)
+    sums = chain_sums[first_chains[:-1]]  # [K, D]
+    # All codes with several chains are among these: their sums are not complete.
+    longest = counts.topk(several).indices
+    item, chain, first_parts = _places_of(counts[longest] // CHAIN + 1, len(codes) // CHAIN + several)
+    parts = chain_sums[first_chains[pad(longest, (0, 1))[item]] + chain].double()
+    # The last bag has the parts beyond.
+    bags = pad(first_parts, (0, 1), value=len(parts))
+    sums[longest] = _sum_bags(torch.arange(len(parts), device=rows.device), parts, bags, None)[:-1].to(rows.dtype)
+    return sums
+
+
+def _places_of(sizes: Tensor, total: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Items [M] take `sizes` of `total` places in turn; returns the item of each place and its number within the item.
+
+    Places beyond those of the last item have item M. The third result is where items begin, and the last ends: [M + 1].
+    """
+    first = pad(sizes.cumsum(0), (1, 0))
+    place = torch.arange(total, device=sizes.device)
+    item = torch.searchsorted(first[1:], place, right=True)
+    return item, place - first[item], first
 
 
 def _sum_bags(source: Tensor, rows: Tensor, starts: Tensor, weights: Tensor | None) -> Tensor:

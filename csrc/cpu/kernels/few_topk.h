@@ -1,0 +1,156 @@
+// The k best codes of rows so few that packing the dictionary would take longer than the search; see few_rows.h.
+//
+// A lower bound of each score follows from its float32 sum and the error of that. Only codes whose bound is not above
+// the worst of the k best so far are compared in float64.
+#pragma once
+
+#include "../topk.h"
+#include "few_rows.h"
+#include "order.h"
+
+namespace {
+
+using dlvae::Topk;
+
+constexpr double ROUNDING = 0x1p-24;
+
+// The squared distance or, the lower the better too, the negative product: in float64, equal for equal codes.
+inline double exact_score(const Topk& t, const float* x, int64_t code) {
+  const float* c = t.codes + code * t.features;
+  if (!t.is_product) return squared_distance(x, c, t.features);
+  const double product = product_of(x, c, t.features);
+  return -(t.bias == nullptr ? product : product + (double)t.bias[code]);
+}
+
+// A row, and its best codes so far: a heap, null for a row of padding, in which a score that is not finite is the largest number, or infinite where
+// the code or its bias holds NaN.
+struct FewTopkRow {
+  const float* x;
+  Exact* heap;
+  int64_t count;
+  float limit;   // Lower bounds of codes that may be among the best are not above it.
+  int32_t last;  // compared in float64, or -1
+  double score;  // of the last
+};
+
+struct AddProduct {
+  DLVAE_INLINE Floats operator()(Floats sum, Floats x, Floats c) const { return sum + x * c; }
+};
+
+DLVAE_INLINE Floats square_root(Floats v) {
+#if defined(DLVAE_AVX512)
+  return (Floats)_mm512_sqrt_ps((__m512)v);
+#else
+  for (int i = 0; i < WIDTH; ++i) v[i] = __builtin_sqrtf(v[i]);
+  return v;
+#endif
+}
+
+// Element c is the length of code c < C, or a little more, where squares vanish below the smallest normal number.
+template <int C>
+DLVAE_INLINE Floats lengths(const float* codes, int64_t features) {
+  Floats sums[WIDTH] = {};
+  for (int64_t d = 0; d < features; d += WIDTH) {
+    const int64_t rest = features - d;
+    unroll<C>([&](auto c) {
+      const float* from = codes + decltype(c)::value * features + d;
+      const Floats value = rest < WIDTH ? load_first(from, rest) : load<Floats>(from);
+      sums[decltype(c)::value] += value * value;
+    });
+  }
+  return square_root(totals(sums)) + 0x1p-60f;
+}
+
+// Out of line, so that sums stay in registers on the way past it.
+__attribute__((noinline)) inline void compare_few_topk(
+    const Topk& t, const float* bounds, int64_t first, int64_t count, FewTopkRow& row) {
+  if (row.heap == nullptr) return;
+  const int64_t bytes = t.features * (int64_t)sizeof(float);
+  for (int64_t i = 0; i < count; ++i) {
+    if (bounds[i] > row.limit) continue;
+    const int32_t code = (int32_t)(first + i);
+    const float* c = t.codes + code * t.features;
+    const bool is_repeated = row.last >= 0 && memcmp(c, t.codes + row.last * t.features, bytes) == 0 &&
+                             (t.bias == nullptr || t.bias[code] == t.bias[row.last]);
+    if (!is_repeated) {
+      row.score = exact_score(t, row.x, code);
+      if (row.score - row.score != 0) {
+        bool is_nan = t.bias != nullptr && t.bias[code] != t.bias[code];
+        for (int64_t d = 0; d < t.features; ++d) is_nan |= c[d] != c[d];
+        row.score = is_nan ? __builtin_inf() : __DBL_MAX__;
+      }
+      row.last = code;
+    }
+    row.count = add_to_heap(row.heap, row.count, t.k, {row.score, code});
+    if (row.count < t.k) continue;
+    const double worst = row.heap[0].score, above = worst + __builtin_fabs(worst) * 0x1p-22;
+    row.limit = above < dlvae::NO_CODE ? (float)above + 0x1p-120f : __builtin_inff();
+  }
+}
+
+template <int R>
+DLVAE_INLINE void search_few_topk(
+    const Topk& t, int64_t ld, int64_t code, int64_t n, const float* norms, FewTopkRow* rows) {
+  constexpr int C = WIDTH / R;
+  float each[WIDTH];
+  if (n < C) {
+    for (int64_t c = 0; c < n; ++c) each[c] = -__builtin_inff();
+    for (int r = 0; r < R; ++r) compare_few_topk(t, each, code, n, rows[r]);
+    return;
+  }
+  const float* codes = t.codes + code * t.features;
+  // Roundings: of a difference, twice in its square, and of the square; of the sums, and of the bound itself.
+  const float error = (float)(1.02 * ROUNDING * (double)(t.features / WIDTH + 14));
+  Floats bounds;
+  if (t.is_product) {
+    Floats lasting = shuffle(lengths<C>(codes, t.features), counting() & (C - 1)), scaled;
+    for (int i = 0; i < WIDTH; ++i) scaled[i] = norms[i / C];
+    bounds = -pair_sums<R>(rows->x, ld, codes, t.features, AddProduct{});
+    Floats errors = lasting * scaled * error + (float)t.features * 0x1p-124f;
+    if (t.bias != nullptr) {
+      Floats bias;
+      for (int i = 0; i < WIDTH; ++i) bias[i] = t.bias[code + i % C];
+      bounds -= bias;
+      errors += larger(bias, -bias) * 0x1p-22f;
+    }
+    bounds -= errors;
+  } else {
+    bounds = pair_sums<R>(rows->x, ld, codes, t.features, AddSquare{}) * (1 - error);
+  }
+  Floats limits;
+  for (int i = 0; i < WIDTH; ++i) limits[i] = rows[i / C].limit;
+  // A bound that is NaN is not above anything.
+  if (!any((Ints)(bounds <= limits) | (Ints)(bounds != bounds))) return;
+  store(each, bounds);
+  for (int r = 0; r < R; ++r) compare_few_topk(t, each + r * C, code, C, rows[r]);
+}
+
+// The best of codes [begin, end) for each of the rows x [count, ld], which are padded with zeros to whole vectors and to
+// a multiple of FEW_GROUP rows; to found [count, k], in any order, beyond the last code with the place -1.
+inline void topk_few(
+    const Topk& t, const float* x, int64_t ld, int64_t count, int64_t begin, int64_t end, Exact* found) {
+  const int64_t whole = count <= 2 ? count : (count + FEW_GROUP - 1) / FEW_GROUP * FEW_GROUP;
+  FewTopkRow rows[dlvae::FEW_ROWS];
+  float norms[dlvae::FEW_ROWS];
+  for (int64_t r = 0; r < whole; ++r) {
+    const bool is_row = r < count;
+    rows[r] = {x + r * ld, is_row ? found + r * t.k : nullptr, 0, is_row ? __builtin_inff() : -__builtin_inff(), -1, 0};
+    norms[r] = (float)(__builtin_sqrt(squared_norm(x + r * ld, t.features)) * 1.0001);
+    for (int64_t i = 0; is_row && i < t.k; ++i) rows[r].heap[i].place = -1;
+  }
+  const auto go = [&](auto group) {
+    constexpr int R = decltype(group)::value, C = WIDTH / R;
+    for (int64_t k = begin; k < end; k += C)
+      for (int64_t r = 0; r < whole; r += R)
+        search_few_topk<R>(t, ld, k, end - k < C ? end - k : C, norms + r, rows + r);
+  };
+  if (count == 1) {
+    go(Constant<1>{});
+  } else if (count == 2) {
+    go(Constant<2>{});
+  } else {
+    go(Constant<FEW_GROUP>{});
+  }
+}
+
+}  // namespace
