@@ -60,11 +60,6 @@ def _compare(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _readme_table() -> None:
-    path = results.ROOT / "README.md"
-    path.write_text(readme.updated(path.read_text(encoding="utf-8")), encoding="utf-8")
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     _add_selection(parser.add_argument, "append")
@@ -97,7 +92,7 @@ def _parser() -> argparse.ArgumentParser:
     compares.add_argument("second", type=Path)
     commands.add_parser("offline", help="compile every Triton kernel for sm_80, sm_90 and sm_100, without a GPU")
     commands.add_parser("plot", help="draw the PNGs of benchmarks/results/ from its CSV files")
-    commands.add_parser("readme-table", help="write the tables of README.md from benchmarks/results/")
+    commands.add_parser("readme-table", help="write the tables of README.md and docs/ from benchmarks/results/")
     return parser
 
 
@@ -155,7 +150,7 @@ def _run(arguments: argparse.Namespace) -> int:
         for csv in sorted(results.FOLDER.glob("[cg]pu.csv")):
             print(*plot.write(csv, results.FOLDER), sep="\n")
     elif arguments.command == "readme-table":
-        _readme_table()
+        readme.write()
     else:
         return _measure(arguments)
     return 0

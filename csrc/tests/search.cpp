@@ -212,10 +212,21 @@ void test_uncertain(const Kernels& kernels, Random& random, int64_t n, int64_t c
   for (int64_t r = 0; r < n; ++r) check_index(codes, 2 * count, &x[r * d], d, indices[r], r);
 }
 
+// Features that leave the largest possible low terms in bfloat16: the products of the low terms of the vector and of the
+// two codes have opposite signs, which moves the farther code before the nearest one.
+void test_largest_low_terms(const Kernels& kernels, int64_t d) {
+  constexpr int64_t N = 20;
+  const float below = 1 + 0x1p-8f - 0x1p-16f - 0x1p-23f, above = 1 + 0x1p-8f + 0x1p-16f;
+  Numbers x(N * d, below), codes(2 * d, above);
+  std::fill(codes.begin() + d, codes.end(), below);
+  test_packing(kernels, x, codes, N, 2, d, PACKINGS[0]);
+}
+
 }  // namespace
 
 void test_search(const Kernels& kernels) {
   Random random;
+  for (int64_t d : {1, 2, 4}) test_largest_low_terms(kernels, d);
   const int64_t p = kernels.panel;
   // Codes beside the edges of a panel, of the panels that go together and of a group; many for few features.
   const int64_t counts[] = {1, 2, p - 1, p, p + 1, 4 * p, 4 * p + 1, 8 * p - 1, 8 * p + 1};

@@ -2,31 +2,28 @@ from __future__ import annotations
 
 import re
 
+import pytest
 import torch
 
 from benchmarks import readme, results
 from benchmarks.registry import ENTRIES
 
 
-def test_the_table_is_not_stale():
-    text = (results.ROOT / "README.md").read_text()
-    assert readme.updated(text) == text, "run `make readme-table`"
+@pytest.mark.parametrize("page", readme.PAGES)
+def test_tables_of_a_page_equal_those_of_the_committed_rows(page):
+    text = (results.ROOT / page).read_text()
+    assert readme.updated(page, text) == text, "run `make readme-table`"
 
 
-def test_the_example_runs():
-    text = (results.ROOT / "README.md").read_text()
-    (example,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-    assert len(example.strip().splitlines()) <= 8
-    names: dict = {}
-    exec(example, names)
-    assert names["indices"].shape == (8, 16, 16)
+def test_updated_without_markers_raises():
+    with pytest.raises(ValueError, match=re.escape("README.md holds no <!-- results")):
+        readme.updated("README.md", "a page without a table")
 
 
-def test_no_loss_is_left_out():
-    """The table takes whole groups of rows: every contender that was timed beside ours stands in it."""
+def test_table_lists_every_baseline_of_a_shown_workload():
     for file in results.FOLDER.glob("[cg]pu.csv"):
         rows = [row for row in results.read(file) if row["ms"] and row["op"] in ENTRIES]
-        # What came after the file was measured has no rows yet.
+        # An operation that is newer than the file has no rows yet.
         for op in dict.fromkeys(row["op"] for row in rows):
             first = next(row for row in rows if row["op"] == op)
             group = [row for row in rows if all(row[key] == first[key] for key in ("op", "workload", "size"))]
@@ -40,7 +37,17 @@ def test_no_loss_is_left_out():
                 assert row["ratio"] == "1.000" or readme._two_digits(float(row["ratio"])) in line
 
 
-def test_summaries_of_runs_are_collected(tmp_path):
+def test_summary_lists_every_baseline_of_its_rows():
+    rows = [row for row in results.read(results.FOLDER / "cpu.csv") if row["ms"]]
+    lines = readme.summary().splitlines()
+    for op, workload in readme._SUMMARY:
+        (line,) = (each for each in lines if each.startswith(f"| {op} |") and f"({workload})" in each)
+        baselines = {row["contender"] for row in rows if (row["op"], row["workload"]) == (op, workload)}
+        assert len(baselines) > 1
+        assert all(f"{name} " in line for name in baselines - {"dlvae_kernels"})
+
+
+def test_write_training_collects_the_summaries_of_runs(tmp_path):
     (tmp_path / "summary.json").write_text('{"model": "dlvae", "nmse": 0.5}')
     path = tmp_path / "training.csv"
     results.write_training([tmp_path], path, torch.device("cpu"))

@@ -63,10 +63,10 @@ struct InBFloat16 {
       to[d] = to[features + d] = high;
     }
     memset(to + 3 * features, 0, (2 * book.steps - 3 * features) * sizeof(BFloat16));
-    // What the parts leave out, at most 2^-18 of a feature, twice, and the product of both low parts; and the roundings
-    // of sums of 3 D products. What is smaller than the least normal number counts as zero in them.
+    // docs/numerics.md, 4.2 and 5.4: the terms miss at most 2^-17 of a feature, in both factors, and the product of the
+    // low terms is at most 2^-16; sums of 3 D products round, and flush subnormal numbers to zero.
     const float product = norm * book.norm, largest = 0.5f * book.norm * book.norm + 1.02f * product;
-    return 2.1f * (0x3p-18f * product + (3 * features + 8) * (0x1p-24f * largest + 0x1p-120f));
+    return 2.1f * (0x1p-15f * product + (3 * features + 8) * (0x1p-24f * largest + 0x1p-120f));
   }
   static const Score* starts(const float* start, int64_t, float, Score*) { return start; }
 
