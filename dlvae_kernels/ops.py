@@ -50,7 +50,7 @@ def _check_range(indices: Tensor, size: int) -> None:
     if indices.device.type == "cpu":
         low, high = (int(bound) for bound in indices.aminmax())
         if low < 0 or high >= size:
-            raise ValueError(f"indices hold {low if low < 0 else high}; they need to lie in [0, {size})")
+            raise ValueError(f"expected indices in [0, {size}), got {low if low < 0 else high}")
     elif os.environ.get("DLVAE_CHECK") == "1":
         torch._assert_async(((indices >= 0) & (indices < size)).all())
 

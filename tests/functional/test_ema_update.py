@@ -129,15 +129,15 @@ def test_opcheck_and_compile(device):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"decay": -0.1}, r"decay is -0.1; it needs to lie in \[0, 1\]"),
-        ({"decay": float("nan")}, r"decay is nan; it needs to lie in \[0, 1\]"),
-        ({"epsilon": -1.0}, r"epsilon is -1.0; it needs to be at least 0"),
-        ({"codebook": torch.ones(3, 2).half()}, r"codebook has dtype torch.float16; .* float32 or float64"),
-        ({"cluster_size": torch.ones(4)}, r"cluster_size has shape \(4,\) .* it needs \(3,\)"),
-        ({"embed_sum": torch.ones(3, 2).double()}, r"embed_sum .* dtype torch.float64; it needs .* torch.float32"),
-        ({"x": torch.ones(4, 3)}, r"x has shape \(4, 3\); it needs .* D = 2"),
-        ({"indices": torch.zeros(5, dtype=torch.int64)}, r"indices has shape \(5,\); it needs \(4,\), the rows of x"),
-        ({"indices": torch.tensor([0, 1, 2, 3])}, r"indices hold 3; they need to lie in \[0, 3\)"),
+        ({"decay": -0.1}, r"expected decay to lie in \[0, 1\], got -0.1"),
+        ({"decay": float("nan")}, r"expected decay to lie in \[0, 1\], got nan"),
+        ({"epsilon": -1.0}, r"expected epsilon to be at least 0, got -1.0"),
+        ({"codebook": torch.ones(3, 2).half()}, r"expected codebook of dtype float32 or float64, .* torch.float16"),
+        ({"cluster_size": torch.ones(4)}, r"expected cluster_size of shape \(3,\) .*, got \(4,\)"),
+        ({"embed_sum": torch.ones(3, 2).double()}, r"expected embed_sum .*dtype torch.float32, .* torch.float64"),
+        ({"x": torch.ones(4, 3)}, r"expected x of shape \[..., 2\], .*, got \(4, 3\)"),
+        ({"indices": torch.zeros(5, dtype=torch.int64)}, r"expected indices of shape \(4,\), one for .* x, got \(5,\)"),
+        ({"indices": torch.tensor([0, 1, 2, 3])}, r"expected indices in \[0, 3\), got 3"),
     ],
 )
 def test_bad_input_changes_nothing(change, message):

@@ -79,14 +79,14 @@ def test_opcheck_and_compile(device):
 @pytest.mark.parametrize(
     ("codebook", "indices", "message"),
     [
-        (torch.zeros(3, 2), torch.tensor([3]), r"indices hold 3; they need to lie in \[0, 3\)"),
-        (torch.zeros(3, 2), torch.tensor([-1]), r"indices hold -1; they need to lie in \[0, 3\)"),
-        (torch.zeros(3, 2), torch.tensor([0], dtype=torch.int32), r"indices has dtype torch.int32"),
-        (torch.zeros(0, 2), torch.tensor([0]), r"codebook has shape \(0, 2\)"),
+        (torch.zeros(3, 2), torch.tensor([3]), r"expected indices in \[0, 3\), got 3"),
+        (torch.zeros(3, 2), torch.tensor([-1]), r"expected indices in \[0, 3\), got -1"),
+        (torch.zeros(3, 2), torch.tensor([0], dtype=torch.int32), r"expected indices of dtype .*, got torch.int32"),
+        (torch.zeros(0, 2), torch.tensor([0]), r"expected codebook of shape .*, got \(0, 2\)"),
         (
             torch.zeros(3, 2),
             torch.zeros(1, dtype=torch.int64, device="meta"),
-            r"indices is on meta; it needs",
+            r"expected indices on the device of .*, got meta",
         ),
     ],
 )

@@ -53,17 +53,17 @@ CALLS = {
     "SparseAutoencoder": ("x", X, SparseAutoencoder(4, 3, 2)),
 }
 KINDS = {
-    "numpy": (lambda good: good.numpy(), r"is a numpy.ndarray; it needs to be a torch.Tensor: pass torch.as_tensor\("),
-    "list": (lambda good: good.tolist(), r"is a list; it needs to be a torch.Tensor: pass torch.as_tensor\("),
+    "numpy": (lambda good: good.numpy(), r"to be a torch.Tensor, got a numpy.ndarray; pass torch.as_tensor\("),
+    "list": (lambda good: good.tolist(), r"to be a torch.Tensor, got a list; pass torch.as_tensor\("),
     "sparse": (
         lambda good: good.to_sparse(),
-        r"has the layout torch.sparse_coo; pass a dense tensor, \w+.to_dense\(\)",
+        r"to be a dense tensor, got one of layout torch.sparse_coo; pass \w+.to_dense\(\)",
     ),
     "nested": (
         lambda good: torch.nested.nested_tensor([good, good], layout=torch.jagged),
-        r"is a nested tensor; pass its rows, \w+.values\(\), or a padded tensor",
+        r"to be a dense tensor, got a nested tensor; pass \w+.values\(\) or a padded tensor",
     ),
-    "none": (lambda good: None, "is a NoneType; it needs to be a torch.Tensor"),
+    "none": (lambda good: None, "to be a torch.Tensor, got a NoneType"),
 }
 
 
@@ -75,7 +75,7 @@ def test_input_that_is_no_dense_tensor_raises_what_to_pass(call, kind):
         pytest.skip("a bias may be None")
     make, message = KINDS[kind]
     function(good)
-    with pytest.raises(ValueError, match=f"^{name} {message}"):
+    with pytest.raises(ValueError, match=f"^expected {name} {message}"):
         function(make(good))
 
 
@@ -83,7 +83,7 @@ def test_tensor_on_a_device_without_float64_raises_what_to_pass():
     class OnMps(Tensor):
         device = torch.device("mps")
 
-    with pytest.raises(ValueError, match=r"x is on mps, which has no float64; pass x.cpu\(\)"):
+    with pytest.raises(ValueError, match=r"expected x on a device that has float64, got mps; pass x.cpu\(\)"):
         checks.check_tensor("x", OnMps())
 
 

@@ -202,15 +202,15 @@ def test_no_gradient():
 @pytest.mark.parametrize(
     ("x", "codebook", "message"),
     [
-        (torch.zeros(2, 3), torch.zeros(4, 2), r"x has shape \(2, 3\); it needs .* D = 2"),
-        (torch.zeros(()), torch.zeros(4, 2), r"x has shape \(\); it needs"),
-        (torch.zeros(2, 3), torch.zeros(0, 3), r"codebook has shape \(0, 3\); it needs .*K >= 1"),
-        (torch.zeros(2, 3), torch.zeros(3), r"codebook has shape \(3,\); it needs \[K, D\]"),
-        (torch.zeros(2, 3, dtype=torch.int32), torch.zeros(4, 3), r"x has dtype torch.int32; it needs"),
-        (torch.zeros(2, 3), torch.zeros(4, 3).long(), r"codebook has dtype torch.int64; it needs"),
-        (torch.zeros(2, 3), torch.zeros(4, 3).half(), r"codebook has dtype torch.float16; it needs"),
-        (torch.zeros(2, 3).double(), torch.zeros(4, 3), r"codebook has dtype torch.float32; it needs"),
-        (torch.zeros(2, 3, device="meta"), torch.zeros(4, 3), r"x is on meta; it needs the device of codebook, cpu"),
+        (torch.zeros(2, 3), torch.zeros(4, 2), r"expected x of shape \[..., 2\], with the D of codebook, got \(2, 3\)"),
+        (torch.zeros(()), torch.zeros(4, 2), r"expected x of shape .*, got \(\)"),
+        (torch.zeros(2, 3), torch.zeros(0, 3), r"expected codebook of shape .*K >= 1.*, got \(0, 3\)"),
+        (torch.zeros(2, 3), torch.zeros(3), r"expected codebook of shape \[K, D\].*, got \(3,\)"),
+        (torch.zeros(2, 3, dtype=torch.int32), torch.zeros(4, 3), r"expected x of dtype .*, got torch.int32"),
+        (torch.zeros(2, 3), torch.zeros(4, 3).long(), r"expected codebook of dtype .*, got torch.int64"),
+        (torch.zeros(2, 3), torch.zeros(4, 3).half(), r"expected codebook of dtype .*, got torch.float16"),
+        (torch.zeros(2, 3).double(), torch.zeros(4, 3), r"expected codebook of dtype .*, got torch.float32"),
+        (torch.zeros(2, 3, device="meta"), torch.zeros(4, 3), r"expected x on the device of codebook, cpu, got meta"),
     ],
 )
 def test_bad_input(x, codebook, message):

@@ -197,10 +197,10 @@ def test_empty_batch():
 @pytest.mark.parametrize(
     ("bad", "message"),
     [
-        (torch.zeros(4), r"x has shape \(4,\); it needs \[B, D, \*spatial\] with D = 6"),
-        (torch.zeros(2, 5, 4, 4), r"x has shape \(2, 5, 4, 4\); it needs .* D = 6"),
-        (torch.zeros(2, DIM, 4, 4).int(), r"x has dtype torch.int32; it needs float16"),
-        (torch.zeros(2, DIM, 4, 4, device="meta"), r"x is on meta; it needs the device of dictionary, cpu"),
+        (torch.zeros(4), r"expected x of shape \[B, 6, ...\], got \(4,\)"),
+        (torch.zeros(2, 5, 4, 4), r"expected x of shape \[B, 6, ...\], got \(2, 5, 4, 4\)"),
+        (torch.zeros(2, DIM, 4, 4).int(), r"expected x of dtype .*, got torch.int32"),
+        (torch.zeros(2, DIM, 4, 4, device="meta"), r"expected x on the device of dictionary, cpu, got meta"),
     ],
 )
 def test_bad_inputs(bad, message):
@@ -211,11 +211,11 @@ def test_bad_inputs(bad, message):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((0, ATOMS, 0.1, KEPT), r"dim is 0; it needs to be a whole number of at least 1"),
-        ((DIM, 0, 0.1, KEPT), r"num_atoms is 0; it needs to be a whole number of at least 1"),
-        ((DIM, ATOMS, -0.1, KEPT), r"sparsity is -0.1; it needs to be at least 0"),
-        ((DIM, ATOMS, 0.1, 0), r"sparsity_level is 0; it needs to be a whole number in \[1, 24\]"),
-        ((DIM, ATOMS, 0.1, 25), r"sparsity_level is 25; it needs to be a whole number in \[1, 24\]"),
+        ((0, ATOMS, 0.1, KEPT), r"expected dim to be a whole number of at least 1, got 0"),
+        ((DIM, 0, 0.1, KEPT), r"expected num_atoms to be a whole number of at least 1, got 0"),
+        ((DIM, ATOMS, -0.1, KEPT), r"expected sparsity to be at least 0, got -0.1"),
+        ((DIM, ATOMS, 0.1, 0), r"expected sparsity_level to be a whole number in \[1, 24\], got 0"),
+        ((DIM, ATOMS, 0.1, 25), r"expected sparsity_level to be a whole number in \[1, 24\], got 25"),
     ],
 )
 def test_bad_arguments(arguments, message):
@@ -224,11 +224,11 @@ def test_bad_arguments(arguments, message):
 
 
 def test_bad_options():
-    with pytest.raises(ValueError, match=r"representation is 'matrix'; it needs to be one of 'dense', 'sparse'"):
+    with pytest.raises(ValueError, match=r"expected representation to be one of 'dense', 'sparse', got 'matrix'"):
         make(representation="matrix")
-    with pytest.raises(ValueError, match=r"gradient is 'both'; it needs to be one of"):
+    with pytest.raises(ValueError, match=r"expected gradient to be one of .*, got 'both'"):
         make(gradient="both")
-    with pytest.raises(ValueError, match=r"indices hold 24; they need to lie in \[0, 24\)"):
+    with pytest.raises(ValueError, match=r"expected indices in \[0, 24\), got 24"):
         make().decode(torch.ones(1, 1), torch.tensor([[24]]))
-    with pytest.raises(ValueError, match=r"indices has shape \(1,\); it needs \[B, \*spatial, k\]"):
+    with pytest.raises(ValueError, match=r"expected indices of shape \[B, \*spatial, k\].*, got \(1,\)"):
         make().decode(torch.ones(1), torch.tensor([0]))

@@ -101,6 +101,6 @@ def test_data_comes_from_all_ranks_without_repeats(monkeypatch):
     sampled = torch.zeros(16, 2)
     for rank in range(2):
         monkeypatch.setattr(distributed, "_world", lambda sync, rank=rank: (rank, 2))
-        sampled += distributed.sample_rows(rows[rank], 16, True)
+        sampled += distributed.sample_vectors(rows[rank], 16, True)
     assert sorted(sampled[:, 0].tolist()) == list(range(16))
     assert (sampled[:, 1] == 1).all()

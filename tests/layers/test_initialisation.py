@@ -147,5 +147,5 @@ def test_sizes_may_be_any_integer(kind):
 
 @pytest.mark.parametrize("size", [8.0, np.float64(8), True, "8", None])
 def test_sizes_that_are_no_integers_raise(size):
-    with pytest.raises(ValueError, match=r"num_embeddings is .*; it needs to be a whole number of at least 1"):
+    with pytest.raises(ValueError, match=r"expected num_embeddings to be a whole number of at least 1, got .*"):
         VectorQuantizer(size, D, 0.25)

@@ -94,7 +94,7 @@ def test_decode_and_encode_make_the_forward(layer, x):
     assert torch.equal(values, out.values)
     assert torch.equal(indices, out.indices)
     assert torch.equal(layer.decode(values, indices), out.reconstruction)
-    with pytest.raises(ValueError, match=r"indices hold 40; they need to lie in \[0, 40\)"):
+    with pytest.raises(ValueError, match=r"expected indices in \[0, 40\), got 40"):
         layer.decode(torch.ones(1, 1), torch.tensor([[40]]))
 
 
@@ -197,10 +197,10 @@ def test_state_dict(layer, x):
 @pytest.mark.parametrize(
     ("bad", "message"),
     [
-        (torch.zeros(2, 5), r"x has shape \(2, 5\); it needs \[..., D\] with the D = 6 of encoder.weight"),
-        (torch.zeros(()), r"x has shape \(\)"),
-        (torch.zeros(2, DIM).int(), r"x has dtype torch.int32; it needs float16"),
-        (torch.zeros(2, DIM, device="meta"), r"x is on meta; it needs the device of encoder.weight, cpu"),
+        (torch.zeros(2, 5), r"expected x of shape \[..., 6\], with the D of encoder.weight, got \(2, 5\)"),
+        (torch.zeros(()), r"expected x of shape .*, got \(\)"),
+        (torch.zeros(2, DIM).int(), r"expected x of dtype .*, got torch.int32"),
+        (torch.zeros(2, DIM, device="meta"), r"expected x on the device of encoder.weight, cpu, got meta"),
     ],
 )
 def test_bad_inputs(layer, bad, message):
@@ -211,10 +211,10 @@ def test_bad_inputs(layer, bad, message):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((0, ATOMS, KEPT), r"dim is 0; it needs to be a whole number of at least 1"),
-        ((DIM, 0, KEPT), r"num_atoms is 0; it needs to be a whole number of at least 1"),
-        ((DIM, ATOMS, 0), r"k is 0; it needs to be a whole number in \[1, 40\]"),
-        ((DIM, ATOMS, 41), r"k is 41; it needs to be a whole number in \[1, 40\]"),
+        ((0, ATOMS, KEPT), r"expected dim to be a whole number of at least 1, got 0"),
+        ((DIM, 0, KEPT), r"expected num_atoms to be a whole number of at least 1, got 0"),
+        ((DIM, ATOMS, 0), r"expected k to be a whole number in \[1, 40\], got 0"),
+        ((DIM, ATOMS, 41), r"expected k to be a whole number in \[1, 40\], got 41"),
     ],
 )
 def test_bad_arguments(arguments, message):

@@ -370,11 +370,11 @@ def test_a_checkpoint_without_use_counts_loads():
 @pytest.mark.parametrize(
     ("bad", "message"),
     [
-        (torch.zeros(4), r"inputs has shape \(4,\); it needs \[B, D, \*spatial\] with D = 6"),
-        (torch.zeros(2, 5, 4, 4), r"inputs has shape \(2, 5, 4, 4\); it needs .* D = 6"),
-        (torch.zeros(2, D, 4, 4, dtype=torch.int32), r"inputs has dtype torch.int32; it needs float16"),
-        (torch.zeros(2, D, 4, 4, dtype=torch.float64), r"codebook has dtype torch.float32; it needs that of inputs"),
-        (torch.zeros(2, D, 4, 4, device="meta"), r"inputs is on meta; it needs the device of codebook, cpu"),
+        (torch.zeros(4), r"expected inputs of shape \[B, 6, ...\], got \(4,\)"),
+        (torch.zeros(2, 5, 4, 4), r"expected inputs of shape \[B, 6, ...\], got \(2, 5, 4, 4\)"),
+        (torch.zeros(2, D, 4, 4, dtype=torch.int32), r"expected inputs of dtype .*, got torch.int32"),
+        (torch.zeros(2, D, 4, 4, dtype=torch.float64), r"expected codebook of dtype .*, got torch.float32"),
+        (torch.zeros(2, D, 4, 4, device="meta"), r"expected inputs on the device of codebook, cpu, got meta"),
     ],
 )
 def test_bad_inputs_change_nothing(kind, bad, message):
@@ -390,10 +390,10 @@ def test_bad_inputs_change_nothing(kind, bad, message):
 @pytest.mark.parametrize(
     ("indices", "message"),
     [
-        (torch.tensor([[0, K]]), rf"indices hold {K}; they need to lie in \[0, {K}\)"),
-        (torch.tensor([[-1, 0]]), rf"indices hold -1; they need to lie in \[0, {K}\)"),
-        (torch.tensor([[0.0]]), r"indices has dtype torch.float32; it needs int64"),
-        (torch.tensor(0), r"indices has no dimensions; it needs \[B, \*spatial\]"),
+        (torch.tensor([[0, K]]), rf"expected indices in \[0, {K}\), got {K}"),
+        (torch.tensor([[-1, 0]]), rf"expected indices in \[0, {K}\), got -1"),
+        (torch.tensor([[0.0]]), r"expected indices of dtype .*, got torch.float32"),
+        (torch.tensor(0), r"expected indices of shape \[B, \*spatial\], got \(\)"),
     ],
 )
 def test_bad_indices(kind, indices, message):
@@ -404,12 +404,12 @@ def test_bad_indices(kind, indices, message):
 @pytest.mark.parametrize(
     ("arguments", "options", "message"),
     [
-        ((0, D, 0.25), {}, r"num_embeddings is 0; it needs to be a whole number of at least 1"),
-        ((K, 0, 0.25), {}, r"embedding_dim is 0; it needs to be a whole number of at least 1"),
-        ((K, D, -0.25), {}, r"commitment_cost is -0.25; it needs to be at least 0"),
-        ((K, D, 0.25), {"encodings": "dense"}, r"encodings is 'dense'; it needs to be one of 'one_hot', 'indices'"),
-        ((K, D, 0.25), {"init": "zeros"}, r"init is 'zeros'; it needs to be one of"),
-        ((K, D, 0.25), {"dead_code_threshold": -1}, r"dead_code_threshold is -1; it needs to be at least 0"),
+        ((0, D, 0.25), {}, r"expected num_embeddings to be a whole number of at least 1, got 0"),
+        ((K, 0, 0.25), {}, r"expected embedding_dim to be a whole number of at least 1, got 0"),
+        ((K, D, -0.25), {}, r"expected commitment_cost to be at least 0, got -0.25"),
+        ((K, D, 0.25), {"encodings": "dense"}, r"expected encodings to be one of 'one_hot', 'indices', got 'dense'"),
+        ((K, D, 0.25), {"init": "zeros"}, r"expected init to be one of .*, got 'zeros'"),
+        ((K, D, 0.25), {"dead_code_threshold": -1}, r"expected dead_code_threshold to be at least 0, got -1"),
     ],
 )
 def test_bad_arguments(arguments, options, message):

@@ -136,9 +136,9 @@ def test_mends_the_untrained_state_of_a_notebook_checkpoint():
 @pytest.mark.parametrize(
     ("decay", "epsilon", "message"),
     [
-        (1.5, 1e-5, r"decay is 1.5; it needs to lie in \[0, 1\]"),
-        (-0.1, 1e-5, r"decay is -0.1; it needs to lie in \[0, 1\]"),
-        (0.9, -1, r"epsilon is -1; it needs to be at least 0"),
+        (1.5, 1e-5, r"expected decay to lie in \[0, 1\], got 1.5"),
+        (-0.1, 1e-5, r"expected decay to lie in \[0, 1\], got -0.1"),
+        (0.9, -1, r"expected epsilon to be at least 0, got -1"),
     ],
 )
 def test_bad_arguments(decay, epsilon, message):
