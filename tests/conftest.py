@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from dlvae_kernels import backends
 from dlvae_kernels.backends import BACKENDS, native, use_backend, why_not
 from dlvae_kernels.backends.reference import __all__ as ALL_OPS
 
@@ -80,6 +81,12 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
         monkeypatch.setenv("DLVAE_CPU", cpu)
     with use_backend(backend):
         yield torch.device(name)
+
+
+@pytest.fixture(autouse=True)
+def _fresh_routes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Give each test a router that has memoised nothing, since tests replace what routes depend on."""
+    monkeypatch.setattr(backends, "_routes", {})
 
 
 @pytest.fixture(autouse=True)

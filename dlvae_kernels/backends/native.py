@@ -17,6 +17,8 @@ _OLDEST_TORCH = (2, 10)
 _OLDEST_GPU = (8, 0)
 # Of topk_codes on CUDA: csrc/cuda/topk_codes.cu, MOST_K.
 _MOST_KEPT = 1024
+# Operations whose kernels on the CPU check the range of the caller's indices as they read them.
+CHECKS_INDICES = ("gather_codes_fwd", "one_hot", "ema_statistics", "sparse_decode_fwd")
 _TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.int64)
 
 

@@ -68,11 +68,11 @@ def test_use_backend_nests_and_ends_after_an_error():
 
 def test_unknown_names():
     with (
-        pytest.raises(ValueError, match="name is 'cuda'; it needs to be one of triton, native, reference"),
+        pytest.raises(ValueError, match="expected name to be one of triton, native, reference, got 'cuda'"),
         use_backend("cuda"),
     ):
         pass
-    with pytest.raises(ValueError, match="backend is 'cuda'"):
+    with pytest.raises(ValueError, match=r"expected backend to be one of .*, got 'cuda'"):
         why_not("cuda", "nearest_code")
 
 
@@ -83,7 +83,7 @@ def test_environment_variable(monkeypatch):
     with use_backend("reference"):
         nearest_code(X, CODEBOOK)
     monkeypatch.setenv("DLVAE_BACKEND", "tritn")
-    with pytest.raises(ValueError, match="DLVAE_BACKEND is 'tritn'"):
+    with pytest.raises(ValueError, match=r"expected DLVAE_BACKEND to be one of .*, got 'tritn'"):
         nearest_code(X, CODEBOOK)
 
 
@@ -97,6 +97,7 @@ def test_the_first_backend_that_can_is_chosen_and_the_others_are_named_once(monk
     assert len(caplog.records) == 1
     assert "not native: the C++ library was not built: no C++ compiler" in caplog.text
     monkeypatch.setitem(BACKENDS, "native", able)
+    backends._routes.clear()
     assert choose("nearest_code", X) is able.nearest_code
 
 
