@@ -1,4 +1,4 @@
-"""`python -m dlvae_kernels`: which backend can run which operation here, and why the others cannot."""
+"""`python -m dlvae_kernels`: which backend is available for which operation, and why the others are unavailable."""
 
 from __future__ import annotations
 

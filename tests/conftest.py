@@ -40,7 +40,7 @@ def _instruction_sets(backend: str, device: str, test: str) -> list[str]:
 
 
 def pytest_report_header() -> list[str]:
-    """What is not tested here, and why: once, and not as a skip of each test."""
+    """List what is not tested here, with the reason: once, and not as a skip of each test."""
     lacks = {(backend, device): _missing(backend, device, tuple(ALL_OPS)) for backend, device in _PLACES}
     return [
         f"not tested: {len(reasons)} of {len(ALL_OPS)} operations on {backend}-{device}: {reasons[0]}"

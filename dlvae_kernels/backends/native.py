@@ -1,4 +1,4 @@
-"""The compiled backend: the libraries built from csrc for the CPU and for CUDA, or the reason why there is none."""
+"""The native backend: the compiled libraries of csrc for the CPU and for CUDA, or the reason why one is unavailable."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from typing import Any
 import torch
 
 _LIBRARY = Path(__file__).parents[1] / "native_cpu.abi3.so"
-# Left by setup.py in place of the library.
+# setup.py writes this file in place of a library that it could not build.
 _REASON = _LIBRARY.with_name("native_cpu.reason.txt")
 _CUDA_LIBRARY, _CUDA_REASON = _LIBRARY.with_name("native_cuda.abi3.so"), _LIBRARY.with_name("native_cuda.reason.txt")
 _OLDEST_TORCH = (2, 10)
 _OLDEST_GPU = (8, 0)
-# Of topk_codes on CUDA: csrc/cuda/topk_codes.cu, MOST_K.
-_MOST_KEPT = 1024
+# The limit of k of topk_codes on CUDA, MOST_K in csrc/cuda/topk_codes.cu.
+_MOST_SELECTED = 1024
 # Operations whose kernels on the CPU check the range of the caller's indices as they read them.
 CHECKS_INDICES = ("gather_codes_fwd", "one_hot", "ema_statistics", "sparse_decode_fwd")
 _TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.int64)
@@ -24,13 +24,13 @@ _TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.int64)
 
 @functools.cache
 def why_not_loaded() -> str | None:
-    """Load the library, once and not before an operation asks for it; why it cannot be, or None."""
+    """Load the C++ library, once and when an operation first needs it; the reason why it is unavailable, or None."""
     return _why_no_library("C++", _LIBRARY, _REASON)
 
 
 @functools.cache
 def _load_cuda() -> str | None:
-    """Load the library of CUDA kernels, whose operations the other one defines."""
+    """Load the CUDA library, whose operations the C++ library defines; the reason why it is unavailable, or None."""
     if (reason := why_not_loaded()) is not None:
         return reason
     if torch.version.cuda is None:
@@ -53,31 +53,33 @@ def _why_no_library(name: str, library: Path, reason: Path) -> str | None:
 
 @functools.cache
 def instruction_sets(everywhere: bool = False) -> list[str]:
-    """Names that DLVAE_CPU may have on this processor, or on any, the best first; none without the library."""
+    """The values of DLVAE_CPU on this processor, or on any, the fastest first; none without the C++ library."""
     return [] if why_not_loaded() is not None else torch.ops.dlvae_native.cpu_names(everywhere).split()
 
 
 def instruction_set() -> str:
-    """The one in use, which DLVAE_CPU may name."""
+    """The instruction set in use, which DLVAE_CPU may name."""
     return os.environ.get("DLVAE_CPU") or instruction_sets()[0]
 
 
 def why_no_instruction_set() -> str | None:
-    """Why DLVAE_CPU, which names an instruction set, cannot be followed; None if it can, or without the library.
+    """Why the instruction set that DLVAE_CPU names is unavailable; None if it is available, or without the C++ library.
 
     Raises:
-        ValueError: it names no instruction set.
+        ValueError: DLVAE_CPU names no instruction set.
     """
     name = os.environ.get("DLVAE_CPU")
     if not name or why_not_loaded() is not None or name in instruction_sets():
         return None
     if name in instruction_sets(everywhere=True):
         return f"DLVAE_CPU is {name!r}, which this processor lacks; it has {', '.join(instruction_sets())}"
-    raise ValueError(f"DLVAE_CPU is {name!r}; it needs to be one of {', '.join(instruction_sets(everywhere=True))}")
+    raise ValueError(
+        f"expected DLVAE_CPU to be one of {', '.join(instruction_sets(everywhere=True))}, or unset, got {name!r}"
+    )
 
 
 def why_no_cuda_kernels() -> str | None:
-    """Why there are no CUDA kernels for the GPU of this machine, or None."""
+    """Why the CUDA kernels are unavailable on this machine, or None."""
     return _load_cuda() if torch.cuda.is_available() else "torch finds no CUDA device"
 
 
@@ -94,7 +96,7 @@ def _why_not_cuda(op: str, device: torch.device) -> str | None:
 
 
 def why_not(op: str, *args: Any) -> str | None:
-    """Why this backend cannot run `op` on `args`; None if it can.
+    """Why this backend is unavailable for `op` on `args`, or None.
 
     Raises:
         ValueError: DLVAE_CPU names no instruction set.
@@ -110,8 +112,8 @@ def why_not(op: str, *args: Any) -> str | None:
         if tensor.dtype not in _TYPES:
             return f"it has no kernel for {tensor.dtype}"
     if tensors and tensors[0].device.type == "cuda":
-        if op == "topk_codes" and len(args) > 2 and args[2] > _MOST_KEPT:
-            return f"it keeps at most {_MOST_KEPT} codes of a row, and k is {args[2]}"
+        if op == "topk_codes" and len(args) > 2 and args[2] > _MOST_SELECTED:
+            return f"it keeps at most {_MOST_SELECTED} codes of a row, and k is {args[2]}"
         return _why_not_cuda(op, tensors[0].device)
     return why_no_instruction_set()
 

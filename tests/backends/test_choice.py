@@ -27,7 +27,7 @@ def module(environment: dict[str, str], *arguments: str) -> subprocess.Completed
 
 @pytest.fixture
 def not_built(monkeypatch):
-    """As on a machine without the C++ library, whether or not it is there."""
+    """Make the C++ library unavailable, whether or not it is built."""
     monkeypatch.setattr(native, "why_not_loaded", lambda: "the C++ library was not built: no C++ compiler")
 
 

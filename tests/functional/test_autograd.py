@@ -1,4 +1,4 @@
-"""What autograd sees of each operation: in-place changes, forward mode, double backward, vmap and torch.func.grad."""
+"""Each operation under autograd: in-place changes, forward mode, double backward, vmap and torch.func.grad."""
 
 from __future__ import annotations
 

@@ -58,7 +58,7 @@ def test_by_hand(device):
     values = kept_softmax(x, weight, bias, torch.tensor([[2, 0], [1, 1]], device=device))
     torch.testing.assert_close(values, torch.tensor([[0.5, 0.125], [0.25, 0.25]], device=device))
     values[:, 0].sum().backward()
-    # Of each row v (1 - p) at its code and -v p at the others.
+    # The gradient of the logits of a vector is v (1 - p) at its code and -v p at the others.
     first = torch.tensor([-1.0, -2.0, 4.0, -1.0], device=device) / 16
     second = torch.tensor([-1.0, 6.0, -4.0, -1.0], device=device) / 32
     torch.testing.assert_close(bias.grad, first + second)
@@ -138,7 +138,7 @@ def test_huge_logits(device):
 
 @pytest.mark.parametrize("spread", [10, 100])
 def test_rows_that_are_sure_of_a_code(device, spread):
-    """Of large logits the largest are kept: v is near 1, and its gradient what is left of it."""
+    """The largest logits are selected: v is near 1, and its gradient is the small difference to 1."""
     x, weight, bias, _ = case(16, 40, 64, 2, device)
     x = x * spread / 8
     assert_like_float64((x, weight, bias), (x @ weight.T + bias).topk(2, dim=1).indices)

@@ -16,7 +16,7 @@ from dlvae_kernels.backends import native
 from dlvae_kernels.backends import triton as kernels
 from tests.allocations import Allocations, without_launching
 
-# What the reference takes for one chunk of scores or of gathered atoms.
+# Elements of one chunk of scores or of gathered atoms of the reference.
 CHUNK = 2**21
 
 
@@ -102,11 +102,11 @@ def test_sparse_autoencoder_at_full_size():
 
 @pytest.mark.parametrize("size", [DICTIONARY, SAE], ids=str)
 def test_what_triton_takes(size):
-    """Of every operation of the layers."""
+    """Each operation of the layers allocates less than an N x K matrix."""
     x, dictionary = torch.zeros(size.n, size.d), torch.zeros(size.k, size.d)
     with without_launching(), Allocations() as found:
         indices, values = kernels.topk_codes(x, dictionary, size.kept, "l2" if size == DICTIONARY else "dot", None)
-        # What nobody wrote is no index.
+        # The launcher wrote nothing, so the indices may lie out of range.
         indices.zero_()
         if size == DICTIONARY:
             values, sums = kernels.kept_softmax_fwd(x, dictionary, None, indices)

@@ -98,7 +98,7 @@ def test_reset_parameters_of_all_modules_after_to_empty_initialises_as_the_const
     assert found.keys() == made.keys()
     for key, value in found.items():
         assert value.isfinite().all(), key
-        # Of the same distribution; where that is a constant, equal.
+        # The distribution is the same; where it is a constant, the values are equal.
         torch.testing.assert_close(value.std(), made[key].std(), rtol=0.7, atol=1e-6, msg=key)
         assert float(value.abs().max()) <= 2 * float(made[key].abs().max()), key
     if name == "sparse_autoencoder":

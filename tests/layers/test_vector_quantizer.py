@@ -1,4 +1,4 @@
-"""What both vector quantizers do; the moving averages have a file of their own."""
+"""Behaviour that both vector quantizers share; the moving averages have their own file."""
 
 from __future__ import annotations
 

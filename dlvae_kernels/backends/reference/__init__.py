@@ -31,5 +31,5 @@ __all__ = [
 
 
 def why_not(op: str, *args: Any) -> str | None:
-    """None: the reference runs everything."""
+    """Return None: the reference is available for everything."""
     return None
