@@ -11,7 +11,6 @@ infinite or undefined tie, after the finite ones; all codes tie for a vector tha
 from __future__ import annotations
 
 from collections.abc import Iterator
-from math import ldexp
 from typing import NamedTuple
 
 import torch
@@ -42,8 +41,8 @@ def distance_scores(x: Tensor, codes: Tensor) -> Iterator[Scores]:
     # Vectors of one exponent share a call of cdist: multiples of 256, so that nearly all data have the exponent 0.
     exponents = torch.minimum(_exponents_to_one(x, 1), _exponents_to_one(codes.flatten(), 0))
     exponents = torch.div(exponents + 128, 256, rounding_mode="floor").clamp_(-3, 3) * 256  # [N]
-    for exponent in exponents.unique().tolist():
-        scale, unit = ldexp(1.0, exponent), x.new_tensor(ldexp(1.0, -exponent))
+    for exponent in exponents.unique():
+        scale, unit = _power_of_two(exponent), _power_of_two(-exponent)
         scaled_codes = codes * scale
         for part in (exponents == exponent).nonzero().squeeze(1).split(_chunk_size(codes)):
             mode = "donot_use_mm_for_euclid_dist"
