@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from dlvae_kernels import backends
-from dlvae_kernels.backends import BACKENDS, native, use_backend, why_not
+from dlvae_kernels.backends import BACKENDS, native, unavailable_reason, use_backend
 from dlvae_kernels.backends.reference import __all__ as ALL_OPS
 
 from .emulated_cuda import EmulatedCuda
@@ -28,7 +28,7 @@ def _missing(backend: str, device: str, ops: tuple[str, ...]) -> list[str]:
     if device == "cuda" and not torch.cuda.is_available():
         return ["no CUDA device"] * len(ops)
     probe = torch.empty(0, device=device)
-    return [reason for op in ops if (reason := why_not(backend, op, probe)) is not None]
+    return [reason for op in ops if (reason := unavailable_reason(backend, op, probe)) is not None]
 
 
 def _instruction_sets(backend: str, device: str, test: str) -> list[str]:

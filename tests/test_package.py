@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 import dlvae_kernels
-from dlvae_kernels.backends import reference, why_not
+from dlvae_kernels.backends import reference, unavailable_reason
 
 ROOT = Path(__file__).parents[1]
 
@@ -61,7 +61,7 @@ before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 out = dlvae_kernels.vector_quantize(x, codebook)
 print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024, out.counts.sum().item())
 """
-    compiled = why_not("native", "vector_quantize_fwd") is None
+    compiled = unavailable_reason("native", "vector_quantize_fwd") is None
     result = run(code)
     assert result.returncode == 0, result.stderr
     megabytes, rows = map(float, result.stdout.split())

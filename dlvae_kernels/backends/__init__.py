@@ -2,8 +2,8 @@
 
 The route is found at each call from what decides it, and nothing is fixed at import: the operation, dtypes and devices
 of its tensors, sizes that a kernel limits, `use_backend`, and the variables DLVAE_BACKEND, DLVAE_CPU and
-TRITON_INTERPRET. A backend is a module that holds one function an operation and `why_not(op, *args)`, the reason why
-it is unavailable for these arguments, or None.
+TRITON_INTERPRET. A backend is a module that holds one function an operation and `unavailable_reason(op, *args)`: why it
+is unavailable for these arguments, or None.
 """
 
 from __future__ import annotations
@@ -21,7 +21,15 @@ import torch
 
 from . import native, reference, triton
 
-__all__ = ["BACKENDS", "BackendUnavailable", "backend_info", "choose", "forced_backend", "use_backend", "why_not"]
+__all__ = [
+    "BACKENDS",
+    "BackendUnavailable",
+    "backend_info",
+    "choose",
+    "forced_backend",
+    "unavailable_reason",
+    "use_backend",
+]
 
 BACKENDS: dict[str, ModuleType] = {"triton": triton, "native": native, "reference": reference}
 # The backends to try, in order, before the reference, which runs everything.
@@ -117,9 +125,9 @@ def use_backend(name: str) -> Iterator[None]:
         _blocks.remove(block)
 
 
-def why_not(backend: str, op: str, *args: Any) -> str | None:
+def unavailable_reason(backend: str, op: str, *args: Any) -> str | None:
     """Why `backend` is unavailable for `op` on `args` (without args: on this machine); None where it is available."""
-    return BACKENDS[_checked_name(backend, "backend")].why_not(op, *args)
+    return BACKENDS[_checked_name(backend, "backend")].unavailable_reason(op, *args)
 
 
 def backend_info() -> dict[str, dict[str, str | None]]:
@@ -128,7 +136,7 @@ def backend_info() -> dict[str, dict[str, str | None]]:
     >>> backend_info()["nearest_code"]["reference"] is None
     True
     """
-    return {op: {backend: why_not(backend, op) for backend in BACKENDS} for op in reference.__all__}
+    return {op: {backend: unavailable_reason(backend, op) for backend in BACKENDS} for op in reference.__all__}
 
 
 def choose(op: str, *args: Any) -> Callable[..., Any]:
@@ -162,13 +170,13 @@ def _new_route(forced: str | None, op: str, *args: Any) -> Route:
     reasons: list[str] = []
     if forced is not None:
         name = forced
-        if (reason := why_not(forced, op, *args)) is not None:
+        if (reason := unavailable_reason(forced, op, *args)) is not None:
             raise BackendUnavailable(f"{op}: the backend {forced!r} was asked for, but {reason}")
     else:
-        if device == "cpu" and (reason := native.why_no_instruction_set()) is not None:
+        if device == "cpu" and (reason := native.instruction_set_unavailable_reason()) is not None:
             raise BackendUnavailable(f"{op}: {reason}; set DLVAE_CPU to one of these, or unset it")
         for name in _PREFERENCE.get(device, ()):
-            if (reason := why_not(name, op, *args)) is None:
+            if (reason := unavailable_reason(name, op, *args)) is None:
                 break
             reasons.append(f"not {name}: {reason}")
         else:
@@ -189,7 +197,7 @@ def _log_choice(op: str, device: str, name: str, reasons: list[str]) -> None:
     _logged.add((op, device))
     level = logging.WARNING if device == "cuda" else logging.INFO
     _log.log(level, "%s on %s runs on the backend %s (%s)", op, device, name, "; ".join(reasons))
-    if device == "cpu" and (missing := native.why_not_loaded()) is not None and ("", device) not in _logged:
+    if device == "cpu" and (missing := native.library_unavailable_reason()) is not None and ("", device) not in _logged:
         _logged.add(("", device))
         warnings.warn(
             f"dlvae_kernels runs in plain PyTorch on the CPU, many times slower than its C++ kernels: {missing}."

@@ -13,7 +13,7 @@ import torch
 
 import dlvae_kernels
 from dlvae_kernels import BackendUnavailable, backend_info, backends, nearest_code, use_backend
-from dlvae_kernels.backends import BACKENDS, choose, native, reference, why_not
+from dlvae_kernels.backends import BACKENDS, choose, native, reference, unavailable_reason
 
 ROOT = Path(__file__).parents[2]
 X, CODEBOOK = torch.zeros(2, 3), torch.zeros(4, 3)
@@ -28,7 +28,7 @@ def module(environment: dict[str, str], *arguments: str) -> subprocess.Completed
 @pytest.fixture
 def not_built(monkeypatch):
     """Make the C++ library unavailable, whether or not it is built."""
-    monkeypatch.setattr(native, "why_not_loaded", lambda: "the C++ library was not built: no C++ compiler")
+    monkeypatch.setattr(native, "library_unavailable_reason", lambda: "the C++ library was not built: no C++ compiler")
 
 
 def test_reference_runs_everything():
@@ -38,7 +38,7 @@ def test_reference_runs_everything():
 
 @pytest.mark.parametrize("name", ["triton", "native"])
 def test_a_forced_backend_that_lacks_the_operation_raises_its_reason(name, not_built):
-    reason = why_not(name, "nearest_code", X)
+    reason = unavailable_reason(name, "nearest_code", X)
     assert reason
     with use_backend(name), pytest.raises(BackendUnavailable, match=f"nearest_code: the backend '{name}'.*") as caught:
         nearest_code(X, CODEBOOK)
@@ -73,7 +73,7 @@ def test_unknown_names():
     ):
         pass
     with pytest.raises(ValueError, match=r"expected backend to be one of .*, got 'cuda'"):
-        why_not("cuda", "nearest_code")
+        unavailable_reason("cuda", "nearest_code")
 
 
 def test_environment_variable(monkeypatch):
@@ -89,7 +89,7 @@ def test_environment_variable(monkeypatch):
 
 def test_the_first_backend_that_can_is_chosen_and_the_others_are_named_once(monkeypatch, caplog, not_built):
     calls = []
-    able = SimpleNamespace(why_not=lambda op, *args: None, nearest_code=lambda *args: calls.append(args))
+    able = SimpleNamespace(unavailable_reason=lambda op, *args: None, nearest_code=lambda *args: calls.append(args))
     monkeypatch.setattr(backends, "_logged", set())
     caplog.set_level(logging.INFO, logger="dlvae_kernels")
     for _ in range(2):
@@ -200,8 +200,8 @@ def test_use_backend_holds_in_a_backward_on_a_thread_of_autograd():
 
 def absent_instruction_set() -> str:
     """One that this library has kernels for and this processor cannot run."""
-    if native.why_not_loaded() is not None:
-        pytest.skip(native.why_not_loaded())
+    if native.library_unavailable_reason() is not None:
+        pytest.skip(native.library_unavailable_reason())
     absent = set(native.instruction_sets(everywhere=True)) - set(native.instruction_sets())
     if not absent:
         pytest.skip("this processor has every instruction set that there are kernels for")
@@ -218,7 +218,7 @@ def test_an_instruction_set_that_the_processor_lacks_raises(monkeypatch):
     with use_backend("reference"):
         nearest_code(X, CODEBOOK)
     # The table of what can run where still prints.
-    assert name in why_not("native", "nearest_code", X)
+    assert name in unavailable_reason("native", "nearest_code", X)
 
 
 def test_a_missing_library_warns_once_with_the_remedy(monkeypatch, not_built, recwarn):
@@ -239,7 +239,7 @@ def test_plain_pytorch_by_choice_does_not_warn(monkeypatch, not_built, recwarn):
     assert not recwarn.list
 
 
-@pytest.mark.skipif(native.why_not_loaded() is not None, reason=str(native.why_not_loaded()))
+@pytest.mark.skipif(native.library_unavailable_reason() is not None, reason=str(native.library_unavailable_reason()))
 def test_float64_on_the_reference_does_not_warn(monkeypatch, recwarn):
     monkeypatch.setattr(backends, "_logged", set())
     nearest_code(X.double(), CODEBOOK.double())

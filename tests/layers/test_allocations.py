@@ -63,7 +63,7 @@ def test_sparse_autoencoder():
     assert found.elements <= allowed(*size), found.operation
 
 
-@pytest.mark.skipif(native.why_not_loaded() is not None, reason=str(native.why_not_loaded()))
+@pytest.mark.skipif(native.library_unavailable_reason() is not None, reason=str(native.library_unavailable_reason()))
 @pytest.mark.parametrize(
     "layer",
     ["DictionaryLearning(48, K, 0.1, 8, representation='sparse', channel_last=True)", "SparseAutoencoder(48, K, 8)"],
