@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import threading
+import timeit
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -244,3 +245,72 @@ def test_float64_on_the_reference_does_not_warn(monkeypatch, recwarn):
     monkeypatch.setattr(backends, "_logged", set())
     nearest_code(X.double(), CODEBOOK.double())
     assert not recwarn.list
+
+
+def test_route_repeated_call_asks_no_backend_again(monkeypatch):
+    asked = []
+    reasons_of = native.unavailable_reason
+    monkeypatch.setattr(native, "unavailable_reason", lambda op, *args: asked.append(op) or reasons_of(op, *args))
+    for _ in range(3):
+        nearest_code(X, CODEBOOK)
+    assert asked == ["nearest_code"]
+    nearest_code(X.double(), CODEBOOK.double())
+    dlvae_kernels.topk_codes(X, CODEBOOK, 1)
+    dlvae_kernels.topk_codes(X, CODEBOOK, 2)
+    assert asked == ["nearest_code", "nearest_code", "topk_codes", "topk_codes"]
+
+
+def test_route_variable_set_after_a_call_is_read_at_the_next(monkeypatch):
+    before = choose("nearest_code", X)
+    monkeypatch.setenv("DLVAE_BACKEND", "reference")
+    assert choose("nearest_code", X) is reference.nearest_code
+    monkeypatch.delenv("DLVAE_BACKEND")
+    assert choose("nearest_code", X) is before
+    name = absent_instruction_set()
+    monkeypatch.setenv("DLVAE_CPU", name)
+    for _ in range(2):
+        with pytest.raises(BackendUnavailable, match=name):
+            choose("nearest_code", X)
+
+
+def test_route_memoised_by_one_thread_does_not_bind_another():
+    with use_backend("reference"):
+        assert choose("nearest_code", X) is reference.nearest_code
+    seen = []
+    with use_backend("reference"):
+        thread = threading.Thread(target=lambda: seen.append(choose("nearest_code", X)))
+        thread.start()
+        thread.join(10)
+    assert seen == [choose("nearest_code", X)]
+
+
+@pytest.mark.parametrize("op", [op.schema.partition("(")[0] for op in dlvae_kernels.ops.OPERATIONS if op.indices])
+def test_indices_out_of_range_raise_the_same_error_on_every_backend(op):
+    indices, table, values = torch.tensor([[0, 4]]), torch.ones(4, 2), torch.ones(1, 2)
+    calls = {
+        "one_hot": lambda: dlvae_kernels.one_hot(indices, 4),
+        "gather_codes_fwd": lambda: dlvae_kernels.gather_codes(table, indices),
+        "ema_statistics": lambda: dlvae_kernels.functional.ema_statistics(torch.ones(1, 2, 3), indices, 4),
+        "sparse_decode_fwd": lambda: dlvae_kernels.sparse_decode(values, indices, table),
+        "kept_softmax_fwd": lambda: dlvae_kernels.kept_softmax(values, table, None, indices),
+    }
+    for backend in ("reference", "native"):
+        if why := unavailable_reason(backend, op):
+            pytest.skip(why)
+        with use_backend(backend), pytest.raises(ValueError, match=r"expected indices in \[0, 4\), got 4"):
+            calls[op]()
+
+
+@pytest.mark.skipif(native.library_unavailable_reason() is not None, reason=str(native.library_unavailable_reason()))
+def test_nearest_code_of_one_vector_costs_at_most_12_us_more_than_the_native_operation():
+    x, codebook = torch.randn(1, 64), torch.randn(16, 64)
+    calls = {
+        "public": lambda: nearest_code(x, codebook),
+        "native": lambda: torch.ops.dlvae_native.nearest_code(x, codebook, False, "float32"),
+    }
+    best = dict.fromkeys(calls, float("inf"))
+    # The best of many short runs, interleaved, is that of an undisturbed processor.
+    for _ in range(300):
+        for name, call in calls.items():
+            best[name] = min(best[name], timeit.timeit(call, number=20) / 20)
+    assert best["public"] - best["native"] <= 12e-6, best

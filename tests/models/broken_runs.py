@@ -252,7 +252,7 @@ BROKEN_CONFIGURATIONS = {
     "an unknown key": (configured(more=1), "'more' is unknown"),
     "a missing key": (text_of("config.json", lambda text: '{"lr": 1.0}'), "model is missing"),
     "lr null": (configured(lr=None), "lr is None; it needs to be a number"),
-    "lr NaN": (configured(lr=float("nan")), "lr is nan; it needs to lie in"),
+    "lr NaN": (configured(lr=float("nan")), r"expected lr to lie in .*, got nan"),
     "decay NaN": (configured(decay=float("nan")), "decay is nan"),
     "updates as text": (configured(updates="many"), "updates is 'many'; it needs to be a whole number"),
     "updates true": (configured(updates=True), "updates is True; it needs to be a whole number"),
