@@ -11,7 +11,7 @@ from .cases import DTYPES, rows
 OPS = ("gather_codes_fwd", "gather_codes_bwd")
 
 
-def test_by_hand(device):
+def test_gather_codes_two_codes_by_hand(device):
     codebook = torch.tensor([[1.0, 2.0], [3.0, 4.0]], device=device, requires_grad=True)
     out = gather_codes(codebook, torch.tensor([[1, 0], [1, 1]], device=device))
     assert out.tolist() == [[[3, 4], [1, 2]], [[3, 4], [3, 4]]]
@@ -21,7 +21,7 @@ def test_by_hand(device):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("size", [(0, 5, 4), (1, 1, 1), (507, 129, 64), (3000, 3, 7)])
-def test_values_and_gradient(device, size, dtype):
+def test_gather_codes_any_dtype_values_and_gradient_match_float64(device, size, dtype):
     n, k, d = size
     codebook = rows(k, d, device, dtype).requires_grad_()
     indices, grad = torch.randint(0, k, (n,), device=device), rows(n, d, device, dtype)
@@ -34,7 +34,7 @@ def test_values_and_gradient(device, size, dtype):
     assert_accurate(codebook.grad, exact, expression)
 
 
-def test_one_index_gives_a_copy(device):
+def test_gather_codes_one_index_returns_a_copy(device):
     codebook = rows(4, 3, device)
     code = gather_codes(codebook, torch.tensor(1, device=device))
     expected = codebook[1].clone()
@@ -43,7 +43,7 @@ def test_one_index_gives_a_copy(device):
     torch.library.opcheck(torch.ops.dlvae.gather_codes_fwd, (codebook, torch.tensor(1, device=device)))
 
 
-def test_gradient_of_a_strided_gradient(device):
+def test_gather_codes_strided_gradient_is_summed(device):
     codebook = rows(9, 6, device).requires_grad_()
     indices = torch.randint(0, 9, (2, 5), device=device)
     grad = torch.randn(2, 6, 5, device=device).transpose(1, 2)
@@ -53,20 +53,20 @@ def test_gradient_of_a_strided_gradient(device):
 
 
 @pytest.mark.float64
-def test_gradcheck(device):
+def test_gather_codes_gradcheck_passes(device):
     indices = torch.tensor([[0, 2, 2], [1, 0, 2]], device=device)
     codebook = rows(4, 3, device, torch.float64).requires_grad_()
     assert torch.autograd.gradcheck(lambda c: gather_codes(c, indices), codebook)
 
 
-def test_gradient_repeats_to_the_bit(device):
+def test_gather_codes_gradient_repeated_call_is_bitwise_reproducible(device):
     torch.use_deterministic_algorithms(False)
     indices, grad = torch.randint(0, 7, (5000,), device=device), rows(5000, 16, device)
     first, second = (torch.ops.dlvae.gather_codes_bwd(grad, indices, 7) for _ in range(2))
     assert torch.equal(first, second)
 
 
-def test_opcheck_and_compile(device):
+def test_gather_codes_opcheck_and_compile_pass(device):
     codebook, indices = rows(5, 3, device), torch.tensor([[0, 4], [1, 1]], device=device)
     torch.library.opcheck(torch.ops.dlvae.gather_codes_fwd, (codebook, indices))
     torch.library.opcheck(torch.ops.dlvae.gather_codes_bwd, (rows(4, 3, device), indices.flatten(), 5))
@@ -90,6 +90,6 @@ def test_opcheck_and_compile(device):
         ),
     ],
 )
-def test_bad_input(codebook, indices, message):
+def test_gather_codes_bad_input_raises(codebook, indices, message):
     with pytest.raises(ValueError, match=message):
         gather_codes(codebook, indices)
