@@ -38,7 +38,7 @@ def needs(device: str, inputs: Inputs) -> None:
 def in_cuda_cpp(prepare: Callable[[Inputs], Call], inputs: Inputs) -> Call:
     """Ours on the compiled kernels of a GPU."""
     needs("cuda", inputs)
-    if (reason := native.why_no_cuda_kernels()) is not None:
+    if (reason := native.cuda_unavailable_reason()) is not None:
         raise MissingError(reason)
 
     def forced(function: Callable[..., Any]) -> Callable[..., Any]:

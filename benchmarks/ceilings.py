@@ -53,7 +53,7 @@ def measure(device: torch.device) -> Ceilings:
         flops["tf32"] = flops["bfloat16"] / 2
     if (
         device.type == "cpu"
-        and native.why_not("nearest_code") is None
+        and native.unavailable_reason("nearest_code") is None
         and hasattr(torch.ops.dlvae_native, "search_rate")
     ):
         # Scores of float32 accuracy, from whatever products are fastest: torch's own may fall far behind.

@@ -80,7 +80,7 @@ def build(root: Path) -> int:
 
 def _cuda_kernels() -> int:
     """Whether the kernels in CUDA C++ are there: without them nothing of theirs is tested, nor timed."""
-    code = "from dlvae_kernels.backends.native import why_no_cuda_kernels as why; print(why() or '')"
+    code = "from dlvae_kernels.backends.native import cuda_unavailable_reason as reason; print(reason() or '')"
     found = subprocess.run([sys.executable, "-c", code], cwd=results.ROOT, capture_output=True, text=True)
     reason = (found.stdout + found.stderr).strip()
     print(f"no kernels in CUDA C++: {reason}" if reason else "kernels in CUDA C++ are there")

@@ -1,4 +1,4 @@
-"""`python -m dlvae_kernels`: which backend can run which operation here, and why the others cannot."""
+"""`python -m dlvae_kernels`: which backend is available for which operation, and why the others are unavailable."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ def main() -> None:
     width = max(map(len, info))
     print(f"torch {torch.__version__}, CUDA {'available' if torch.cuda.is_available() else 'not available'}")
     print(f"instruction set of the C++ kernels: {_instruction_set()}")
-    print(f"CUDA kernels of the native backend: {native.why_no_cuda_kernels() or 'available'}")
+    print(f"CUDA kernels of the native backend: {native.cuda_unavailable_reason() or 'available'}")
     print(f"forced backend: {forced_backend() or 'none'}\n")
     print(" " * width, *(f"{backend:10}" for backend in BACKENDS))
     for op, reasons in info.items():

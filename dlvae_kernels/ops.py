@@ -1,41 +1,31 @@
-"""The op table: the schema of each `dlvae::` operation, its fake, and its one implementation, which is the choice of
-a backend at each call.
+"""The table of operations: the schema of each `dlvae::` operation, its fake, and the indices that it checks.
 
-Do not register a kernel on the CPU or CUDA key of these operations: it would bypass the choice.
+The one implementation of an operation routes each call to a backend. Do not register a kernel on the CPU or CUDA key of
+these operations: it would bypass the router.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .backends import choose
+from .backends import find_route
 
 _LIBRARY = torch.library.Library("dlvae", "DEF")
-# For operations that take a caller's indices: (position of the indices, how many codes there are).
-_Bound = Callable[..., tuple[int, int]]
 
 
-def _op(schema: str, bound: _Bound | None = None) -> Callable[[Callable[..., Any]], None]:
-    """Define `dlvae::<schema>`; the decorated function is its fake."""
-    name = schema[: schema.index("(")]
+class Operation(NamedTuple):
+    """One row of the table."""
 
-    def run(*args: Any) -> Any:
-        if bound is not None:
-            position, size = bound(*args)
-            _check_range(args[position], size)
-        return choose(name, *args)(*args)
-
-    def register(fake: Callable[..., Any]) -> None:
-        _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-        _LIBRARY.impl(name, run, "CompositeExplicitAutograd")
-        torch.library.register_fake(f"dlvae::{name}", fake, lib=_LIBRARY)
-
-    return register
+    schema: str
+    # Takes the arguments of the operation and returns empty outputs of the right shapes and dtypes.
+    fake: Callable[..., Any]
+    # Takes the arguments of the operation and returns indices of the caller and the number of codes that bounds them.
+    indices: Callable[..., tuple[Tensor, int]] | None = None
 
 
 def register_autograd(name: str, backward: Callable[..., Any], setup_context: Callable[..., Any]) -> None:
@@ -43,70 +33,45 @@ def register_autograd(name: str, backward: Callable[..., Any], setup_context: Ca
     torch.library.register_autograd(f"dlvae::{name}", backward, setup_context=setup_context, lib=_LIBRARY)
 
 
-def _check_range(indices: Tensor, size: int) -> None:
-    """Indices must lie in [0, size). On CUDA looking would synchronise: there it is left to DLVAE_CHECK=1."""
-    if indices.numel() == 0:
-        return
-    if indices.device.type == "cpu":
-        low, high = (int(bound) for bound in indices.aminmax())
-        if low < 0 or high >= size:
-            raise ValueError(f"indices hold {low if low < 0 else high}; they need to lie in [0, {size})")
-    elif os.environ.get("DLVAE_CHECK") == "1":
-        torch._assert_async(((indices >= 0) & (indices < size)).all())
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which sums over inputs of `dtype` accumulate and come out."""
+def _sum_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which sums over inputs of `dtype` accumulate and are returned."""
     return torch.promote_types(dtype, torch.float32)
 
 
-@_op("nearest_code(Tensor x, Tensor codebook, bool return_distance, str precision) -> (Tensor, Tensor)")
-def _(x: Tensor, codebook: Tensor, return_distance: bool, precision: str) -> tuple[Tensor, Tensor]:
-    rows = x.shape[:-1]
-    distances = x.new_empty(rows if return_distance else (0,), dtype=_wide(x.dtype))
-    return x.new_empty(rows, dtype=torch.int64), distances
+def _nearest_code(x: Tensor, codebook: Tensor, return_distance: bool, precision: str) -> tuple[Tensor, Tensor]:
+    shape = x.shape[:-1]
+    distances = x.new_empty(shape if return_distance else (0,), dtype=_sum_dtype(x.dtype))
+    return x.new_empty(shape, dtype=torch.int64), distances
 
 
-@_op("topk_codes(Tensor x, Tensor dictionary, int k, str metric, Tensor? bias) -> (Tensor, Tensor)")
-def _(x: Tensor, dictionary: Tensor, k: int, metric: str, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+def _topk_codes(x: Tensor, dictionary: Tensor, k: int, metric: str, bias: Tensor | None) -> tuple[Tensor, Tensor]:
     shape = (*x.shape[:-1], k)
-    return x.new_empty(shape, dtype=torch.int64), x.new_empty(shape, dtype=_wide(x.dtype))
+    return x.new_empty(shape, dtype=torch.int64), x.new_empty(shape, dtype=_sum_dtype(x.dtype))
 
 
-@_op("one_hot(Tensor indices, int num_codes, ScalarType dtype) -> Tensor", lambda i, size, dtype: (0, size))
-def _(indices: Tensor, num_codes: int, dtype: torch.dtype) -> Tensor:
+def _one_hot(indices: Tensor, num_codes: int, dtype: torch.dtype) -> Tensor:
     return indices.new_empty((indices.shape[0], num_codes), dtype=dtype)
 
 
-@_op("gather_codes_fwd(Tensor codebook, Tensor indices) -> Tensor", lambda c, i: (1, c.shape[0]))
-def _(codebook: Tensor, indices: Tensor) -> Tensor:
+def _gather_codes_fwd(codebook: Tensor, indices: Tensor) -> Tensor:
     return codebook.new_empty((*indices.shape, codebook.shape[1]))
 
 
-@_op("gather_codes_bwd(Tensor grad, Tensor indices, int num_codes) -> Tensor")
-def _(grad: Tensor, indices: Tensor, num_codes: int) -> Tensor:
-    return grad.new_empty((num_codes, grad.shape[-1]), dtype=_wide(grad.dtype))
+def _gather_codes_bwd(grad: Tensor, indices: Tensor, num_codes: int) -> Tensor:
+    return grad.new_empty((num_codes, grad.shape[-1]), dtype=_sum_dtype(grad.dtype))
 
 
-@_op(
-    "vector_quantize_fwd(Tensor x, Tensor codebook, bool need_error, str precision)"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
-)
-def _(
+def _vector_quantize_fwd(
     x: Tensor, codebook: Tensor, need_error: bool, precision: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    loss = x.new_empty((), dtype=_wide(x.dtype))
+    loss = x.new_empty((), dtype=_sum_dtype(x.dtype))
     indices = x.new_empty(x.shape[:-1], dtype=torch.int64)
     counts = x.new_empty(codebook.shape[:1], dtype=torch.int64)
     half_error = torch.empty_like(x) if need_error else x.new_empty(0)
     return torch.empty_like(x), indices, loss, torch.empty_like(loss), counts, half_error
 
 
-@_op(
-    "vector_quantize_bwd(Tensor grad_quantized, Tensor grad_codebook_loss, Tensor grad_commitment_loss,"
-    " Tensor half_error, Tensor indices, int num_codes, bool need_x, bool need_codebook) -> (Tensor, Tensor)"
-)
-def _(
+def _vector_quantize_bwd(
     grad_quantized: Tensor,
     grad_codebook_loss: Tensor,
     grad_commitment_loss: Tensor,
@@ -116,59 +81,40 @@ def _(
     need_x: bool,
     need_codebook: bool,
 ) -> tuple[Tensor, Tensor]:
-    empty = half_error.new_empty(0, dtype=_wide(half_error.dtype))
+    empty = half_error.new_empty(0, dtype=_sum_dtype(half_error.dtype))
     grad_codebook = empty.new_empty((num_codes, half_error.shape[-1])) if need_codebook else torch.empty_like(empty)
     return torch.empty_like(half_error) if need_x else empty, grad_codebook
 
 
-@_op("ema_statistics(Tensor x, Tensor indices, int num_codes) -> Tensor", lambda x, i, size: (1, size))
-def _(x: Tensor, indices: Tensor, num_codes: int) -> Tensor:
-    return x.new_empty((num_codes, x.shape[-1] + 1), dtype=_wide(x.dtype))
+def _ema_statistics(x: Tensor, indices: Tensor, num_codes: int) -> Tensor:
+    return x.new_empty((num_codes, x.shape[-1] + 1), dtype=_sum_dtype(x.dtype))
 
 
-@_op(
-    "ema_step(Tensor(a!) codebook, Tensor(b!) cluster_size, Tensor(c!) embed_sum, Tensor statistics, float decay,"
-    " float epsilon) -> ()"
-)
-def _(*args: Any) -> None:
+def _ema_step(
+    codebook: Tensor, cluster_size: Tensor, embed_sum: Tensor, statistics: Tensor, decay: float, epsilon: float
+) -> None:
     return None
 
 
-@_op(
-    "sparse_decode_fwd(Tensor values, Tensor indices, Tensor dictionary) -> Tensor",
-    lambda v, i, dictionary: (1, dictionary.shape[0]),
-)
-def _(values: Tensor, indices: Tensor, dictionary: Tensor) -> Tensor:
+def _sparse_decode_fwd(values: Tensor, indices: Tensor, dictionary: Tensor) -> Tensor:
     dtype = torch.promote_types(values.dtype, dictionary.dtype)
     return values.new_empty((*indices.shape[:-1], dictionary.shape[1]), dtype=dtype)
 
 
-@_op(
-    "sparse_decode_bwd(Tensor grad, Tensor values, Tensor indices, Tensor dictionary, bool need_values,"
-    " bool need_dictionary) -> (Tensor, Tensor)"
-)
-def _(
+def _sparse_decode_bwd(
     grad: Tensor, values: Tensor, indices: Tensor, dictionary: Tensor, need_values: bool, need_dictionary: bool
 ) -> tuple[Tensor, Tensor]:
-    empty = grad.new_empty(0, dtype=_wide(dictionary.dtype))
+    empty = grad.new_empty(0, dtype=_sum_dtype(dictionary.dtype))
     grad_values = empty.new_empty(values.shape) if need_values else empty
     return grad_values, empty.new_empty(dictionary.shape) if need_dictionary else torch.empty_like(empty)
 
 
-@_op(
-    "kept_softmax_fwd(Tensor x, Tensor weight, Tensor? bias, Tensor indices) -> (Tensor, Tensor)",
-    lambda x, weight, bias, i: (3, weight.shape[0]),
-)
-def _(x: Tensor, weight: Tensor, bias: Tensor | None, indices: Tensor) -> tuple[Tensor, Tensor]:
-    dtype = _wide(x.dtype)
+def _kept_softmax_fwd(x: Tensor, weight: Tensor, bias: Tensor | None, indices: Tensor) -> tuple[Tensor, Tensor]:
+    dtype = _sum_dtype(x.dtype)
     return x.new_empty(indices.shape, dtype=dtype), x.new_empty((*x.shape[:-1], 2), dtype=dtype)
 
 
-@_op(
-    "kept_softmax_bwd(Tensor grad, Tensor values, Tensor sums, Tensor x, Tensor weight, Tensor? bias, Tensor indices,"
-    " bool need_x, bool need_weight, bool need_bias) -> (Tensor, Tensor, Tensor)"
-)
-def _(
+def _kept_softmax_bwd(
     grad: Tensor,
     values: Tensor,
     sums: Tensor,
@@ -183,3 +129,114 @@ def _(
     shapes = (x.shape, need_x), (weight.shape, need_weight), (weight.shape[:1], need_bias)
     x_like, weight_like, bias_like = (values.new_empty(shape if need else (0,)) for shape, need in shapes)
     return x_like, weight_like, bias_like
+
+
+OPERATIONS = (
+    Operation(
+        "nearest_code(Tensor x, Tensor codebook, bool return_distance, str precision) -> (Tensor, Tensor)",
+        _nearest_code,
+    ),
+    Operation(
+        "topk_codes(Tensor x, Tensor dictionary, int k, str metric, Tensor? bias) -> (Tensor, Tensor)", _topk_codes
+    ),
+    Operation(
+        "one_hot(Tensor indices, int num_codes, ScalarType dtype) -> Tensor",
+        _one_hot,
+        lambda indices, num_codes, dtype: (indices, num_codes),
+    ),
+    Operation(
+        "gather_codes_fwd(Tensor codebook, Tensor indices) -> Tensor",
+        _gather_codes_fwd,
+        lambda codebook, indices: (indices, codebook.shape[0]),
+    ),
+    Operation("gather_codes_bwd(Tensor grad, Tensor indices, int num_codes) -> Tensor", _gather_codes_bwd),
+    Operation(
+        "vector_quantize_fwd(Tensor x, Tensor codebook, bool need_error, str precision)"
+        " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+        _vector_quantize_fwd,
+    ),
+    Operation(
+        "vector_quantize_bwd(Tensor grad_quantized, Tensor grad_codebook_loss, Tensor grad_commitment_loss,"
+        " Tensor half_error, Tensor indices, int num_codes, bool need_x, bool need_codebook) -> (Tensor, Tensor)",
+        _vector_quantize_bwd,
+    ),
+    Operation(
+        "ema_statistics(Tensor x, Tensor indices, int num_codes) -> Tensor",
+        _ema_statistics,
+        lambda x, indices, num_codes: (indices, num_codes),
+    ),
+    Operation(
+        "ema_step(Tensor(a!) codebook, Tensor(b!) cluster_size, Tensor(c!) embed_sum, Tensor statistics, float decay,"
+        " float epsilon) -> ()",
+        _ema_step,
+    ),
+    Operation(
+        "sparse_decode_fwd(Tensor values, Tensor indices, Tensor dictionary) -> Tensor",
+        _sparse_decode_fwd,
+        lambda values, indices, dictionary: (indices, dictionary.shape[0]),
+    ),
+    Operation(
+        "sparse_decode_bwd(Tensor grad, Tensor values, Tensor indices, Tensor dictionary, bool need_values,"
+        " bool need_dictionary) -> (Tensor, Tensor)",
+        _sparse_decode_bwd,
+    ),
+    Operation(
+        "kept_softmax_fwd(Tensor x, Tensor weight, Tensor? bias, Tensor indices) -> (Tensor, Tensor)",
+        _kept_softmax_fwd,
+        lambda x, weight, bias, indices: (indices, weight.shape[0]),
+    ),
+    Operation(
+        "kept_softmax_bwd(Tensor grad, Tensor values, Tensor sums, Tensor x, Tensor weight, Tensor? bias,"
+        " Tensor indices, bool need_x, bool need_weight, bool need_bias) -> (Tensor, Tensor, Tensor)",
+        _kept_softmax_bwd,
+    ),
+)
+
+
+def _router(operation: Operation) -> Callable[..., Any]:
+    """The implementation of an operation: it runs each call on the backend of its route."""
+    name, indices_of = operation.schema.partition("(")[0], operation.indices
+
+    def run(*args: Any) -> Any:
+        return find_route(name, *args).function(*args)
+
+    def run_checked(*args: Any) -> Any:
+        function, checks_indices = find_route(name, *args)
+        if not checks_indices:
+            _check_range(*indices_of(*args))  # type: ignore[misc]
+            return function(*args)
+        try:
+            return function(*args)
+        except RuntimeError:
+            # The C++ kernels check indices as they read them; every backend raises the same ValueError.
+            _check_range(*indices_of(*args))  # type: ignore[misc]
+            raise
+
+    return run if indices_of is None else run_checked
+
+
+def _check_range(indices: Tensor, num_codes: int) -> None:
+    """Check that indices lie in [0, num_codes).
+
+    On CUDA the values would have to be copied to the host, which synchronises: there, the check runs on the device and
+    only under DLVAE_CHECK=1.
+    """
+    if indices.numel() == 0:
+        return
+    if indices.device.type == "cpu":
+        low, high = (int(bound) for bound in indices.aminmax())
+        if low < 0 or high >= num_codes:
+            raise ValueError(f"expected indices in [0, {num_codes}), got {low if low < 0 else high}")
+    elif os.environ.get("DLVAE_CHECK") == "1":
+        torch._assert_async(((indices >= 0) & (indices < num_codes)).all())
+
+
+def _register(operation: Operation) -> None:
+    name = operation.schema.partition("(")[0]
+    _LIBRARY.define(operation.schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _LIBRARY.impl(name, _router(operation), "CompositeExplicitAutograd")
+    torch.library.register_fake(f"dlvae::{name}", operation.fake, lib=_LIBRARY)
+
+
+for _operation in OPERATIONS:
+    _register(_operation)

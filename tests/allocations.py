@@ -1,4 +1,4 @@
-"""What a call allocates: a hook on every operation, by which tests hold that no matrix of rows by codes is made."""
+"""A hook on every operation that records allocations: tests assert with it that no N x K matrix is materialised."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Allocations(TorchDispatchMode):
         else:
             out = func(*args, **(kwargs or {}))
         for each in tree_leaves(out):
-            # Of a view its base: an expanded tensor takes no more.
+            # The storage of a view is that of its base: an expanded tensor takes no more.
             if isinstance(each, torch.Tensor) and (size := each.untyped_storage().nbytes() // each.itemsize):
                 self.elements, self.operation = max((self.elements, self.operation), (size, str(func)))
         return out

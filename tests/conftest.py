@@ -8,7 +8,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from dlvae_kernels.backends import BACKENDS, native, use_backend, why_not
+from dlvae_kernels import backends
+from dlvae_kernels.backends import BACKENDS, native, unavailable_reason, use_backend
 from dlvae_kernels.backends.reference import __all__ as ALL_OPS
 
 from .emulated_cuda import EmulatedCuda
@@ -27,7 +28,7 @@ def _missing(backend: str, device: str, ops: tuple[str, ...]) -> list[str]:
     if device == "cuda" and not torch.cuda.is_available():
         return ["no CUDA device"] * len(ops)
     probe = torch.empty(0, device=device)
-    return [reason for op in ops if (reason := why_not(backend, op, probe)) is not None]
+    return [reason for op in ops if (reason := unavailable_reason(backend, op, probe)) is not None]
 
 
 def _instruction_sets(backend: str, device: str, test: str) -> list[str]:
@@ -39,7 +40,7 @@ def _instruction_sets(backend: str, device: str, test: str) -> list[str]:
 
 
 def pytest_report_header() -> list[str]:
-    """What is not tested here, and why: once, and not as a skip of each test."""
+    """List what is not tested here, with the reason: once, and not as a skip of each test."""
     lacks = {(backend, device): _missing(backend, device, tuple(ALL_OPS)) for backend, device in _PLACES}
     return [
         f"not tested: {len(reasons)} of {len(ALL_OPS)} operations on {backend}-{device}: {reasons[0]}"
@@ -80,6 +81,12 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
         monkeypatch.setenv("DLVAE_CPU", cpu)
     with use_backend(backend):
         yield torch.device(name)
+
+
+@pytest.fixture(autouse=True)
+def _fresh_routes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Give each test a router that has memoised nothing, since tests replace what routes depend on."""
+    monkeypatch.setattr(backends, "_routes", {})
 
 
 @pytest.fixture(autouse=True)

@@ -30,7 +30,7 @@ class EmulatedCuda(ModuleType):
         super().__init__("emulated")
         torch.ops.load_library(library)
 
-    def why_not(self, op: str, *args: Any) -> str | None:
+    def unavailable_reason(self, op: str, *args: Any) -> str | None:
         """Why it cannot run `op` on `args`; None if it can."""
         name = f"dlvae_emulated::{op}"
         if not torch._C._dispatch_has_kernel_for_dispatch_key(name, "CPU"):

@@ -49,14 +49,14 @@ def level(module: str) -> int:
 
 
 @pytest.mark.parametrize(("name", "file"), modules().items())
-def test_imports_go_down(name, file):
+def test_module_imports_go_down(name, file):
     for target in imported(name, file):
         if target.split(".")[0] in OWN:
             assert level(target) <= level(name), f"{name} imports {target}"
 
 
 @pytest.mark.parametrize(("name", "file"), modules().items())
-def test_backends_stand_apart(name, file):
+def test_backend_imports_no_other_backend(name, file):
     top = {target.split(".")[0] for target in imported(name, file)}
     if not name.startswith(("dlvae_kernels.backends.triton", "benchmarks.offline")):
         assert "triton" not in top
@@ -68,7 +68,7 @@ def test_backends_stand_apart(name, file):
         assert top <= {"torch", "__future__", "collections", "typing", "dlvae_kernels"}
 
 
-def test_the_walk_sees_imports(tmp_path):
+def test_imported_nested_and_relative_imports_are_found(tmp_path):
     file = tmp_path / "nearest_code.py"
     file.write_text(
         "import a.b\nfrom .. import ops\nfrom ..layers.maps import x\ndef f():\n    from models import data\n"

@@ -1,4 +1,4 @@
-"""What holds for the package as a whole."""
+"""Properties of the package as a whole."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 import dlvae_kernels
-from dlvae_kernels.backends import reference, why_not
+from dlvae_kernels.backends import reference, unavailable_reason
 
 ROOT = Path(__file__).parents[1]
 
@@ -23,7 +23,7 @@ def run(code: str, **env: str) -> subprocess.CompletedProcess:
     )
 
 
-def test_import_is_light():
+def test_import_loads_no_optional_package():
     code = "import sys, torch, dlvae_kernels; print(torch.cuda.is_initialized(), *sys.modules)"
     initialised, *loaded = run(code).stdout.split()
     assert initialised == "False"
@@ -31,7 +31,7 @@ def test_import_is_light():
     assert not {"torchvision", "umap", "matplotlib", "models"} & set(loaded)
 
 
-def test_public_names_exist_and_have_docstrings():
+def test_public_names_have_docstrings():
     for name in dlvae_kernels.__all__:
         assert getattr(dlvae_kernels, name).__doc__, name
 
@@ -47,12 +47,12 @@ def test_every_op_is_registered_and_has_a_reference():
             assert not torch._C._dispatch_has_kernel_for_dispatch_key(f"dlvae::{name}", key)
 
 
-def test_version_is_one():
+def test_version_equals_pyproject():
     assert f'version = "{dlvae_kernels.__version__}"' in (ROOT / "pyproject.toml").read_text()
     assert re.search(r"^## Unreleased$", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
 
 
-def test_memory_stays_bounded_where_the_dense_matrix_would_be_17_gigabytes():
+def test_vector_quantize_dense_matrix_of_17_gigabytes_memory_stays_bounded():
     code = """
 import resource, threading, torch, dlvae_kernels
 x, codebook = torch.randn(65536, 8), torch.randn(65536, 8)
@@ -61,7 +61,7 @@ before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 out = dlvae_kernels.vector_quantize(x, codebook)
 print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024, out.counts.sum().item())
 """
-    compiled = why_not("native", "vector_quantize_fwd") is None
+    compiled = unavailable_reason("native", "vector_quantize_fwd") is None
     result = run(code)
     assert result.returncode == 0, result.stderr
     megabytes, rows = map(float, result.stdout.split())
@@ -69,7 +69,7 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024, out.
     assert megabytes < (64 if compiled else 300)
 
 
-def test_files_stay_short():
+def test_files_have_at_most_400_lines():
     files = [file for name in ("dlvae_kernels", "models", "benchmarks") for file in (ROOT / name).rglob("*.py")]
     assert files
     assert {file.name: n for file in files if (n := len(file.read_text().splitlines())) > 400} == {}

@@ -11,7 +11,7 @@ from dlvae_kernels.testing import assert_accurate, assert_same_codes, assert_sam
 X, CODES = torch.tensor([[0.0], [2.0], [10.0]]), torch.tensor([[1.0], [1.0], [9.0]])
 
 
-def test_codes():
+def test_assert_same_codes_wrong_codes_raise():
     assert assert_same_codes(nearest_code(X, CODES), X, CODES) == 0
     for wrong in ([0, 0, 0], [1, 0, 2], [0, 0, 3]):
         with pytest.raises(AssertionError):
@@ -22,7 +22,7 @@ def test_codes():
         assert_same_codes(torch.tensor([[0, 0, 2]]), X, CODES)
 
 
-def test_near_ties_pass_but_are_counted():
+def test_assert_same_codes_near_ties_are_counted():
     x, codes = torch.full((1000, 1), 100.0), torch.tensor([[100.01], [99.9901]])
     assert nearest_code(x, codes).unique().tolist() == [1]
     few = torch.ones(1000, dtype=torch.int64)
@@ -32,7 +32,7 @@ def test_near_ties_pass_but_are_counted():
         assert_same_codes(torch.zeros(1000, dtype=torch.int64), x, codes)
 
 
-def test_topk():
+def test_assert_same_topk_wrong_distances_raise():
     indices, distances = topk_codes(X, CODES, 2)
     assert_same_topk(indices, distances, X, CODES)
     with pytest.raises(AssertionError, match="tie"):
@@ -45,7 +45,7 @@ def test_topk():
         assert_same_topk(torch.tensor([[0, 2]] * 3), distances, X, CODES)
 
 
-def test_topk_of_products():
+def test_assert_same_topk_wrong_products_raise():
     bias = torch.tensor([0.0, 0.0, -70.0])
     indices, products = topk_codes(X, CODES, 2, metric="dot", bias=bias)
     assert_same_topk(indices, products, X, CODES, metric="dot", bias=bias)
@@ -57,7 +57,7 @@ def test_topk_of_products():
         assert_same_topk(indices, products, X, CODES, metric="dot")
 
 
-def test_accuracy():
+def test_assert_accurate_wrong_values_raise():
     exact = torch.tensor([1.0, 2.0], dtype=torch.float64)
     assert_accurate(exact.float(), exact, exact.float())
     for wrong in (exact + 1e-3, exact * torch.nan):

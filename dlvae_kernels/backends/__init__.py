@@ -1,7 +1,9 @@
-"""Which backend runs an operation.
+"""Routing of operations to backends.
 
-The choice is made at each call, from the inputs, and never fixed at import. A backend is a module that holds one
-function an operation and `why_not(op, *args)`, the reason why it cannot run one (None: it can).
+The route is found at each call from what decides it, and nothing is fixed at import: the operation, dtypes and devices
+of its tensors, sizes that a kernel limits, `use_backend`, and the variables DLVAE_BACKEND, DLVAE_CPU and
+TRITON_INTERPRET. A backend is a module that holds one function an operation and `unavailable_reason(op, *args)`: why it
+is unavailable for these arguments, or None.
 """
 
 from __future__ import annotations
@@ -13,22 +15,47 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from . import native, reference, triton
 
-__all__ = ["BACKENDS", "BackendUnavailable", "backend_info", "choose", "forced_backend", "use_backend", "why_not"]
+__all__ = [
+    "BACKENDS",
+    "BackendUnavailable",
+    "backend_info",
+    "choose",
+    "forced_backend",
+    "unavailable_reason",
+    "use_backend",
+]
 
 BACKENDS: dict[str, ModuleType] = {"triton": triton, "native": native, "reference": reference}
-# Before the reference, which runs everything.
+# The backends to try, in order, before the reference, which runs everything.
 _PREFERENCE = {"cuda": ("triton", "native"), "cpu": ("native",)}
 
 _log = logging.getLogger("dlvae_kernels")
 _logged: set[tuple[str, str]] = set()
 # The active `use_backend` blocks of all threads, the oldest first.
 _blocks: list[_Block] = []
+
+# The raw environment below os.environ, whose `get` takes 1.7 us for a variable that is not set; this takes 0.1 us.
+_environment: dict[Any, Any] = os.environ._data  # type: ignore[attr-defined]
+_DLVAE_BACKEND, _DLVAE_CPU, _TRITON_INTERPRET = map(
+    os.environ.encodekey, ("DLVAE_BACKEND", "DLVAE_CPU", "TRITON_INTERPRET")
+)
+
+
+class Route(NamedTuple):
+    """The implementation that runs an operation, and whether it checks the range of indices by itself."""
+
+    function: Callable[..., Any]
+    checks_indices: bool
+
+
+# Each route that has been found, by what decides it.
+_routes: dict[tuple[Any, ...], Route] = {}
 
 
 class _Block:
@@ -40,20 +67,28 @@ class _Block:
 
 
 class BackendUnavailable(RuntimeError):
-    """The backend that was asked for cannot run these inputs; the message says why."""
+    """The forced backend cannot run these inputs; the message holds the reason.
+
+    >>> try:
+    ...     with use_backend("native"):
+    ...         indices = nearest_code(torch.zeros(2, 3).double(), torch.zeros(4, 3).double())
+    ... except BackendUnavailable as error:
+    ...     print("nearest_code: the backend 'native' was asked for" in str(error))
+    True
+    """
 
 
 def _checked_name(name: str, source: str) -> str:
     if name not in BACKENDS:
-        raise ValueError(f"{source} is {name!r}; it needs to be one of {', '.join(BACKENDS)}")
+        raise ValueError(f"expected {source} to be one of {', '.join(BACKENDS)}, got {name!r}")
     return name
 
 
 def forced_backend() -> str | None:
     """The backend forced by `use_backend` or else by the variable DLVAE_BACKEND, or None.
 
-    A thread is bound by its own blocks alone. Only autograd's threads, which run the backward of CUDA tensors and enter
-    no block themselves, are bound by the newest block of any thread.
+    Only a thread's own blocks bind it. The exception are autograd's threads, which run the backward of CUDA tensors and
+    enter no block themselves: the newest block of any thread binds them.
     """
     if _blocks:
         own = threading.get_ident()
@@ -62,21 +97,25 @@ def forced_backend() -> str | None:
             newest = _blocks[-1]
         if newest is not None:
             return newest.backend
-    name = os.environ.get("DLVAE_BACKEND")
-    return _checked_name(name, "DLVAE_BACKEND") if name else None
+    return _checked_name(os.environ["DLVAE_BACKEND"], "DLVAE_BACKEND") if _environment.get(_DLVAE_BACKEND) else None
 
 
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Force every operation of this thread onto one backend: `with use_backend("reference"): ...`.
+    """Force every operation of this thread onto one backend.
 
     Args:
         name: "triton", "native" or "reference".
     Raises:
         ValueError: no backend has that name.
 
-    Inside, an input that the backend cannot take raises `BackendUnavailable`; nothing falls back. The backward runs on
-    the backend too as long as it is called inside the block. Blocks of several threads may overlap.
+    Inside the block, an input that the backend cannot run raises `BackendUnavailable`; nothing falls back to another
+    backend. The backward runs on the backend too as long as it is called inside the block. Blocks of several threads
+    may overlap.
+
+    >>> with use_backend("reference"):
+    ...     nearest_code(torch.tensor([[3.0]]), torch.tensor([[0.0], [4.0]])).tolist()
+    [1]
     """
     block = _Block(_checked_name(name, "name"))
     _blocks.append(block)
@@ -86,54 +125,79 @@ def use_backend(name: str) -> Iterator[None]:
         _blocks.remove(block)
 
 
-def why_not(backend: str, op: str, *args: Any) -> str | None:
-    """Why `backend` cannot run `op` on `args` (without args: at all, on this machine); None if it can."""
-    return BACKENDS[_checked_name(backend, "backend")].why_not(op, *args)
+def unavailable_reason(backend: str, op: str, *args: Any) -> str | None:
+    """Why `backend` is unavailable for `op` on `args` (without args: on this machine); None where it is available."""
+    return BACKENDS[_checked_name(backend, "backend")].unavailable_reason(op, *args)
 
 
 def backend_info() -> dict[str, dict[str, str | None]]:
-    """For each operation and backend, the reason why it cannot run on this machine, or None where it can."""
-    return {op: {backend: why_not(backend, op) for backend in BACKENDS} for op in reference.__all__}
+    """For each operation and backend, the reason why it is unavailable on this machine, or None where it is available.
+
+    >>> backend_info()["nearest_code"]["reference"] is None
+    True
+    """
+    return {op: {backend: unavailable_reason(backend, op) for backend in BACKENDS} for op in reference.__all__}
 
 
 def choose(op: str, *args: Any) -> Callable[..., Any]:
-    """The implementation of `op` for these inputs.
+    """The implementation of `op` for these arguments.
 
     Raises:
-        BackendUnavailable: a backend or an instruction set is forced and cannot take them.
+        BackendUnavailable: a backend or an instruction set is forced and is unavailable for them.
     """
+    return find_route(op, *args).function
+
+
+def find_route(op: str, *args: Any) -> Route:
+    """The route of `op` for these arguments, memoised on what decides it; see `choose`."""
     forced = forced_backend()
-    if forced is not None:
-        reason = why_not(forced, op, *args)
-        if reason is not None:
-            raise BackendUnavailable(f"{op}: the backend {forced!r} was asked for, but {reason}")
-        return getattr(BACKENDS[forced], op)
+    key: tuple[Any, ...] = (op, forced, _environment.get(_DLVAE_CPU), _environment.get(_TRITON_INTERPRET))
+    for arg in args:
+        if isinstance(arg, torch.Tensor):
+            key += (arg.dtype, arg.device)
+    if op == "topk_codes" and len(args) > 2:
+        # Kernels limit k, some of them beside the number of codes.
+        key += (args[2], len(args[1]))
+    route = _routes.get(key)
+    if route is None:
+        # An error is not memoised: it is raised at each call.
+        route = _routes[key] = _new_route(forced, op, *args)
+    return route
+
+
+def _new_route(forced: str | None, op: str, *args: Any) -> Route:
     device = next(arg.device.type for arg in args if isinstance(arg, torch.Tensor))
-    if device == "cpu" and (reason := native.why_no_instruction_set()) is not None:
-        raise BackendUnavailable(f"{op}: {reason}; set DLVAE_CPU to one of these, or not at all")
     reasons: list[str] = []
-    for name in _PREFERENCE.get(device, ()):
-        reason = why_not(name, op, *args)
-        if reason is None:
-            break
-        reasons.append(f"not {name}: {reason}")
+    if forced is not None:
+        name = forced
+        if (reason := unavailable_reason(forced, op, *args)) is not None:
+            raise BackendUnavailable(f"{op}: the backend {forced!r} was asked for, but {reason}")
     else:
-        name = "reference"
+        if device == "cpu" and (reason := native.instruction_set_unavailable_reason()) is not None:
+            raise BackendUnavailable(f"{op}: {reason}; set DLVAE_CPU to one of these, or unset it")
+        for name in _PREFERENCE.get(device, ()):
+            if (reason := unavailable_reason(name, op, *args)) is None:
+                break
+            reasons.append(f"not {name}: {reason}")
+        else:
+            name = "reference"
     _log_choice(op, device, name, reasons)
-    return getattr(BACKENDS[name], op)
+    checks_indices = name == "native" and device == "cpu" and op in native.CHECKS_INDICES
+    return Route(getattr(BACKENDS[name], op), checks_indices)
 
 
 def _log_choice(op: str, device: str, name: str, reasons: list[str]) -> None:
-    """Say once per operation and device which backends cannot run it: on a GPU, where a fallback is slow, as a warning.
+    """Log once per operation and device which preferred backends are unavailable.
 
-    A CPU without the C++ library gets one warning for all operations.
+    The level is a warning on a GPU, where the fallback is slow. A CPU without the C++ library gives one warning for all
+    operations.
     """
     if not reasons or (op, device) in _logged:
         return
     _logged.add((op, device))
     level = logging.WARNING if device == "cuda" else logging.INFO
     _log.log(level, "%s on %s runs on the backend %s (%s)", op, device, name, "; ".join(reasons))
-    if device == "cpu" and (missing := native.why_not_loaded()) is not None and ("", device) not in _logged:
+    if device == "cpu" and (missing := native.library_unavailable_reason()) is not None and ("", device) not in _logged:
         _logged.add(("", device))
         warnings.warn(
             f"dlvae_kernels runs in plain PyTorch on the CPU, many times slower than its C++ kernels: {missing}."

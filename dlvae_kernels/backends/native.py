@@ -1,4 +1,4 @@
-"""The compiled backend: the libraries built from csrc for the CPU and for CUDA, or the reason why there is none."""
+"""The native backend: the compiled libraries of csrc for the CPU and for CUDA, or the reason why one is unavailable."""
 
 from __future__ import annotations
 
@@ -10,33 +10,35 @@ from typing import Any
 import torch
 
 _LIBRARY = Path(__file__).parents[1] / "native_cpu.abi3.so"
-# Left by setup.py in place of the library.
+# setup.py writes this file in place of a library that it could not build.
 _REASON = _LIBRARY.with_name("native_cpu.reason.txt")
 _CUDA_LIBRARY, _CUDA_REASON = _LIBRARY.with_name("native_cuda.abi3.so"), _LIBRARY.with_name("native_cuda.reason.txt")
 _OLDEST_TORCH = (2, 10)
 _OLDEST_GPU = (8, 0)
-# Of topk_codes on CUDA: csrc/cuda/topk_codes.cu, MOST_K.
-_MOST_KEPT = 1024
+# The limit of k of topk_codes on CUDA, MOST_K in csrc/cuda/topk_codes.cu.
+_MOST_SELECTED = 1024
+# Operations whose kernels on the CPU check the range of the caller's indices as they read them.
+CHECKS_INDICES = ("gather_codes_fwd", "one_hot", "ema_statistics", "sparse_decode_fwd")
 _TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.int64)
 
 
 @functools.cache
-def why_not_loaded() -> str | None:
-    """Load the library, once and not before an operation asks for it; why it cannot be, or None."""
-    return _why_no_library("C++", _LIBRARY, _REASON)
+def library_unavailable_reason() -> str | None:
+    """Load the C++ library, once and when an operation first needs it; the reason why it is unavailable, or None."""
+    return _load_library("C++", _LIBRARY, _REASON)
 
 
 @functools.cache
 def _load_cuda() -> str | None:
-    """Load the library of CUDA kernels, whose operations the other one defines."""
-    if (reason := why_not_loaded()) is not None:
+    """Load the CUDA library, whose operations the C++ library defines; the reason why it is unavailable, or None."""
+    if (reason := library_unavailable_reason()) is not None:
         return reason
     if torch.version.cuda is None:
         return f"torch {torch.__version__} was built without CUDA"
-    return _why_no_library("CUDA C++", _CUDA_LIBRARY, _CUDA_REASON)
+    return _load_library("CUDA C++", _CUDA_LIBRARY, _CUDA_REASON)
 
 
-def _why_no_library(name: str, library: Path, reason: Path) -> str | None:
+def _load_library(name: str, library: Path, reason: Path) -> str | None:
     if not library.exists():
         text = reason.read_text().strip() if reason.exists() else "setup.py has not run here"
         return f"the {name} library was not built: {text}"
@@ -51,36 +53,38 @@ def _why_no_library(name: str, library: Path, reason: Path) -> str | None:
 
 @functools.cache
 def instruction_sets(everywhere: bool = False) -> list[str]:
-    """Names that DLVAE_CPU may have on this processor, or on any, the best first; none without the library."""
-    return [] if why_not_loaded() is not None else torch.ops.dlvae_native.cpu_names(everywhere).split()
+    """The values of DLVAE_CPU on this processor, or on any, the fastest first; none without the C++ library."""
+    return [] if library_unavailable_reason() is not None else torch.ops.dlvae_native.cpu_names(everywhere).split()
 
 
 def instruction_set() -> str:
-    """The one in use, which DLVAE_CPU may name."""
+    """The instruction set in use, which DLVAE_CPU may name."""
     return os.environ.get("DLVAE_CPU") or instruction_sets()[0]
 
 
-def why_no_instruction_set() -> str | None:
-    """Why DLVAE_CPU, which names an instruction set, cannot be followed; None if it can, or without the library.
+def instruction_set_unavailable_reason() -> str | None:
+    """Why the instruction set that DLVAE_CPU names is unavailable; None if it is available, or without the C++ library.
 
     Raises:
-        ValueError: it names no instruction set.
+        ValueError: DLVAE_CPU names no instruction set.
     """
     name = os.environ.get("DLVAE_CPU")
-    if not name or why_not_loaded() is not None or name in instruction_sets():
+    if not name or library_unavailable_reason() is not None or name in instruction_sets():
         return None
     if name in instruction_sets(everywhere=True):
         return f"DLVAE_CPU is {name!r}, which this processor lacks; it has {', '.join(instruction_sets())}"
-    raise ValueError(f"DLVAE_CPU is {name!r}; it needs to be one of {', '.join(instruction_sets(everywhere=True))}")
+    raise ValueError(
+        f"expected DLVAE_CPU to be one of {', '.join(instruction_sets(everywhere=True))}, or unset, got {name!r}"
+    )
 
 
-def why_no_cuda_kernels() -> str | None:
-    """Why there are no CUDA kernels for the GPU of this machine, or None."""
+def cuda_unavailable_reason() -> str | None:
+    """Why the CUDA kernels are unavailable on this machine, or None."""
     return _load_cuda() if torch.cuda.is_available() else "torch finds no CUDA device"
 
 
 @functools.cache
-def _why_not_cuda(op: str, device: torch.device) -> str | None:
+def _cuda_operation_unavailable_reason(op: str, device: torch.device) -> str | None:
     if (reason := _load_cuda()) is not None:
         return reason
     if not torch._C._dispatch_has_kernel_for_dispatch_key(f"dlvae_native::{op}", "CUDA"):
@@ -91,13 +95,13 @@ def _why_not_cuda(op: str, device: torch.device) -> str | None:
     return None
 
 
-def why_not(op: str, *args: Any) -> str | None:
-    """Why this backend cannot run `op` on `args`; None if it can.
+def unavailable_reason(op: str, *args: Any) -> str | None:
+    """Why this backend is unavailable for `op` on `args`, or None.
 
     Raises:
         ValueError: DLVAE_CPU names no instruction set.
     """
-    if (reason := why_not_loaded()) is not None:
+    if (reason := library_unavailable_reason()) is not None:
         return reason
     if not hasattr(torch.ops.dlvae_native, op):
         return "this version has no compiled kernel for it"
@@ -108,13 +112,13 @@ def why_not(op: str, *args: Any) -> str | None:
         if tensor.dtype not in _TYPES:
             return f"it has no kernel for {tensor.dtype}"
     if tensors and tensors[0].device.type == "cuda":
-        if op == "topk_codes" and len(args) > 2 and args[2] > _MOST_KEPT:
-            return f"it keeps at most {_MOST_KEPT} codes of a row, and k is {args[2]}"
-        return _why_not_cuda(op, tensors[0].device)
-    return why_no_instruction_set()
+        if op == "topk_codes" and len(args) > 2 and args[2] > _MOST_SELECTED:
+            return f"it keeps at most {_MOST_SELECTED} codes of a row, and k is {args[2]}"
+        return _cuda_operation_unavailable_reason(op, tensors[0].device)
+    return instruction_set_unavailable_reason()
 
 
 def __getattr__(name: str) -> Any:
-    if name.startswith("_") or why_not_loaded() is not None or not hasattr(torch.ops.dlvae_native, name):
+    if name.startswith("_") or library_unavailable_reason() is not None or not hasattr(torch.ops.dlvae_native, name):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(torch.ops.dlvae_native, name)

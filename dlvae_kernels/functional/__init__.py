@@ -6,6 +6,7 @@ from .kept_softmax import kept_softmax
 from .nearest_code import nearest_code
 from .one_hot import one_hot
 from .sparse_decode import sparse_decode
+from .straight_through import straight_through
 from .topk_codes import topk_codes
 from .vector_quantize import VectorQuantizeOutput, vector_quantize
 
@@ -19,6 +20,7 @@ __all__ = [
     "nearest_code",
     "one_hot",
     "sparse_decode",
+    "straight_through",
     "topk_codes",
     "vector_quantize",
 ]

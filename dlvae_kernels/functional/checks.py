@@ -1,6 +1,6 @@
-"""Checks of arguments. Each raises a `ValueError` that names the argument, what it got and what it needs.
+"""Checks of arguments: each raises a `ValueError` that names the argument, what was expected, and what it got.
 
-All look at shapes and types alone, so that `torch.compile` evaluates them while tracing.
+All checks look at shapes and types alone, so that `torch.compile` evaluates them while tracing.
 """
 
 from __future__ import annotations
@@ -14,86 +14,99 @@ _FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def check_tensor(name: str, value: Tensor) -> None:
-    """A dense tensor on a device that has float64."""
+    """Check for a dense tensor on a device that has float64."""
     if not isinstance(value, Tensor):
         kind = f"{type(value).__module__}.{type(value).__qualname__}".removeprefix("builtins.")
-        raise ValueError(f"{name} is a {kind}; it needs to be a torch.Tensor: pass torch.as_tensor({name})")
+        raise ValueError(f"expected {name} to be a torch.Tensor, got a {kind}; pass torch.as_tensor({name})")
     if value.is_nested:
-        raise ValueError(f"{name} is a nested tensor; pass its rows, {name}.values(), or a padded tensor")
+        raise ValueError(
+            f"expected {name} to be a dense tensor, got a nested tensor; pass {name}.values() or a padded tensor"
+        )
     if value.layout != torch.strided:
-        raise ValueError(f"{name} has the layout {value.layout}; pass a dense tensor, {name}.to_dense()")
+        raise ValueError(
+            f"expected {name} to be a dense tensor, got one of layout {value.layout}; pass {name}.to_dense()"
+        )
     if value.device.type == "mps":
-        raise ValueError(f"{name} is on {value.device}, which has no float64; pass {name}.cpu()")
+        raise ValueError(f"expected {name} on a device that has float64, got {value.device}; pass {name}.cpu()")
 
 
 def check_floating(name: str, tensor: Tensor) -> None:
+    """Check for a dense tensor of one of the four floating dtypes."""
     check_tensor(name, tensor)
     if tensor.dtype not in _FLOATING:
-        raise ValueError(f"{name} has dtype {tensor.dtype}; it needs float16, bfloat16, float32 or float64")
+        raise ValueError(
+            f"expected {name} of dtype float16, bfloat16, float32 or float64, got {tensor.dtype}; pass {name}.float()"
+        )
 
 
 def check_codebook(name: str, codebook: Tensor) -> None:
-    """[K, D], K >= 1."""
+    """Check for a floating tensor [K, D] with K >= 1 and D >= 1."""
     check_floating(name, codebook)
     if codebook.ndim != 2 or codebook.shape[0] == 0 or codebook.shape[1] == 0:
-        raise ValueError(f"{name} has shape {tuple(codebook.shape)}; it needs [K, D] with K >= 1 and D >= 1")
+        raise ValueError(f"expected {name} of shape [K, D] with K >= 1 and D >= 1, got {tuple(codebook.shape)}")
 
 
 def check_same_device(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
+    """Check that both tensors are on one device."""
     if tensor.device != other.device:
-        raise ValueError(f"{name} is on {tensor.device}; it needs the device of {other_name}, {other.device}")
+        raise ValueError(
+            f"expected {name} on the device of {other_name}, {other.device}, got {tensor.device};"
+            f" pass {name}.to({other_name}.device)"
+        )
 
 
-def check_rows(name: str, x: Tensor, codebook_name: str, codebook: Tensor) -> None:
-    """x [..., D] goes with codebook [K, D]: same device and D, and the codebook has the dtype of x or float32."""
+def check_vectors(name: str, x: Tensor, codebook_name: str, codebook: Tensor) -> None:
+    """Check that x [..., D] fits codebook [K, D]: one device and D, and a codebook of the dtype of x or float32."""
     check_floating(name, x)
     check_codebook(codebook_name, codebook)
     if x.ndim == 0 or x.shape[-1] != codebook.shape[1]:
         raise ValueError(
-            f"{name} has shape {tuple(x.shape)}; it needs [..., D] with the D = {codebook.shape[1]} of {codebook_name}"
+            f"expected {name} of shape [..., {codebook.shape[1]}], with the D of {codebook_name}, got {tuple(x.shape)}"
         )
     check_same_device(name, x, codebook_name, codebook)
-    if codebook.dtype != x.dtype and (codebook.dtype != torch.float32 or x.dtype == torch.float64):
-        raise ValueError(
-            f"{codebook_name} has dtype {codebook.dtype}; it needs that of {name}, {x.dtype},"
-            " or float32 beside a half-precision one"
-        )
+    _check_parameter_dtype(codebook_name, codebook, name, x)
 
 
 def check_bias(name: str, bias: Tensor, codebook_name: str, codebook: Tensor) -> None:
-    """One number for each row of codebook [K, D]: its dtype, or float32 beside half precision."""
+    """Check for one number for each code of codebook [K, D], of its dtype or float32."""
     check_floating(name, bias)
     if bias.shape != codebook.shape[:1]:
         raise ValueError(
-            f"{name} has shape {tuple(bias.shape)}; it needs [K] with the K = {codebook.shape[0]} of {codebook_name}"
+            f"expected {name} of shape [{codebook.shape[0]}], with the K of {codebook_name}, got {tuple(bias.shape)}"
         )
     check_same_device(name, bias, codebook_name, codebook)
-    if bias.dtype != codebook.dtype and (bias.dtype != torch.float32 or codebook.dtype == torch.float64):
+    _check_parameter_dtype(name, bias, codebook_name, codebook)
+
+
+def _check_parameter_dtype(name: str, parameter: Tensor, other_name: str, other: Tensor) -> None:
+    """Check that a parameter has the dtype of the other tensor, or float32 where the other has half precision."""
+    if parameter.dtype != other.dtype and (parameter.dtype != torch.float32 or other.dtype == torch.float64):
         raise ValueError(
-            f"{name} has dtype {bias.dtype}; it needs that of {codebook_name}, {codebook.dtype},"
-            " or float32 beside a half-precision one"
+            f"expected {name} of dtype {other.dtype}, as {other_name} has, or float32 if {other_name} has half"
+            f" precision, got {parameter.dtype}; pass {name}.to({other_name}.dtype)"
         )
 
 
 def check_indices(name: str, indices: Tensor) -> None:
-    """Their range is checked by the operation itself, at run time."""
+    """Check for a dense int64 tensor; the operation itself checks the range, at run time."""
     check_tensor(name, indices)
     if indices.dtype != torch.int64:
-        raise ValueError(f"{name} has dtype {indices.dtype}; it needs int64")
+        raise ValueError(f"expected {name} of dtype torch.int64, got {indices.dtype}; pass {name}.long()")
 
 
-def check_row_indices(name: str, indices: Tensor, x_name: str, x: Tensor) -> None:
-    """One index for each row of x [..., D]."""
+def check_indices_of(name: str, indices: Tensor, x_name: str, x: Tensor) -> None:
+    """Check for one index for each vector of x [..., D]."""
     check_indices(name, indices)
     if indices.shape != x.shape[:-1]:
         raise ValueError(
-            f"{name} has shape {tuple(indices.shape)}; it needs {tuple(x.shape[:-1])}, the rows of {x_name}"
+            f"expected {name} of shape {tuple(x.shape[:-1])}, one for each vector of {x_name},"
+            f" got {tuple(indices.shape)}"
         )
     check_same_device(name, indices, x_name, x)
 
 
 def check_size(name: str, value: int, low: int, high: int | None = None) -> int:
-    """`value` as a Python int: a whole number, NumPy's included, of at least `low` and at most `high`."""
+    """Return `value` as a Python int: a whole number, NumPy's included, of at least `low` and at most `high`."""
     try:
         # A SymInt stays symbolic; True and False are no sizes.
         size = value if isinstance(value, torch.SymInt) else operator.index(value)
@@ -101,20 +114,23 @@ def check_size(name: str, value: int, low: int, high: int | None = None) -> int:
         size = None
     if size is None or isinstance(value, bool) or size < low or (high is not None and size > high):
         bounds = f"of at least {low}" if high is None else f"in [{low}, {high}]"
-        raise ValueError(f"{name} is {value!r}; it needs to be a whole number {bounds}")
+        raise ValueError(f"expected {name} to be a whole number {bounds}, got {value!r}")
     return size
 
 
 def check_at_least(name: str, value: float, least: float) -> None:
+    """Check that a number is at least `least`; NaN is not."""
     if not value >= least:
-        raise ValueError(f"{name} is {value}; it needs to be at least {least}")
+        raise ValueError(f"expected {name} to be at least {least}, got {value}")
 
 
 def check_between(name: str, value: float, low: float, high: float) -> None:
+    """Check that a number lies in [low, high]; NaN does not."""
     if not low <= value <= high:
-        raise ValueError(f"{name} is {value}; it needs to lie in [{low}, {high}]")
+        raise ValueError(f"expected {name} to lie in [{low}, {high}], got {value}")
 
 
 def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    """Check that a name is one of those that exist."""
     if value not in choices:
-        raise ValueError(f"{name} is {value!r}; it needs to be one of {', '.join(map(repr, choices))}")
+        raise ValueError(f"expected {name} to be one of {', '.join(map(repr, choices))}, got {value!r}")

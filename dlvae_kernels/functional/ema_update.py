@@ -9,7 +9,7 @@ from .checks import (
     check_between,
     check_codebook,
     check_floating,
-    check_row_indices,
+    check_indices_of,
     check_same_device,
     check_size,
     check_tensor,
@@ -17,22 +17,26 @@ from .checks import (
 
 
 def ema_statistics(x: Tensor, indices: Tensor, num_codes: int) -> Tensor:
-    """Sum and number of the rows of x that took each code, packed so that one all-reduce joins them over ranks.
+    """Sum and number of the vectors of x that are assigned to each code, packed for one all-reduce over ranks.
 
     Args:
         x: [..., D] float16, bfloat16, float32 or (reference) float64, any strides.
-        indices: [...] int64 in [0, K), same device: the code of each row.
+        indices: [...] int64 in [0, K), same device: the code that each vector is assigned to.
         num_codes: K.
     Returns:
         [K, D + 1] float32 (float64 for float64): D columns of sums, then one of counts. No gradient.
-        A row that holds NaN or infinity is left out of both: it would stay in the moving averages for good.
+        A vector that holds NaN or infinity is left out of both: it would stay in the moving averages for good.
     Raises:
         ValueError: shape, dtype or device do not fit, or (on the CPU) an index lies outside [0, K).
+        BackendUnavailable: the forced backend cannot run these inputs.
+
+    >>> ema_statistics(torch.tensor([[1.0, 2.0], [3.0, 4.0]]), torch.tensor([1, 1]), num_codes=2).tolist()
+    [[0.0, 0.0, 0.0], [4.0, 6.0, 2.0]]
     """
     check_floating("x", x)
     if x.ndim == 0:
-        raise ValueError("x has no dimensions; it needs [..., D]")
-    check_row_indices("indices", indices, "x", x)
+        raise ValueError("expected x of shape [..., D], got ()")
+    check_indices_of("indices", indices, "x", x)
     num_codes = check_size("num_codes", num_codes, 1)
     return torch.ops.dlvae.ema_statistics(x.detach(), indices, num_codes)
 
@@ -40,7 +44,7 @@ def ema_statistics(x: Tensor, indices: Tensor, num_codes: int) -> Tensor:
 def ema_step(
     codebook: Tensor, cluster_size: Tensor, embed_sum: Tensor, statistics: Tensor, *, decay: float, epsilon: float
 ) -> None:
-    """Move a codebook and its moving averages by the statistics of one batch, in place.
+    """Update a codebook and its moving averages in place by the statistics of one batch.
 
     Args:
         codebook: [K, D] float32 or float64.
@@ -53,10 +57,16 @@ def ema_step(
         ValueError: an argument does not fit, or requires a gradient while gradients are enabled; nothing has been
             changed.
 
-    Autograd sees the change: a backward that needs the codebook as it was raises, as after `codebook.add_(1)`.
+    Autograd sees the change: a backward that needs the previous codebook raises, as after `codebook.add_(1)`.
 
-    The averages are kept as they are; only the divisor of codebook = embed_sum / cluster_size is smoothed, and a code
-    that no row took stays where it is.
+    Laplace smoothing changes the divisor of codebook = embed_sum / cluster_size alone, not the averages. A code that
+    no vector of the batch is assigned to keeps its place.
+
+    >>> codebook, cluster_size = torch.zeros(1, 2), torch.ones(1)
+    >>> embed_sum, statistics = torch.zeros(1, 2), torch.tensor([[4.0, 6.0, 2.0]])
+    >>> ema_step(codebook, cluster_size, embed_sum, statistics, decay=0.0, epsilon=0.0)
+    >>> codebook.tolist()
+    [[2.0, 3.0]]
 
     Source: van den Oord et al. 2017, arXiv:1711.00937, appendix A.1.
     """
@@ -64,11 +74,11 @@ def ema_step(
     check_floating("statistics", statistics)
     expected = (codebook.shape[0], codebook.shape[1] + 1)
     if statistics.shape != expected:
-        raise ValueError(f"statistics has shape {tuple(statistics.shape)}; it needs [K, D + 1] = {expected}")
+        raise ValueError(f"expected statistics of shape [K, D + 1] = {expected}, got {tuple(statistics.shape)}")
     check_same_device("statistics", statistics, "codebook", codebook)
     torch.ops.dlvae.ema_step(codebook, cluster_size, embed_sum, statistics.detach(), decay, epsilon)
-    # Kernels write where autograd does not see it: a backward that needs the old codebook has to raise. A compiled
-    # graph does the same by itself.
+    # Autograd does not see what kernels write, and a backward that needs the previous codebook has to raise. Compiled
+    # graphs increment the versions themselves.
     if not torch.compiler.is_compiling():
         torch.autograd.graph.increment_version([t for t in (codebook, cluster_size, embed_sum) if not t.is_inference()])
 
@@ -83,22 +93,30 @@ def ema_update(
     decay: float,
     epsilon: float,
 ) -> None:
-    """Update a codebook in place from the rows that took each code: `ema_statistics`, then `ema_step`.
+    """Update a codebook in place from the vectors assigned to each code: `ema_statistics`, then `ema_step`.
 
     Args:
         codebook, cluster_size, embed_sum, decay, epsilon: as in `ema_step`.
         x: [..., D] float16, bfloat16, float32 or (reference) float64, any strides.
-        indices: [...] int64 in [0, K): the code that each row took.
+        indices: [...] int64 in [0, K): the code that each vector is assigned to.
     Raises:
         ValueError: an argument does not fit; nothing has been changed.
 
-    Rows that hold NaN or infinity are left out.
+    Vectors that hold NaN or infinity are left out.
+
+    >>> codebook, cluster_size = torch.tensor([[0.0], [8.0]]), torch.ones(2)
+    >>> embed_sum, x = codebook.clone(), torch.tensor([[2.0], [4.0]])
+    >>> ema_update(codebook, cluster_size, embed_sum, x, nearest_code(x, codebook), decay=0.5, epsilon=0.0)
+    >>> codebook.tolist(), cluster_size.tolist()
+    ([[2.0], [8.0]], [1.5, 0.5])
+
+    Source: van den Oord et al. 2017, arXiv:1711.00937, appendix A.1.
     """
     _check_state(codebook, cluster_size, embed_sum, decay, epsilon)
     check_floating("x", x)
     if x.ndim == 0 or x.shape[-1] != codebook.shape[1]:
         raise ValueError(
-            f"x has shape {tuple(x.shape)}; it needs [..., D] with the D = {codebook.shape[1]} of codebook"
+            f"expected x of shape [..., {codebook.shape[1]}], with the D of codebook, got {tuple(x.shape)}"
         )
     check_same_device("x", x, "codebook", codebook)
     statistics = ema_statistics(x, indices, codebook.shape[0])
@@ -108,7 +126,7 @@ def ema_update(
 def _check_state(codebook: Tensor, cluster_size: Tensor, embed_sum: Tensor, decay: float, epsilon: float) -> None:
     check_codebook("codebook", codebook)
     if codebook.dtype not in (torch.float32, torch.float64):
-        raise ValueError(f"codebook has dtype {codebook.dtype}; moving averages need float32 or float64")
+        raise ValueError(f"expected codebook of dtype float32 or float64, for moving averages, got {codebook.dtype}")
     for name, tensor, shape in (
         ("cluster_size", cluster_size, codebook.shape[:1]),
         ("embed_sum", embed_sum, codebook.shape),
@@ -116,15 +134,15 @@ def _check_state(codebook: Tensor, cluster_size: Tensor, embed_sum: Tensor, deca
         check_tensor(name, tensor)
         if tensor.shape != shape or tensor.dtype != codebook.dtype:
             raise ValueError(
-                f"{name} has shape {tuple(tensor.shape)} and dtype {tensor.dtype};"
-                f" it needs {tuple(shape)} and {codebook.dtype}, as codebook"
+                f"expected {name} of shape {tuple(shape)} and dtype {codebook.dtype}, as codebook,"
+                f" got {tuple(tensor.shape)} and {tensor.dtype}"
             )
         check_same_device(name, tensor, "codebook", codebook)
     for name, tensor in (("codebook", codebook), ("cluster_size", cluster_size), ("embed_sum", embed_sum)):
         if torch.is_grad_enabled() and tensor.requires_grad:
             raise ValueError(
-                f"{name} requires a gradient and would be changed in place; it needs to be a tensor without one, or the"
-                " call needs torch.no_grad()"
+                f"expected {name} without requires_grad, since it is changed in place; pass {name}.detach() or call"
+                " under torch.no_grad()"
             )
     check_between("decay", decay, 0, 1)
     check_at_least("epsilon", epsilon, 0)

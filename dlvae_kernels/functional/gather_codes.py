@@ -37,7 +37,7 @@ class _GatherCodes(torch.autograd.Function):
 
 
 def gather_codes(codebook: Tensor, indices: Tensor) -> Tensor:
-    """The codebook rows at `indices`.
+    """The codes at `indices`.
 
     Args:
         codebook: [K, D] float16, bfloat16, float32 or (reference) float64.
@@ -46,6 +46,10 @@ def gather_codes(codebook: Tensor, indices: Tensor) -> Tensor:
         [..., D] of the codebook's dtype. Its gradient goes to the codebook, summed without float atomics.
     Raises:
         ValueError: dtype, rank or device do not fit, or (on the CPU) an index lies outside [0, K).
+        BackendUnavailable: the forced backend cannot run these inputs.
+
+    >>> gather_codes(torch.tensor([[1.0, 2.0], [3.0, 4.0]]), torch.tensor([1, 0, 1])).tolist()
+    [[3.0, 4.0], [1.0, 2.0], [3.0, 4.0]]
     """
     check_codebook("codebook", codebook)
     check_indices("indices", indices)

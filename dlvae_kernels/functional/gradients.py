@@ -1,4 +1,4 @@
-"""When autograd follows a call, and how an operation gets its gradient."""
+"""How an operation gets its gradient, and when autograd follows a call."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def gradient_of(
 ) -> Callable[[type[torch.autograd.Function]], type[torch.autograd.Function]]:
     """Register the decorated Function as the gradient of `dlvae::<name>`, which its forward calls.
 
-    Graphs of torch.compile and torch.export hold the operation, with this gradient; see `differentiable`.
+    Graphs of torch.compile and torch.export hold the operation with this gradient; see `differentiable`.
     """
 
     def register(function: type[torch.autograd.Function]) -> type[torch.autograd.Function]:
@@ -40,8 +40,8 @@ def gradient_of(
 def differentiable(function: type[torch.autograd.Function], *args: Any) -> Any:
     """Call the operation of a Function so that autograd follows it.
 
-    Eager code applies the Function, which knows forward mode and torch.func. torch.compile cannot trace that, and
-    torch.export would trace its forward without its gradient: there the operation stands alone.
+    Eager code applies the Function, which supports forward mode and torch.func. torch.compile cannot trace that, and
+    torch.export would trace its forward without its gradient: there the operation is called by itself.
     """
     return function.forward(*args) if torch.compiler.is_compiling() else function.apply(*args)
 
@@ -54,6 +54,6 @@ def no_forward_mode(name: str) -> NoReturn:
 
 
 def sum_of_products(a: Tensor, b: Tensor) -> Tensor:
-    """Sum over all elements of a * b, a scalar in at least float32."""
+    """Sum over all elements of a * b: a scalar, in at least float32."""
     dtype = torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)
     return (a.to(dtype) * b.to(dtype)).sum()

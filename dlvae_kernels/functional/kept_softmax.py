@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .checks import check_indices, check_rows, check_same_device, check_tensor
+from .checks import check_indices, check_same_device, check_tensor, check_vectors
 from .gradients import differentiable, gradient_of, is_differentiated, no_forward_mode
 
 
@@ -42,36 +42,42 @@ class _KeptSoftmax(torch.autograd.Function):
 
 
 def kept_softmax(x: Tensor, weight: Tensor, bias: Tensor | None, indices: Tensor) -> Tensor:
-    """softmax(x W^T + b) over all K codes, at the k codes that each row keeps, without a matrix of rows by codes.
+    """softmax(x W^T + b) over all K codes, at the k codes selected for each vector; the N x K matrix is never
+    materialised.
 
     Args:
         x: [..., D] float16, bfloat16, float32 or (reference) float64, any strides.
         weight: W, [K, D], same device; the dtype of x, or float32 beside a half-precision x.
         bias: b, [K], dtype and device of weight; or None.
-        indices: [..., k] int64, same device; a code may occur twice in a row.
+        indices: [..., k] int64, same device; a code may occur twice for a vector.
     Returns:
         [..., k] float32 (float64 for float64). Logits and sums are float32 or wider, under autocast too. Gradients
-        go to x, weight and bias, summed without float atomics; the backward computes the logits again.
+        go to x, weight and bias, summed without float atomics; the backward recomputes the logits.
     Raises:
         ValueError: shape, dtype or device do not fit, or (on the CPU) an index lies outside [0, K).
         BackendUnavailable: the forced backend cannot run these inputs.
 
-    Source: the log-sum-exp goes tile by tile as in Milakov and Gimelshein 2018, arXiv:1805.02867, the backward as in
-    Dao et al. 2022, arXiv:2205.14135.
+    >>> x, weight = torch.tensor([[1.0, 0.0]]), torch.zeros(4, 2)
+    >>> kept_softmax(x, weight, None, torch.tensor([[0, 3]])).tolist()
+    [[0.25, 0.25]]
+
+    Source: Milakov and Gimelshein 2018, arXiv:1805.02867 (log-sum-exp by tiles); Dao et al. 2022, arXiv:2205.14135
+    (backward).
     """
-    check_rows("x", x, "weight", weight)
+    check_vectors("x", x, "weight", weight)
     check_indices("indices", indices)
     if indices.ndim != x.ndim or indices.shape[:-1] != x.shape[:-1] or indices.shape[-1] == 0:
         raise ValueError(
-            f"indices has shape {tuple(indices.shape)}; it needs {(*x.shape[:-1], 'k')} with the rows of x and k >= 1"
+            f"expected indices of shape [..., k], where x is [..., D] = {tuple(x.shape)} and k >= 1,"
+            f" got {tuple(indices.shape)}"
         )
     check_same_device("indices", indices, "weight", weight)
     if bias is not None:
         check_tensor("bias", bias)
         if bias.shape != weight.shape[:1] or bias.dtype != weight.dtype:
             raise ValueError(
-                f"bias has shape {tuple(bias.shape)} and dtype {bias.dtype};"
-                f" it needs [{weight.shape[0]}] and {weight.dtype}, as weight has"
+                f"expected bias of shape [{weight.shape[0]}] and dtype {weight.dtype}, as weight,"
+                f" got {tuple(bias.shape)} and {bias.dtype}"
             )
         check_same_device("bias", bias, "weight", weight)
     if is_differentiated(x, weight, bias):

@@ -8,19 +8,23 @@ from .checks import check_indices, check_size
 
 
 def one_hot(indices: Tensor, num_codes: int, *, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Rows with a one at each index and zeros elsewhere.
+    """A row for each vector, with a one at each of its indices and zeros elsewhere.
 
     Args:
         indices: [N] int64 for one-hot rows, or [N, k] for k-hot rows.
-        num_codes: K, the width.
-        dtype: of the result.
+        num_codes: K, the number of columns.
+        dtype: dtype of the result.
     Returns:
         [N, K] of `dtype`. No gradient.
     Raises:
         ValueError: rank or dtype do not fit, K == 0, or (on the CPU) an index lies outside [0, K).
+        BackendUnavailable: the forced backend cannot run these inputs.
+
+    >>> one_hot(torch.tensor([2, 0]), num_codes=3).tolist()
+    [[0.0, 0.0, 1.0], [1.0, 0.0, 0.0]]
     """
     check_indices("indices", indices)
     if indices.ndim not in (1, 2):
-        raise ValueError(f"indices has shape {tuple(indices.shape)}; it needs [N] or [N, k]")
+        raise ValueError(f"expected indices of shape [N] or [N, k], got {tuple(indices.shape)}; pass indices.flatten()")
     num_codes = check_size("num_codes", num_codes, 1)
     return torch.ops.dlvae.one_hot(indices, num_codes, dtype)

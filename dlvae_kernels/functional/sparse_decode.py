@@ -43,7 +43,7 @@ class _SparseDecode(torch.autograd.Function):
     @staticmethod
     def jvp(ctx: Any, values_tangent: Tensor | None, _: None, dictionary_tangent: Tensor | None) -> Tensor:
         values, indices, dictionary = ctx.saved_tensors
-        # The sum is linear in both; one of them has a tangent.
+        # The sum is linear in values and in dictionary; at least one of them has a tangent.
         pairs = (values_tangent, dictionary), (values, dictionary_tangent)
         terms = [
             torch.ops.dlvae.sparse_decode_fwd(value, indices, atoms)
@@ -54,25 +54,30 @@ class _SparseDecode(torch.autograd.Function):
 
 
 def sparse_decode(values: Tensor, indices: Tensor, dictionary: Tensor) -> Tensor:
-    """For each row the sum of k dictionary atoms: sum_j values[..., j] * dictionary[indices[..., j]].
+    """For each vector the weighted sum of k atoms: sum_j values[..., j] * dictionary[indices[..., j]].
 
     Args:
         values: [..., k] float16, bfloat16, float32 or (reference) float64.
-        indices: [..., k] int64, same shape and device; an atom may occur twice in a row.
+        indices: [..., k] int64, same shape and device; an atom may occur twice for a vector.
         dictionary: [K, D], same device.
     Returns:
         [..., D], the wider dtype of values and dictionary; sums accumulate in float32 (float64 for float64).
         Gradients go to values and dictionary, summed without float atomics.
     Raises:
         ValueError: shape, dtype or device do not fit, or (on the CPU) an index lies outside [0, K).
+        BackendUnavailable: the forced backend cannot run these inputs.
+
+    >>> dictionary = torch.tensor([[1.0, 0.0], [0.0, 1.0], [5.0, 7.0]])
+    >>> sparse_decode(torch.tensor([[2.0, -1.0]]), torch.tensor([[0, 2]]), dictionary).tolist()
+    [[-3.0, -7.0]]
     """
     check_floating("values", values)
     check_codebook("dictionary", dictionary)
     check_indices("indices", indices)
     if values.ndim == 0 or values.shape[-1] == 0 or values.shape != indices.shape:
         raise ValueError(
-            f"values has shape {tuple(values.shape)} and indices {tuple(indices.shape)};"
-            " they need one shape [..., k] with k >= 1"
+            f"expected values and indices of one shape [..., k] with k >= 1, got {tuple(values.shape)} and"
+            f" {tuple(indices.shape)}"
         )
     check_same_device("values", values, "dictionary", dictionary)
     check_same_device("indices", indices, "dictionary", dictionary)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .checks import check_bias, check_choice, check_rows, check_size
+from .checks import check_bias, check_choice, check_size, check_vectors
 from .gradients import differentiable, gradient_of, is_differentiated
 
 Metric = Literal["l2", "dot"]
@@ -15,7 +15,7 @@ METRICS = get_args(Metric)
 
 @gradient_of("topk_codes")
 class _TopkCodes(torch.autograd.Function):
-    """The gradients of products with k kept atoms a row: sums over these, never over all; distances have none."""
+    """The gradients of the products with the k selected atoms are sums over these; distances have no gradient."""
 
     generate_vmap_rule = True
 
@@ -52,40 +52,51 @@ class _TopkCodes(torch.autograd.Function):
     def jvp(ctx: Any, x_tangent: Any, dictionary_tangent: Any, k: None, metric: None, bias_tangent: Any) -> Any:
         x, dictionary, indices = ctx.saved_tensors
         values = torch.zeros(indices.shape, dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
-        for rows, atoms in (x_tangent, dictionary), (x, dictionary_tangent):
-            if rows is not None and atoms is not None:
+        for vectors, atoms in (x_tangent, dictionary), (x, dictionary_tangent):
+            if vectors is not None and atoms is not None:
                 ones = torch.ones_like(values)
-                values = values + torch.ops.dlvae.sparse_decode_bwd(rows, ones, indices, atoms, True, False)[0]
+                values = values + torch.ops.dlvae.sparse_decode_bwd(vectors, ones, indices, atoms, True, False)[0]
         return None, values if bias_tangent is None else values + bias_tangent[indices]
 
 
 def topk_codes(
     x: Tensor, dictionary: Tensor, k: int, *, metric: Metric = "l2", bias: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Indices of the k dictionary rows that are best for each row of x: the nearest, or those of largest product.
+    """Indices of the k best atoms for each vector of x: the nearest, or those of largest inner product.
 
     Args:
         x: [..., D] float16, bfloat16, float32 or (reference) float64, any strides.
         dictionary: [K, D], same device; the dtype of x, or float32 beside a half-precision x.
-        k: how many to keep, 1 <= k <= K.
+        k: the number of selected atoms, 1 <= k <= K.
         metric: "l2", squared Euclidean distance, or "dot", the inner product x.w plus the atom's bias.
-        bias: [K], with "dot" alone; the dtype of dictionary, or float32 beside a half-precision one.
+        bias: [K], only with the metric "dot"; the dtype of dictionary, or float32 beside a half-precision one.
     Returns:
         (indices [..., k] int64, values [..., k] float32, or float64 for float64). With "l2" the values are squared
         distances, ascending, NaN as in `nearest_code`, without gradient. With "dot" they are products, descending, with
-        gradients to x, dictionary and bias that are summed without float atomics and without an [N, K] tensor. Equal
-        values go by ascending index. A row of x that holds NaN has NaN products and the indices 0 to k - 1; infinite
-        and undefined products come after all finite ones, by index, and an atom or bias that holds NaN after those.
+        gradients to x, dictionary and bias, summed without float atomics; the N x K matrix is never materialised.
+        Equal values are ordered by ascending index. A vector that holds NaN has NaN products and the indices 0 to
+        k - 1; infinite and undefined products come after all finite ones, by index, and an atom or bias that holds
+        NaN comes last.
     Raises:
         ValueError: D, dtype or device do not fit, K == 0, k is not in [1, K], or a bias does not fit or has no use.
         BackendUnavailable: the forced backend cannot run these inputs.
+
+    >>> dictionary = torch.tensor([[5.0], [1.0], [3.0], [1.0]])
+    >>> indices, distances = topk_codes(torch.tensor([[0.0]]), dictionary, k=3)
+    >>> indices.tolist(), distances.tolist()
+    ([[1, 3, 2]], [[1.0, 1.0, 9.0]])
+    >>> indices, products = topk_codes(torch.tensor([[2.0]]), dictionary, k=2, metric="dot")
+    >>> indices.tolist(), products.tolist()
+    ([[0, 2]], [[10.0, 6.0]])
     """
-    check_rows("x", x, "dictionary", dictionary)
+    check_vectors("x", x, "dictionary", dictionary)
     k = check_size("k", k, 1, dictionary.shape[0])
     check_choice("metric", metric, METRICS)
     if bias is not None:
         if metric != "dot":
-            raise ValueError(f"bias has shape {tuple(bias.shape)}; it needs to be None with the metric {metric!r}")
+            raise ValueError(
+                f'expected bias to be None with metric={metric!r}, got shape {tuple(bias.shape)}; pass metric="dot"'
+            )
         check_bias("bias", bias, "dictionary", dictionary)
     if metric == "dot" and is_differentiated(x, dictionary, bias):
         indices, values = differentiable(_TopkCodes, x, dictionary, k, metric, bias)

@@ -6,13 +6,17 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .checks import check_choice, check_rows
+from .checks import check_choice, check_vectors
 from .gradients import differentiable, gradient_of, is_differentiated, sum_of_products
 from .nearest_code import PRECISIONS, Precision
 
 
 class VectorQuantizeOutput(NamedTuple):
-    """What `vector_quantize` returns; the fields are described there."""
+    """The result of `vector_quantize`, which describes the fields.
+
+    >>> VectorQuantizeOutput._fields
+    ('quantized', 'indices', 'codebook_loss', 'commitment_loss', 'counts')
+    """
 
     quantized: Tensor
     indices: Tensor
@@ -23,7 +27,10 @@ class VectorQuantizeOutput(NamedTuple):
 
 @gradient_of("vector_quantize_fwd")
 class _VectorQuantize(torch.autograd.Function):
-    """Saves (quantized - x) / 2: both may be changed in place before the backward; half of it fits into float16."""
+    """Saves (quantized - x) / 2 for the backward.
+
+    The caller may change x and quantized in place before the backward; half of the difference fits into float16.
+    """
 
     generate_vmap_rule = True
 
@@ -45,8 +52,8 @@ class _VectorQuantize(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         if not ctx.has_error:
             raise RuntimeError(
-                "vector_quantize_fwd ran with need_error=False and has no gradient; export or trace the model with"
-                " gradients enabled"
+                "expected vector_quantize_fwd with need_error=True for a backward, got need_error=False;"
+                " export or trace the model with gradients enabled"
             )
         grad_quantized, _, grad_codebook_loss, grad_commitment_loss, _, _ = grads
         half_error, indices = ctx.saved_tensors
@@ -68,10 +75,10 @@ class _VectorQuantize(torch.autograd.Function):
     def jvp(ctx: Any, x_tangent: Tensor | None, codebook_tangent: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         half_error, indices = ctx.saved_tensors
         slope = 4 / max(1, half_error.numel())
-        # The straight-through output follows x alone.
+        # The straight-through output depends on x alone.
         quantized = torch.zeros_like(half_error) if x_tangent is None else x_tangent.clone()
-        rows = torch.zeros_like(half_error) if x_tangent is None else x_tangent
-        commitment_loss = -slope * sum_of_products(half_error, rows)
+        tangent = torch.zeros_like(half_error) if x_tangent is None else x_tangent
+        commitment_loss = -slope * sum_of_products(half_error, tangent)
         if codebook_tangent is None:
             codebook_loss = torch.zeros_like(commitment_loss)
         else:
@@ -80,26 +87,32 @@ class _VectorQuantize(torch.autograd.Function):
 
 
 def vector_quantize(x: Tensor, codebook: Tensor, *, precision: Precision = "float32") -> VectorQuantizeOutput:
-    """Replace each row of x by its nearest codebook row, with the straight-through gradient and both losses.
+    """Replace each vector of x by its nearest code, with the straight-through gradient and both losses.
 
     Args:
         x: [..., D] float16, bfloat16, float32 or (reference) float64, any strides.
         codebook: [K, D], same device; the dtype of x, or float32 beside a half-precision x.
-        precision: of the search, as in `nearest_code`.
+        precision: precision of the search, as in `nearest_code`.
     Returns:
-        quantized [..., D], dtype and (where x is dense) strides of x: codebook[indices]; its gradient passes to x
-        unchanged;
+        quantized [..., D]: codebook[indices], with the dtype and (where x is dense) strides of x; its gradient passes
+        to x unchanged;
         indices [...] int64, as from `nearest_code`;
         codebook_loss and commitment_loss, scalars, float32 (float64 for float64): both are the mean over all elements
-        of (quantized - x)^2; the gradient of the first goes to the codebook alone, of the second to x alone;
-        counts [K] int64, how many rows took each code.
+        of (quantized - x)^2; the gradient of the first goes to the codebook alone, that of the second to x alone;
+        counts [K] int64, the number of vectors assigned to each code.
     Raises:
         ValueError: D, dtype or device do not fit, or K == 0.
         BackendUnavailable: the forced backend cannot run these inputs.
 
+    >>> out = vector_quantize(torch.tensor([[1.0, 0.0], [3.0, 2.0]]), torch.tensor([[0.0, 0.0], [4.0, 0.0]]))
+    >>> out.quantized.tolist(), out.indices.tolist(), out.counts.tolist()
+    ([[0.0, 0.0], [4.0, 0.0]], [0, 1], [1, 1])
+    >>> float(out.codebook_loss), float(out.commitment_loss)
+    (1.5, 1.5)
+
     Source: van den Oord et al. 2017, arXiv:1711.00937, eq. 3.
     """
-    check_rows("x", x, "codebook", codebook)
+    check_vectors("x", x, "codebook", codebook)
     check_choice("precision", precision, PRECISIONS)
     if is_differentiated(x, codebook):
         *outputs, _ = differentiable(_VectorQuantize, x, codebook, True, precision)

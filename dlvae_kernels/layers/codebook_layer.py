@@ -1,4 +1,4 @@
-"""What both vector quantizers share: arguments, initialisation, re-drawing of dead codes, and the way of a map."""
+"""Base of both vector quantizers: arguments, initialisation, revival of dead codes, and the forward over a map."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from ..functional.gather_codes import gather_codes
 from ..functional.nearest_code import nearest_code
 from ..functional.one_hot import one_hot
 from ..functional.vector_quantize import VectorQuantizeOutput, vector_quantize
-from .distributed import all_reduce_sum, num_ranks, sample_rows
-from .maps import codes_to_map, map_to_rows, rows_to_map
+from .distributed import all_reduce_sum, num_ranks, sample_vectors
+from .maps import codes_to_map, map_to_vectors, vectors_to_map
 
 Encodings = Literal["one_hot", "indices"]
 Init = Literal["uniform", "normal", "data", "kmeans"]
@@ -27,9 +27,12 @@ _KMEANS_ITERATIONS = 10
 class CodebookLayer(nn.Module):
     """Base of the vector quantizers; `_embedding.weight` is the codebook [K, D].
 
-    Activation checkpointing repeats a forward inside the backward; the state of the layer moves at the first only.
-    The repeated forward sees the codebook as it has become: keep the layer outside a checkpointed region where
-    gradients must be exact, and do not compile a layer alone inside one, where the repetition cannot be told.
+    A subclass defines `_total_loss`, `_update_state` and `_reset_state`.
+
+    Activation checkpointing repeats a forward inside the backward; only the first forward updates the state of the
+    layer. The repeated forward sees the updated codebook: keep the layer outside a checkpointed region where gradients
+    must be exact. Do not compile a layer by itself inside such a region, because compiled code cannot detect the
+    repetition.
     """
 
     _embedding: nn.Module
@@ -61,15 +64,30 @@ class CodebookLayer(nn.Module):
         self._dead_code_threshold = dead_code_threshold
         self._sync = sync
         self._channel_last = channel_last
-        # Whether a training batch has to give the codebook, if it is still all zeros by then.
+        # Whether a training batch initialises the codebook, unless the codebook is set by then.
         self._awaits_data = init in ("data", "kmeans")
-        # Whether the last training batch did: its repetition by activation checkpointing draws the same numbers.
+        # Whether the last training batch did so: its repetition by activation checkpointing draws the same numbers.
         self._took_data = False
 
     @property
     def codebook(self) -> Tensor:
         """The codebook, [K, D]."""
         return self._embedding.weight  # type: ignore[return-value]
+
+    @property
+    def num_embeddings(self) -> int:
+        """K, the number of codes."""
+        return self._num_embeddings
+
+    @property
+    def embedding_dim(self) -> int:
+        """D, the number of features of a code."""
+        return self._embedding_dim
+
+    @property
+    def commitment_cost(self) -> float:
+        """The weight of the commitment loss."""
+        return self._commitment_cost
 
     def forward(self, inputs: Tensor) -> QuantizerOutput:
         """Quantize a map.
@@ -79,69 +97,80 @@ class CodebookLayer(nn.Module):
         Returns:
             loss: scalar float32.
             quantized: shape, dtype and (where they are dense) strides of inputs, with the straight-through gradient.
-            perplexity: scalar float32, of the codes that this batch took, in [1, K].
-            encodings: one-hot rows [B * positions, K] float32, or with encodings="indices" int64 [B, *spatial].
+            perplexity: scalar float32 in [1, K], of the codes that this batch is assigned to.
+            encodings: one-hot vectors [B * positions, K] float32, or with encodings="indices" int64 [B, *spatial].
         Raises:
             ValueError: rank, D, dtype or device do not fit, or the layer is exported in train mode while its codebook
                 awaits data or ranks all-reduce; nothing has been changed.
         """
-        rows = self._rows(inputs)
+        vectors = self._as_vectors(inputs)
         if self.training and torch.compiler.is_exporting():
-            self._check_export()
-        moves = self.training and not _is_repetition()
-        if moves:
-            self._take_data(rows)
+            self._check_exportable()
+        updates = self.training and not _is_repetition()
+        if updates:
+            self._initialize_from_data(vectors)
         elif self.training:
-            self._repeat_draws(rows)
-        out = vector_quantize(rows, self.codebook)
-        if moves:
-            self._update(rows, out)
-        quantized = rows_to_map(out.quantized, inputs, self._channel_last)
-        return self._loss(out), quantized, _perplexity(out.counts), self._encode_output(out.indices, inputs)
+            self._repeat_draws(vectors)
+        out = vector_quantize(vectors, self.codebook)
+        if updates:
+            self._update_state(vectors, out)
+        quantized = vectors_to_map(out.quantized, inputs, self._channel_last)
+        return self._total_loss(out), quantized, _perplexity(out.counts), self._encodings_of(out.indices, inputs)
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Initialise the codebook and all statistics anew, as the constructor does; after `to_empty` too."""
         self._awaits_data = self._init in ("data", "kmeans")
         self._took_data = False
-        self._reset(self._initialize(torch.empty_like(self.codebook)))
+        self._reset_state(self._fill_initially(torch.empty_like(self.codebook)))
 
     def encode(self, inputs: Tensor) -> Tensor:
         """Indices of the nearest codes, int64 [B, *spatial]; `inputs` as in `forward`."""
-        return self._index_map(nearest_code(self._rows(inputs), self.codebook), inputs)
+        return self._index_map(nearest_code(self._as_vectors(inputs), self.codebook), inputs)
 
     def decode(self, indices: Tensor) -> Tensor:
         """The codes at int64 indices [B, *spatial], as a map [B, D, *spatial] ([B, *spatial, D] with channel_last).
 
-        It has the dtype of the codebook.
+        The map has the dtype of the codebook.
 
         Raises:
             ValueError: not int64, no dimensions, or (on the CPU) an index lies outside [0, K).
         """
         check_indices("indices", indices)
         if indices.ndim == 0:
-            raise ValueError("indices has no dimensions; it needs [B, *spatial]")
+            raise ValueError("expected indices of shape [B, *spatial], got (); pass indices[None]")
         return codes_to_map(gather_codes(self.codebook, indices), self._channel_last)
 
     def extra_repr(self) -> str:
-        return (
-            f"num_embeddings={self._num_embeddings}, embedding_dim={self._embedding_dim},"
-            f" commitment_cost={self._commitment_cost}"
-        )
+        return ", ".join(f"{name}={value!r}" for name, value in self._arguments().items())
 
-    def _loss(self, out: VectorQuantizeOutput) -> Tensor:
+    def _arguments(self) -> dict[str, Any]:
+        """The arguments of the constructor, by name."""
+        return {
+            "num_embeddings": self._num_embeddings,
+            "embedding_dim": self._embedding_dim,
+            "commitment_cost": self._commitment_cost,
+            "encodings": self._encodings,
+            "init": self._init,
+            "dead_code_threshold": self._dead_code_threshold,
+            "sync": self._sync,
+            "channel_last": self._channel_last,
+        }
+
+    def _total_loss(self, out: VectorQuantizeOutput) -> Tensor:
+        """Combine the losses of the codebook and of the commitment into the loss that `forward` returns."""
         raise NotImplementedError
 
-    def _update(self, rows: Tensor, out: VectorQuantizeOutput) -> None:
-        """Move the state of the layer after a training batch."""
+    def _update_state(self, vectors: Tensor, out: VectorQuantizeOutput) -> None:
+        """Update buffers and revive dead codes after a training batch of vectors [..., D]."""
         raise NotImplementedError
 
-    def _reset(self, codes: Tensor) -> None:
-        """Take `codes` [K, D] as the codebook, and begin all statistics anew."""
+    def _reset_state(self, codes: Tensor) -> None:
+        """Copy `codes` [K, D] into the codebook, and reset all statistics."""
         raise NotImplementedError
 
-    def _check_export(self) -> None:
-        """Refuse an exported graph that would repeat what happens at one training step only."""
+    def _check_exportable(self) -> None:
+        """Refuse to export a graph that would repeat what happens at one training step only."""
         if self._awaits_data:
             raise ValueError(
                 f"{type(self).__name__} cannot be exported in train mode before a training batch has initialised its"
@@ -153,51 +182,51 @@ class CodebookLayer(nn.Module):
                 " it in one process, construct it with sync=False, or call .eval()"
             )
 
-    def _rows(self, inputs: Tensor) -> Tensor:
-        """Check a map and view it as rows [B, S, D]."""
-        return map_to_rows("inputs", inputs, "codebook", self.codebook, self._channel_last)
+    def _as_vectors(self, inputs: Tensor) -> Tensor:
+        """Check a map and view it as vectors [B, S, D]."""
+        return map_to_vectors("inputs", inputs, "codebook", self.codebook, self._channel_last)
 
-    def _initialize(self, weight: Tensor) -> Tensor:
-        """Fill a codebook [K, D]; one that awaits data is zero until then, which a checkpoint of it shows."""
+    def _fill_initially(self, weight: Tensor) -> Tensor:
+        """Fill a codebook [K, D]; one that awaits data is zero until then, also in a checkpoint."""
         bound = 1 / self._num_embeddings
         if self._awaits_data:
             return weight.zero_()
         return weight.normal_() if self._init == "normal" else weight.uniform_(-bound, bound)
 
     @torch.no_grad()
-    def _take_data(self, rows: Tensor) -> None:
-        """Where the codebook awaits data: take random rows of the batch over all ranks, moved by k-means if asked."""
+    def _initialize_from_data(self, vectors: Tensor) -> None:
+        """Where the codebook awaits data: set it to random vectors of the batch over all ranks, or their k-means."""
         self._took_data = False
-        # A codebook may have been set in place since, as torch.distributed.checkpoint does; only zeros await data. A
-        # compiled graph cannot look, and chooses at the end.
+        # The codebook may have been set in place, as torch.distributed.checkpoint does; only zeros await data. A
+        # compiled graph cannot look at the values here, and selects by them at the end.
         if self._awaits_data and not torch.compiler.is_compiling() and self.codebook.any():
             self._awaits_data = False
-        # An empty rank among several takes part: it gets the rows of the others.
-        if not self._awaits_data or (rows.numel() == 0 and num_ranks(self._sync) == 1):
+        # An empty rank among several takes part: it gets the vectors of the others.
+        if not self._awaits_data or (vectors.numel() == 0 and num_ranks(self._sync) == 1):
             return
-        sampled = all_reduce_sum(sample_rows(rows, self._num_embeddings, self._sync), self._sync)
+        sampled = all_reduce_sum(sample_vectors(vectors, self._num_embeddings, self._sync), self._sync)
         is_given = sampled[:, -1] > 0
         given_first = is_given.argsort(descending=True, stable=True)
-        place = torch.arange(self._num_embeddings, device=rows.device) % is_given.sum().clamp(min=1)
+        place = torch.arange(self._num_embeddings, device=vectors.device) % is_given.sum().clamp(min=1)
         codes = sampled[given_first[place], :-1]
         for _ in range(_KMEANS_ITERATIONS if self._init == "kmeans" else 0):
-            statistics = ema_statistics(rows, nearest_code(rows, codes), self._num_embeddings)
+            statistics = ema_statistics(vectors, nearest_code(vectors, codes), self._num_embeddings)
             sums, counts = all_reduce_sum(statistics, self._sync).split([self._embedding_dim, 1], dim=1)
             codes = torch.where(counts > 0, sums / counts, codes)
         before = [(tensor, tensor.clone()) for tensor in (*self.parameters(), *self.buffers())]
         is_set = self.codebook.any()
-        self._reset(codes)
+        self._reset_state(codes)
         for tensor, old in before:
             tensor.copy_(torch.where(is_set, old, tensor))
         self._took_data = True
         self._awaits_data = False
 
-    def _repeat_draws(self, rows: Tensor) -> None:
-        """Draw as many random numbers as the forward that is repeated, so that what follows draws the same."""
+    def _repeat_draws(self, vectors: Tensor) -> None:
+        """Draw as many random numbers as the forward that is repeated, so that the random stream continues alike."""
         for _ in range(int(self._took_data) + int(self._dead_code_threshold > 0)):
-            sample_rows(rows, self._num_embeddings, self._sync)
+            sample_vectors(vectors, self._num_embeddings, self._sync)
 
-    def _encode_output(self, indices: Tensor, inputs: Tensor) -> Tensor:
+    def _encodings_of(self, indices: Tensor, inputs: Tensor) -> Tensor:
         if self._encodings == "one_hot":
             return one_hot(indices.flatten(), self._num_embeddings)
         return self._index_map(indices, inputs)
@@ -207,7 +236,7 @@ class CodebookLayer(nn.Module):
         return indices.view(inputs.shape[0], *spatial)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CodebookLayer:
-        """Move or cast as any module, but keep the buffers, which count, in float32 or wider."""
+        """Move or cast as any module does, but keep the buffers, which count, in float32 or wider."""
         before = dict(self.named_buffers())
         super()._apply(fn, recurse)
         for name, buffer in self.named_buffers():
@@ -230,6 +259,6 @@ def _is_repetition() -> bool:
 
 
 def _perplexity(counts: Tensor) -> Tensor:
-    """exp of the entropy of the shares of the codes; 1 for an empty batch."""
-    share = counts.float() / counts.sum().clamp(min=1)
-    return torch.exp(-(share * torch.log(share + 1e-10)).sum())
+    """exp of the entropy of the frequencies of the codes; 1 for an empty batch."""
+    frequency = counts.float() / counts.sum().clamp(min=1)
+    return torch.exp(-(frequency * torch.log(frequency + 1e-10)).sum())

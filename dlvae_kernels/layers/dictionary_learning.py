@@ -4,93 +4,37 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
-from torch.nn.functional import mse_loss
 
 from ..functional.checks import check_at_least, check_choice, check_indices, check_size
 from ..functional.kept_softmax import kept_softmax
 from ..functional.sparse_decode import sparse_decode
+from ..functional.straight_through import straight_through
 from ..functional.topk_codes import topk_codes
-from .maps import codes_to_map, map_to_rows, rows_to_map
+from .maps import codes_to_map, map_to_vectors, vectors_to_map
 
 Gradient = Literal["straight_through", "direct"]
 
-# Weight of the commitment of x to its reconstruction, as in the notebook.
+# Weight of the commitment of x to its reconstruction, as in the VQ-VAE notebook.
 _COMMITMENT_COST = 0.25
 
 
 class SparseRepresentation(NamedTuple):
-    """Coefficients of the kept atoms: values [B, *spatial, k] and int64 indices [B, *spatial, k]."""
+    """Coefficients of the selected atoms: values [B, *spatial, k] and int64 indices [B, *spatial, k].
+
+    >>> layer = DictionaryLearning(dim=4, num_atoms=8, sparsity=0.1, sparsity_level=2)
+    >>> layer.encode(torch.randn(2, 4, 5, 5)).values.shape
+    torch.Size([2, 5, 5, 2])
+    """
 
     values: Tensor
     indices: Tensor
 
 
-class _StraightThrough(torch.autograd.Function):
-    """Decoded rows whose gradient passes to x, and the mean of (decoded - x)^2, once for each side to learn by.
-
-    The first mean has a gradient to the decoded rows alone, the second to x alone. Each gradient takes one pass over
-    the residuals: out of single operations they would take most of the time of a step that is not spent in kernels.
-    """
-
-    @staticmethod
-    def forward(rows: Tensor, decoded: Tensor, indices: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        # Of the wider dtype, and at least float32, as coefficients are; with the strides of x, which its gradient has.
-        residual = rows - decoded
-        # In float64: the sum of squares may overflow float32 where the mean does not.
-        squares = torch.linalg.vector_norm(residual, dtype=torch.float64).square()
-        loss = (squares / max(1, residual.numel())).to(residual.dtype)
-        # A copy: what follows may change it in place.
-        return decoded.clone(), loss, loss.clone(), residual
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:
-        rows, _, indices = inputs
-        *_, residual = output
-        ctx.save_for_backward(residual, indices)
-        ctx.mark_non_differentiable(residual)
-        ctx.dtype = rows.dtype
-        # What nobody differentiates stays None, all the way to the parameters.
-        ctx.set_materialize_grads(False)
-
-    @staticmethod
-    @once_differentiable
-    def backward(
-        ctx: Any, grad: Tensor | None, grad_decoded_loss: Tensor | None, grad_rows_loss: Tensor | None, _: None
-    ) -> tuple[Tensor | None, Tensor | None, None]:
-        residual, indices = ctx.saved_tensors
-        need_rows, need_decoded, _ = ctx.needs_input_grad
-        slope = 2 / max(1, residual.numel())
-        grad_rows, grad_decoded = grad, None
-        if need_rows and grad is None and grad_rows_loss is not None:
-            grad_rows = residual * (grad_rows_loss * slope)
-        elif need_rows and grad_rows_loss is not None:
-            # The backward of a quantizer whose codes are the decoded rows; half its errors have the other sign.
-            grad_loss = -0.5 * grad_rows_loss
-            grad_rows, _ = torch.ops.dlvae.vector_quantize_bwd(
-                grad, grad_loss, grad_loss, residual, indices, 1, True, False
-            )
-        if need_decoded and grad_decoded_loss is not None:
-            grad_decoded = residual * (grad_decoded_loss * -slope)
-        return grad_rows.to(ctx.dtype) if need_rows and grad_rows is not None else None, grad_decoded, None
-
-
-def _straight_through(rows: Tensor, decoded: Tensor, indices: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The outputs of `_StraightThrough` that have a gradient."""
-    if not torch.compiler.is_exporting():
-        straight, decoded_loss, rows_loss, _ = _StraightThrough.apply(rows, decoded, indices)
-        return straight, decoded_loss, rows_loss
-    # An exported graph holds operations and no Functions: the same gradients by what is detached.
-    fixed_rows, fixed_decoded = rows.detach(), decoded.detach()
-    straight = fixed_decoded + (rows - fixed_rows)
-    return straight, mse_loss(decoded, fixed_rows.to(decoded.dtype)), mse_loss(rows.to(decoded.dtype), fixed_decoded)
-
-
 class DictionaryLearning(nn.Module):
     """Sparse coding of each position of a map over a learned dictionary.
 
-    The coefficients are softmax(Linear(x)) over all atoms, kept at the `sparsity_level` atoms nearest to x; the
-    reconstruction R is the sum of the atoms with those coefficients.
+    The coefficients are softmax(Linear(x)) over all atoms, at the `sparsity_level` atoms nearest to x; the
+    reconstruction R is the sum of the atoms weighted by them.
     loss = mean (sg[x] - R)^2 + 0.25 * mean (x - sg[R])^2 + sparsity * mean over positions of sum |coefficients|.
 
     Args:
@@ -98,15 +42,22 @@ class DictionaryLearning(nn.Module):
         num_atoms: K, the size of the dictionary.
         sparsity: weight of the L1 norm of the coefficients, >= 0; the norm is a mean over positions, so that it
             does not grow with the batch.
-        sparsity_level: k, the atoms kept for each position, 1 <= k <= K.
-        representation: what `forward` returns last: "dense" ([N, K]) or "sparse" (`SparseRepresentation`).
-        gradient: how the reconstruction passes the decoder's gradient: "straight_through" (to x unchanged; the
-            dictionary and the coefficients learn by the loss alone) or "direct" (through coefficients and atoms).
+        sparsity_level: k, the number of atoms selected for each position, 1 <= k <= K.
+        representation: the form of the last output of `forward`: "dense" ([N, K]) or "sparse" (`SparseRepresentation`).
+        gradient: the path of the gradient of the reconstruction: "straight_through" (to x unchanged; the
+            dictionary and the coefficients learn from the loss alone) or "direct" (through coefficients and atoms).
         channel_last: maps are [B, *spatial, D].
     Raises:
         ValueError: an argument is out of its range.
 
     state_dict: `dictionary` [K, D], `representation.0.weight` [K, D], `representation.0.bias` [K].
+
+    >>> layer = DictionaryLearning(dim=4, num_atoms=8, sparsity=0.1, sparsity_level=2)
+    >>> loss, reconstruction, representation = layer(torch.randn(2, 4, 5, 5))
+    >>> reconstruction.shape, representation.shape
+    (torch.Size([2, 4, 5, 5]), torch.Size([50, 8]))
+
+    Source: the DictionaryLearning layer of a VQ-VAE notebook of 2023, which the README names.
     """
 
     def __init__(
@@ -153,24 +104,24 @@ class DictionaryLearning(nn.Module):
         Raises:
             ValueError: rank, D, dtype or device do not fit.
         """
-        rows = self._rows(x)
-        values, indices = self._code_rows(rows)
+        vectors = self._as_vectors(x)
+        values, indices = self._coefficients(vectors)
         decoded = sparse_decode(values, indices, self.dictionary)
-        # The value of the reconstruction, exactly, and not that of x + (R - x).
-        straight, dictionary_loss, commitment_loss = _straight_through(rows, decoded, indices[..., 0])
-        # Coefficients of a softmax are their own magnitudes.
+        # `straight` is exactly the reconstruction R, where x + (R - x) would be rounded.
+        straight, dictionary_loss, commitment_loss = straight_through(vectors, decoded, indices[..., 0])
+        # The coefficients of a softmax are positive.
         norm = values.sum() / max(1, indices[..., 0].numel())
         loss = dictionary_loss + _COMMITMENT_COST * commitment_loss + self.sparsity * norm
         if self._gradient == "straight_through":
             decoded = straight
-        reconstruction = rows_to_map(decoded.to(x.dtype), x, self._channel_last)
+        reconstruction = vectors_to_map(decoded.to(x.dtype), x, self._channel_last)
         if self._representation == "sparse":
             return loss, reconstruction, self._sparse_map(values, indices, x)
         return loss, reconstruction, self._dense(values, indices)
 
     def encode(self, x: Tensor) -> SparseRepresentation:
-        """The kept coefficients of each position; `x` as in `forward`."""
-        values, indices = self._code_rows(self._rows(x))
+        """The coefficients of each position; `x` as in `forward`."""
+        values, indices = self._coefficients(self._as_vectors(x))
         return self._sparse_map(values, indices, x)
 
     def decode(self, values: Tensor, indices: Tensor) -> Tensor:
@@ -181,24 +132,25 @@ class DictionaryLearning(nn.Module):
         """
         check_indices("indices", indices)
         if indices.ndim < 2:
-            raise ValueError(f"indices has shape {tuple(indices.shape)}; it needs [B, *spatial, k]")
+            raise ValueError(f"expected indices of shape [B, *spatial, k], got {tuple(indices.shape)}")
         return codes_to_map(sparse_decode(values, indices, self.dictionary), self._channel_last)
 
     def extra_repr(self) -> str:
         return (
             f"dim={self.dim}, num_atoms={self.num_atoms}, sparsity={self.sparsity},"
-            f" sparsity_level={self.sparsity_level}"
+            f" sparsity_level={self.sparsity_level}, representation={self._representation!r},"
+            f" gradient={self._gradient!r}, channel_last={self._channel_last}"
         )
 
-    def _rows(self, x: Tensor) -> Tensor:
-        """Check a map and view it as rows [B, S, D]."""
-        return map_to_rows("x", x, "dictionary", self.dictionary, self._channel_last)
+    def _as_vectors(self, x: Tensor) -> Tensor:
+        """Check a map and view it as vectors [B, S, D]."""
+        return map_to_vectors("x", x, "dictionary", self.dictionary, self._channel_last)
 
-    def _code_rows(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+    def _coefficients(self, vectors: Tensor) -> tuple[Tensor, Tensor]:
         """Coefficients of the nearest atoms and their indices, both [B, S, k]."""
-        indices, _ = topk_codes(rows, self.dictionary, self.sparsity_level)
+        indices, _ = topk_codes(vectors, self.dictionary, self.sparsity_level)
         linear: Any = self.representation[0]
-        return kept_softmax(rows, linear.weight, linear.bias, indices), indices
+        return kept_softmax(vectors, linear.weight, linear.bias, indices), indices
 
     def _dense(self, values: Tensor, indices: Tensor) -> Tensor:
         values, indices = values.flatten(0, -2), indices.flatten(0, -2)  # [N, k]

@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 def _world(sync: bool) -> tuple[int, int]:
-    """(rank, number of ranks) as it is now, never cached: (0, 1) without torch.distributed or with sync off."""
+    """(rank, number of ranks) at this moment, never cached: (0, 1) without torch.distributed or with sync off."""
     if sync and dist.is_available() and dist.is_initialized():
         return dist.get_rank(), dist.get_world_size()
     return 0, 1
@@ -25,21 +25,21 @@ def all_reduce_sum(tensor: Tensor, sync: bool) -> Tensor:
     return tensor
 
 
-def sample_rows(x: Tensor, count: int, sync: bool) -> Tensor:
-    """`count` random rows of x [..., D], each followed by a one, to be summed over the ranks: [count, D + 1].
+def sample_vectors(x: Tensor, count: int, sync: bool) -> Tensor:
+    """`count` random vectors of x [..., D], each followed by a one, to be summed over the ranks: [count, D + 1].
 
-    Row i comes from rank i modulo the number of ranks and is zero on the others, so that after the sum all ranks
-    hold the same rows. Where that rank has no rows, or the row is not finite, all of it is zero. Drawn from torch's
-    random stream, without repeats while there are enough rows; float32 or wider.
+    Vector i comes from rank i modulo the number of ranks and is zero on the others, so that all ranks hold the same
+    vectors after the sum. Where that rank has no vectors, or the vector is not finite, all D + 1 elements are zero.
+    The vectors are drawn from torch's random stream, without repeats while there are enough; float32 or wider.
     """
-    rows = x.detach().reshape(-1, x.shape[-1])
+    vectors = x.detach().reshape(-1, x.shape[-1])
     rank, ranks = _world(sync)
     sampled = torch.zeros(count, x.shape[-1] + 1, dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
-    if len(rows) > 0:
-        mine = sampled[rank::ranks]
-        order = torch.randperm(len(rows), device=x.device)
-        chosen = rows[order[torch.arange(len(mine), device=x.device) % len(rows)]]
+    if len(vectors) > 0:
+        own = sampled[rank::ranks]
+        order = torch.randperm(len(vectors), device=x.device)
+        chosen = vectors[order[torch.arange(len(own), device=x.device) % len(vectors)]]
         is_finite = chosen.isfinite().all(1, keepdim=True)
-        mine[:, :-1] = torch.where(is_finite, chosen, 0)
-        mine[:, -1:] = is_finite
+        own[:, :-1] = torch.where(is_finite, chosen, 0)
+        own[:, -1:] = is_finite
     return sampled

@@ -1,35 +1,41 @@
-"""Feature maps as rows and back, by views alone."""
+"""Views of feature maps as vectors, and back."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
-from ..functional.checks import check_rows, check_tensor
+from ..functional.checks import check_tensor, check_vectors
 
 
-def map_to_rows(name: str, inputs: Tensor, codes_name: str, codes: Tensor, channel_last: bool) -> Tensor:
-    """View a map [B, D, *spatial] as rows [B, S, D], S the number of positions; [B, *spatial, D] is rows already.
+def map_to_vectors(name: str, inputs: Tensor, codes_name: str, codes: Tensor, channel_last: bool) -> Tensor:
+    """View a map [B, D, *spatial] as vectors [B, S, D], S the number of positions; [B, *spatial, D] is returned as is.
 
     Raises:
-        ValueError: rank, D, dtype or device do not go with codes [K, D]; it calls the two by the names given.
+        ValueError: rank, D, dtype or device do not fit codes [K, D]; the message uses the names that are given.
     """
     check_tensor(name, inputs)
-    layout = "[B, *spatial, D]" if channel_last else "[B, D, *spatial]"
-    dim = codes.shape[1]
-    if inputs.ndim < 2 or inputs.shape[-1 if channel_last else 1] != dim:
-        raise ValueError(f"{name} has shape {tuple(inputs.shape)}; it needs {layout} with D = {dim}")
-    rows = inputs if channel_last or inputs.ndim == 2 else inputs.flatten(2).transpose(1, 2)
-    check_rows(name, rows, codes_name, codes)
-    return rows
+    num_features = codes.shape[1]
+    if inputs.ndim < 2 or inputs.shape[-1 if channel_last else 1] != num_features:
+        expected, other = f"[B, {num_features}, ...]", f"[B, ..., {num_features}]"
+        if channel_last:
+            expected, other = other, expected
+        # Pass the option as a remedy only where it helps.
+        fits_other = inputs.ndim >= 2 and inputs.shape[1 if channel_last else -1] == num_features
+        kind = "channels-first" if channel_last else "channels-last"
+        remedy = f"; for {kind} {name} of shape {other} pass channel_last={not channel_last}" if fits_other else ""
+        raise ValueError(f"expected {name} of shape {expected}, got {tuple(inputs.shape)}{remedy}")
+    vectors = inputs if channel_last or inputs.ndim == 2 else inputs.flatten(2).transpose(1, 2)
+    check_vectors(name, vectors, codes_name, codes)
+    return vectors
 
 
-def rows_to_map(rows: Tensor, like: Tensor, channel_last: bool) -> Tensor:
-    """The inverse of `map_to_rows` for the map `like`."""
+def vectors_to_map(vectors: Tensor, like: Tensor, channel_last: bool) -> Tensor:
+    """The inverse of `map_to_vectors` for the map `like`."""
     if channel_last or like.ndim == 2:
-        return rows
-    return rows.transpose(1, 2).unflatten(2, like.shape[2:])
+        return vectors
+    return vectors.transpose(1, 2).unflatten(2, like.shape[2:])
 
 
-def codes_to_map(rows: Tensor, channel_last: bool) -> Tensor:
-    """Codes looked up for every position, [B, *spatial, D], in the layout of the layer's maps."""
-    return rows if channel_last else rows.movedim(-1, 1)
+def codes_to_map(codes: Tensor, channel_last: bool) -> Tensor:
+    """View the codes of every position, [B, *spatial, D], as a map in the layout of the layer."""
+    return codes if channel_last else codes.movedim(-1, 1)

@@ -5,13 +5,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..functional.checks import check_rows, check_size
+from ..functional.checks import check_size, check_vectors
 from ..functional.sparse_decode import sparse_decode
 from ..functional.topk_codes import topk_codes
 
 
 class SparseAutoencoderOutput(NamedTuple):
-    """reconstruction [..., D]; of the kept latents values [..., k], descending, and int64 indices [..., k]."""
+    """reconstruction [..., D], and the selected latents: values [..., k], descending, and int64 indices [..., k].
+
+    >>> out = SparseAutoencoder(dim=4, num_atoms=16, k=3)(torch.randn(5, 4))
+    >>> out.reconstruction.shape, out.values.shape
+    (torch.Size([5, 4]), torch.Size([5, 3]))
+    """
 
     reconstruction: Tensor
     values: Tensor
@@ -20,30 +25,35 @@ class SparseAutoencoderOutput(NamedTuple):
 
 class _Encoder(nn.Linear):
     def reset_parameters(self) -> None:
-        """Nothing: the layer around it initialises it, and a model may reset its modules in any order."""
+        """Do nothing: the enclosing layer initialises the encoder, and a model may reset its modules in any order."""
 
 
 class SparseAutoencoder(nn.Module):
-    """Sparse autoencoder that keeps the k most active of K latents, without an [N, K] tensor in forward or backward.
+    """Sparse autoencoder of the k most active of K latents; neither direction materialises the N x K matrix.
 
     values, indices = the k largest of ReLU(encoder(x - b_dec)),
     reconstruction = sum of values * W_dec[indices] + b_dec.
 
     Gradients are those of this formula given the indices: from the reconstruction to b_dec, W_dec and the values; from
-    the values, where they are not 0, to the kept rows of the encoder and their biases, to x and to b_dec. Latents
-    that are not kept have none. All sums repeat to the bit.
+    the values, where they are not 0, to the selected rows of encoder.weight and their biases, to x and to b_dec.
+    Latents that are not selected have no gradient. All sums are bitwise reproducible.
 
     Args:
         dim: D, the features of x.
         num_atoms: K, the number of latents.
-        k: latents kept for each row, 1 <= k <= K.
+        k: the number of latents selected for each vector, 1 <= k <= K.
     Raises:
         ValueError: an argument is out of its range.
 
-    Rows of W_dec start in random directions, of length 1, those of the encoder are the same, and both biases are 0.
-    `normalize_decoder` after each step of an optimizer keeps the length.
+    Rows of W_dec start as random unit vectors, encoder.weight as their copy, and both biases as 0. Call
+    `normalize_decoder` after each step of an optimizer to keep the rows unit vectors.
 
     state_dict: `encoder.weight` [K, D], `encoder.bias` [K], `W_dec` [K, D], `b_dec` [D], as in EleutherAI's sparsify.
+
+    >>> layer = SparseAutoencoder(dim=4, num_atoms=16, k=3)
+    >>> out = layer(torch.randn(5, 4))
+    >>> layer.decode(out.values, out.indices).equal(out.reconstruction)
+    True
 
     Source: Gao et al. 2024, arXiv:2406.04093, section 2.3.
     """
@@ -68,7 +78,7 @@ class SparseAutoencoder(nn.Module):
         self.b_dec.zero_()
 
     def forward(self, x: Tensor) -> SparseAutoencoderOutput:
-        """Reconstruct rows from their most active latents.
+        """Reconstruct vectors from their most active latents.
 
         Args:
             x: [..., D] float16, bfloat16 or float32, any strides; half precision also beside float32 parameters.
@@ -81,16 +91,16 @@ class SparseAutoencoder(nn.Module):
         return SparseAutoencoderOutput(self.decode(values, indices).to(x.dtype), values, indices)
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The values and indices of the kept latents; `x` as in `forward`."""
-        check_rows("x", x, "encoder.weight", self.encoder.weight)
+        """The values and indices of the selected latents; `x` as in `forward`."""
+        check_vectors("x", x, "encoder.weight", self.encoder.weight)
         indices, products = topk_codes(
             x - self.b_dec, self.encoder.weight, self.k, metric="dot", bias=self.encoder.bias
         )
-        # The largest after the ReLU are the largest before it, wherever they are not 0.
+        # The largest values after the ReLU are the largest before it, wherever they are not 0.
         return products.relu(), indices
 
     def decode(self, values: Tensor, indices: Tensor) -> Tensor:
-        """Rows [..., D] of latents values and int64 indices, both [..., k].
+        """Vectors [..., D] of latents given by values and int64 indices, both [..., k].
 
         Raises:
             ValueError: shapes or dtypes do not fit, or (on the CPU) an index lies outside [0, K).
@@ -99,7 +109,7 @@ class SparseAutoencoder(nn.Module):
 
     @torch.no_grad()
     def normalize_decoder(self) -> None:
-        """Give the rows of W_dec length 1, in place; a row of zeros stays as it is."""
+        """Scale the rows of W_dec to length 1, in place; a row of zeros stays zero."""
         lengths = self.W_dec.norm(dim=1, keepdim=True)
         self.W_dec.div_(lengths.masked_fill_(lengths == 0, 1))
 

@@ -7,17 +7,17 @@ from torch import Tensor, nn
 
 from ..functional.vector_quantize import VectorQuantizeOutput
 from .codebook_layer import CodebookLayer, Encodings, Init
-from .distributed import all_reduce_sum, sample_rows
+from .distributed import all_reduce_sum, sample_vectors
 
-# Weight of the past in the average use of a code, by which dead ones are told.
+# Weight of the past in the moving average of the count of a code; dead codes are those of a low average.
 _USE_DECAY = 0.99
 
 
 class _Codebook(nn.Embedding):
-    """Holds the codebook under the notebook's key `_embedding.weight`."""
+    """Holds the codebook under the key `_embedding.weight`, as the VQ-VAE notebook does."""
 
     def reset_parameters(self) -> None:
-        """Nothing: the layer around it initialises it, and a model may reset its modules in any order."""
+        """Do nothing: the enclosing layer initialises the codebook, and a model may reset its modules in any order."""
 
 
 class VectorQuantizer(CodebookLayer):
@@ -30,16 +30,21 @@ class VectorQuantizer(CodebookLayer):
         num_embeddings: K, the number of codes.
         embedding_dim: D, the channels of the map.
         commitment_cost: beta, >= 0.
-        encodings: what `forward` returns last: "one_hot" (dense [N, K]) or "indices" ([B, *spatial]).
-        init: "uniform" in [-1/K, 1/K], "normal", or from the first training batch: "data" (random rows), "kmeans".
-        dead_code_threshold: codes that on average fewer rows of a batch (over all ranks) take are re-drawn from the
-            batch; 0 leaves them.
-        sync: join statistics over the ranks of torch.distributed whenever it is initialised.
+        encodings: the form of the last output of `forward`: "one_hot" (dense [N, K]) or "indices" ([B, *spatial]).
+        init: "uniform" in [-1/K, 1/K], "normal", or from the first training batch: "data" (random vectors), "kmeans".
+        dead_code_threshold: codes that on average fewer vectors of a batch (over all ranks) are assigned to are
+            reinitialised from the batch; 0 leaves them.
+        sync: all-reduce statistics over the ranks of torch.distributed whenever it is initialised.
         channel_last: maps are [B, *spatial, D].
     Raises:
         ValueError: an argument is out of its range.
 
     state_dict: `_embedding.weight` [K, D]; with a dead_code_threshold also `_average_use` [K].
+
+    >>> layer = VectorQuantizer(num_embeddings=8, embedding_dim=4, commitment_cost=0.25, encodings="indices")
+    >>> loss, quantized, perplexity, indices = layer(torch.randn(2, 4, 5, 5))
+    >>> quantized.shape, indices.shape
+    (torch.Size([2, 4, 5, 5]), torch.Size([2, 5, 5]))
 
     Source: van den Oord et al. 2017, arXiv:1711.00937, eq. 3; dead codes: Dhariwal et al. 2020, arXiv:2005.00341.
     """
@@ -70,25 +75,25 @@ class VectorQuantizer(CodebookLayer):
         )
         self._embedding = _Codebook(self._num_embeddings, self._embedding_dim)
         with torch.no_grad():
-            self._initialize(self.codebook)
+            self._fill_initially(self.codebook)
         if dead_code_threshold > 0:
             self.register_buffer("_average_use", torch.ones(self._num_embeddings))
 
-    def _loss(self, out: VectorQuantizeOutput) -> Tensor:
+    def _total_loss(self, out: VectorQuantizeOutput) -> Tensor:
         return out.codebook_loss + self._commitment_cost * out.commitment_loss
 
     @torch.no_grad()
-    def _reset(self, codes: Tensor) -> None:
+    def _reset_state(self, codes: Tensor) -> None:
         self.codebook.copy_(codes)
         if self._dead_code_threshold > 0:
             self._average_use.fill_(1)
 
     @torch.no_grad()
-    def _update(self, rows: Tensor, out: VectorQuantizeOutput) -> None:
+    def _update_state(self, vectors: Tensor, out: VectorQuantizeOutput) -> None:
         threshold = self._dead_code_threshold
         if threshold == 0:
             return
-        sampled = sample_rows(rows, self._num_embeddings, self._sync)
+        sampled = sample_vectors(vectors, self._num_embeddings, self._sync)
         packed = all_reduce_sum(torch.cat([sampled, out.counts[:, None].to(sampled.dtype)], dim=1), self._sync)
         candidates, is_given, counts = packed.split([self._embedding_dim, 1, 1], dim=1)
         self._average_use.lerp_(counts.squeeze(1).to(self._average_use.dtype), 1 - _USE_DECAY)
@@ -97,7 +102,7 @@ class VectorQuantizer(CodebookLayer):
         self._average_use.masked_fill_(is_dead.squeeze(1), threshold)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        # Layers that count use and layers that do not take each other's checkpoints.
+        # A layer that counts assignments loads the checkpoint of one that does not, and the reverse.
         if self._dead_code_threshold > 0:
             state_dict.setdefault(prefix + "_average_use", self._average_use)
         else:

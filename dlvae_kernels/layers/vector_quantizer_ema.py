@@ -9,11 +9,11 @@ from ..functional.checks import check_at_least, check_between
 from ..functional.ema_update import ema_statistics, ema_step
 from ..functional.vector_quantize import VectorQuantizeOutput
 from .codebook_layer import CodebookLayer, Encodings, Init
-from .distributed import all_reduce_sum, sample_rows
+from .distributed import all_reduce_sum, sample_vectors
 
 
 class _CodebookBuffer(nn.Module):
-    """Holds the codebook under the notebook's key `_embedding.weight`, as a buffer and not a parameter."""
+    """Holds the codebook under the key `_embedding.weight` of the VQ-VAE notebook, as a buffer and not a parameter."""
 
     weight: Tensor
 
@@ -23,12 +23,12 @@ class _CodebookBuffer(nn.Module):
 
 
 class VectorQuantizerEMA(CodebookLayer):
-    """Vector quantizer whose codebook follows exponential moving averages of the rows that took each code.
+    """Vector quantizer whose codebook follows exponential moving averages of the vectors assigned to each code.
 
-    loss = commitment_cost * mean (sg[q] - x)^2. In training each forward quantizes with the codebook as it is, then
-    moves it. Codebook and averages are buffers in float32 (float64 where that is the default dtype), updated in place,
-    and stay float32 after `module.to(torch.bfloat16)`. A code that no row took keeps its place; rows that are not
-    finite move nothing. For activation checkpointing see `CodebookLayer`.
+    loss = commitment_cost * mean (sg[q] - x)^2. In training each forward quantizes with the current codebook, then
+    updates it. Codebook and averages are buffers in float32 (float64 where that is the default dtype), updated in
+    place, and stay float32 after `module.to(torch.bfloat16)`. A code that no vector is assigned to keeps its place;
+    vectors that are not finite update nothing. For activation checkpointing see `CodebookLayer`.
 
     Args:
         num_embeddings: K, the number of codes.
@@ -37,13 +37,19 @@ class VectorQuantizerEMA(CodebookLayer):
         decay: weight of the past in the averages, in [0, 1].
         epsilon: Laplace smoothing of the cluster sizes, >= 0.
         encodings, sync, channel_last: as in `VectorQuantizer`.
-        init: "normal", "uniform" in [-1/K, 1/K], or from the first training batch: "data" (random rows), "kmeans".
-        dead_code_threshold: codes whose moving average of rows a batch (over all ranks) falls under it are re-drawn
-            from the batch, codebook, sum and count together; 0 leaves them.
+        init: "normal", "uniform" in [-1/K, 1/K], or from the first training batch: "data" (random vectors),
+            "kmeans".
+        dead_code_threshold: codes whose moving average of assigned vectors in a batch (over all ranks) falls below it
+            are reinitialised from the batch, with their sum and count; 0 leaves them.
     Raises:
         ValueError: an argument is out of its range.
 
     state_dict: `_embedding.weight` [K, D], `_ema_cluster_size` [K], `_ema_w` [K, D].
+
+    >>> layer = VectorQuantizerEMA(num_embeddings=8, embedding_dim=4, commitment_cost=0.25, decay=0.99)
+    >>> loss, quantized, perplexity, encodings = layer(torch.randn(2, 4, 5, 5))
+    >>> quantized.shape, encodings.shape, layer.cluster_size.shape
+    (torch.Size([2, 4, 5, 5]), torch.Size([50, 8]), torch.Size([8]))
 
     Source: van den Oord et al. 2017, arXiv:1711.00937, appendix A.1; dead codes: Dhariwal et al. 2020,
     arXiv:2005.00341.
@@ -81,31 +87,53 @@ class VectorQuantizerEMA(CodebookLayer):
         self._decay = decay
         self._epsilon = epsilon
         dtype = torch.promote_types(torch.get_default_dtype(), torch.float32)
-        weight = self._initialize(torch.empty(self._num_embeddings, self._embedding_dim, dtype=dtype))
+        weight = self._fill_initially(torch.empty(self._num_embeddings, self._embedding_dim, dtype=dtype))
         self._embedding = _CodebookBuffer(weight)
-        # Counts and sums that give back the codebook: one imagined row at each code.
+        # Counts and sums that reproduce the codebook: those of one vector at each code.
         self.register_buffer("_ema_cluster_size", torch.ones(self._num_embeddings, dtype=dtype))
         self.register_buffer("_ema_w", weight.clone())
 
-    def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, decay={self._decay}, epsilon={self._epsilon}"
+    @property
+    def decay(self) -> float:
+        """The weight of the past in the moving averages."""
+        return self._decay
 
-    def _loss(self, out: VectorQuantizeOutput) -> Tensor:
+    @property
+    def epsilon(self) -> float:
+        """The Laplace smoothing of the cluster sizes."""
+        return self._epsilon
+
+    @property
+    def cluster_size(self) -> Tensor:
+        """The moving average of the number of vectors assigned to each code, [K]."""
+        return self._ema_cluster_size
+
+    @property
+    def embed_sum(self) -> Tensor:
+        """The moving average of the sum of the vectors assigned to each code, [K, D]."""
+        return self._ema_w
+
+    def _arguments(self) -> dict[str, Any]:
+        arguments = super()._arguments()
+        first = {name: arguments.pop(name) for name in ("num_embeddings", "embedding_dim", "commitment_cost")}
+        return {**first, "decay": self._decay, "epsilon": self._epsilon, **arguments}
+
+    def _total_loss(self, out: VectorQuantizeOutput) -> Tensor:
         return self._commitment_cost * out.commitment_loss
 
     @torch.no_grad()
-    def _reset(self, codes: Tensor) -> None:
+    def _reset_state(self, codes: Tensor) -> None:
         self.codebook.copy_(codes)
         self._ema_w.copy_(codes)
         self._ema_cluster_size.fill_(1)
 
     @torch.no_grad()
-    def _update(self, rows: Tensor, out: VectorQuantizeOutput) -> None:
+    def _update_state(self, vectors: Tensor, out: VectorQuantizeOutput) -> None:
         dim = self._embedding_dim
-        packed = ema_statistics(rows, out.indices, self._num_embeddings)  # [K, D + 1]
+        packed = ema_statistics(vectors, out.indices, self._num_embeddings)  # [K, D + 1]
         if self._dead_code_threshold > 0:
-            # One packed all-reduce: sums, counts and candidates.
-            packed = torch.cat([packed, sample_rows(rows, self._num_embeddings, self._sync)], dim=1)
+            # One all-reduce takes sums, counts and candidates.
+            packed = torch.cat([packed, sample_vectors(vectors, self._num_embeddings, self._sync)], dim=1)
         packed = all_reduce_sum(packed, self._sync)
         ema_step(
             self.codebook,
@@ -119,7 +147,7 @@ class VectorQuantizerEMA(CodebookLayer):
             self._revive(*packed[:, dim + 1 :].split([dim, 1], dim=1))
 
     def _revive(self, candidates: Tensor, is_given: Tensor) -> None:
-        """Re-draw dead codes: codebook, sum and count together, so that the next update does not undo it."""
+        """Reinitialise dead codes with their sum and count, so that the next update does not undo it."""
         threshold = self._dead_code_threshold
         is_dead = (self._ema_cluster_size[:, None] < threshold) & (is_given > 0)
         self.codebook.copy_(torch.where(is_dead, candidates, self.codebook))
@@ -127,13 +155,13 @@ class VectorQuantizerEMA(CodebookLayer):
         self._ema_cluster_size.masked_fill_(is_dead.squeeze(1), threshold)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        # Buffers of our own, in float32, even where load_state_dict assigns the caller's tensors or parameters.
+        # The layer keeps its own float32 buffers, even where load_state_dict assigns the caller's tensors.
         for name in ("_embedding.weight", "_ema_cluster_size", "_ema_w"):
             if (value := state_dict.get(prefix + name)) is not None:
                 wide = torch.promote_types(value.dtype, torch.float32)
                 state_dict[prefix + name] = value.detach().to(wide, copy=True)
         size, total = (state_dict.get(prefix + name) for name in ("_ema_cluster_size", "_ema_w"))
         if size is not None and total is not None and total.shape[:1] == size.shape:
-            # The notebook's layer starts with counts of zero beside random sums: those sums stand for nothing.
+            # The layer of the VQ-VAE notebook starts with counts of zero and random sums, which no vectors add up to.
             total.masked_fill_(size[:, None] == 0, 0)
         super()._load_from_state_dict(state_dict, prefix, *args)

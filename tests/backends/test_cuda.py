@@ -14,7 +14,7 @@ import torch
 import triton
 from torch._subclasses import FakeTensorMode
 
-from dlvae_kernels.backends import BACKENDS, choose, native, reference, use_backend, why_not
+from dlvae_kernels.backends import BACKENDS, choose, native, reference, unavailable_reason, use_backend
 from models.config import Config
 from models.train import Run
 from tests.emulated_cuda import HAS_COMPILER, LIBRARY, ROOT, EmulatedCuda, make
@@ -97,41 +97,49 @@ def test_tensor_cores_and_copies_ahead_are_used(file):
 def on_cuda(monkeypatch):
     """Tensors of a GPU that isn't there."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    for cached in (native._load_cuda, native._why_not_cuda):
+    for cached in (native._load_cuda, native._cuda_operation_unavailable_reason):
         monkeypatch.setattr(native, cached.__name__, cached.__wrapped__)
     with FakeTensorMode():
         return torch.empty(2, 3, device="cuda"), torch.empty(4, 3, device="cuda")
 
 
-@pytest.mark.skipif(native.why_not_loaded() is not None, reason=f"native: {native.why_not_loaded()}")
+@pytest.mark.skipif(
+    native.library_unavailable_reason() is not None, reason=f"native: {native.library_unavailable_reason()}"
+)
 def test_reasons_that_it_cannot_run(on_cuda, monkeypatch, tmp_path):
     monkeypatch.setattr(torch.version, "cuda", None)
-    assert "was built without CUDA" in why_not("native", "nearest_code", *on_cuda)
+    assert "was built without CUDA" in unavailable_reason("native", "nearest_code", *on_cuda)
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(native, "_CUDA_LIBRARY", tmp_path / "native_cuda.abi3.so")
     monkeypatch.setattr(native, "_CUDA_REASON", tmp_path / "native_cuda.reason.txt")
     never = "the CUDA C++ library was not built: setup.py has not run here"
-    assert why_not("native", "nearest_code", *on_cuda) == never
+    assert unavailable_reason("native", "nearest_code", *on_cuda) == never
     native._CUDA_REASON.write_text("no nvcc\n")
-    assert why_not("native", "nearest_code", *on_cuda) == "the CUDA C++ library was not built: no nvcc"
+    assert unavailable_reason("native", "nearest_code", *on_cuda) == "the CUDA C++ library was not built: no nvcc"
     native._CUDA_LIBRARY.write_text("no library")
-    assert why_not("native", "nearest_code", *on_cuda).startswith("the CUDA C++ library does not load: ")
+    assert unavailable_reason("native", "nearest_code", *on_cuda).startswith("the CUDA C++ library does not load: ")
     monkeypatch.setattr(native, "_load_cuda", lambda: None)
     registered = {"dlvae_native::one_hot"}
     monkeypatch.setattr(torch._C, "_dispatch_has_kernel_for_dispatch_key", lambda name, key: name in registered)
-    assert why_not("native", "nearest_code", *on_cuda) == "this version has no CUDA kernel for it"
+    assert unavailable_reason("native", "nearest_code", *on_cuda) == "this version has no CUDA kernel for it"
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
-    assert "compute capability (8, 0) or newer, and cuda:0 has (7, 5)" in why_not("native", "one_hot", *on_cuda)
+    assert "compute capability (8, 0) or newer, and cuda:0 has (7, 5)" in unavailable_reason(
+        "native", "one_hot", *on_cuda
+    )
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    assert why_not("native", "one_hot", *on_cuda) is None
-    assert "at most 1024 codes of a row, and k is 1025" in why_not("native", "topk_codes", *on_cuda, 1025, "l2", None)
-    assert "no kernel for torch.float64" in why_not("native", "one_hot", *(x.double() for x in on_cuda))
+    assert unavailable_reason("native", "one_hot", *on_cuda) is None
+    assert "at most 1024 codes of a row, and k is 1025" in unavailable_reason(
+        "native", "topk_codes", *on_cuda, 1025, "l2", None
+    )
+    assert "no kernel for torch.float64" in unavailable_reason("native", "one_hot", *(x.double() for x in on_cuda))
 
 
-@pytest.mark.skipif(native.why_not_loaded() is not None, reason=f"native: {native.why_not_loaded()}")
+@pytest.mark.skipif(
+    native.library_unavailable_reason() is not None, reason=f"native: {native.library_unavailable_reason()}"
+)
 def test_a_gpu_without_triton_has_the_compiled_kernels(on_cuda, monkeypatch):
     monkeypatch.setitem(sys.modules, "triton", None)
-    assert why_not("triton", "nearest_code", *on_cuda) == "the package triton is not installed"
+    assert unavailable_reason("triton", "nearest_code", *on_cuda) == "the package triton is not installed"
     monkeypatch.setattr(native, "_load_cuda", lambda: None)
     monkeypatch.setattr(torch._C, "_dispatch_has_kernel_for_dispatch_key", lambda name, key: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))

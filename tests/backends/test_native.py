@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from dlvae_kernels import BackendUnavailable, nearest_code, use_backend
-from dlvae_kernels.backends import native, why_not
+from dlvae_kernels.backends import native, unavailable_reason
 
 ROOT = Path(__file__).parents[2]
 X, CODEBOOK = torch.zeros(2, 3), torch.zeros(4, 3)
@@ -23,7 +23,8 @@ FINE, BROKEN = "int dlvae_nothing() { return 0; }\n", "int dlvae_nothing( { retu
 
 needs_compiler = pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="no C++ compiler")
 needs_kernel = pytest.mark.skipif(
-    why_not("native", "nearest_code") is not None, reason=f"native: {why_not('native', 'nearest_code')}"
+    unavailable_reason("native", "nearest_code") is not None,
+    reason=f"native: {unavailable_reason('native', 'nearest_code')}",
 )
 
 
@@ -193,7 +194,7 @@ def test_without_a_torch_that_is_of_use(checkout, module, extensions, why):
 
 
 def test_reasons_that_a_library_is_not_loaded(monkeypatch, tmp_path):
-    load = native.why_not_loaded.__wrapped__
+    load = native.library_unavailable_reason.__wrapped__
     monkeypatch.setattr(native, "_LIBRARY", tmp_path / "native_cpu.abi3.so")
     monkeypatch.setattr(native, "_REASON", tmp_path / "native_cpu.reason.txt")
     assert load() == "the C++ library was not built: setup.py has not run here"
@@ -220,10 +221,10 @@ print(is_loaded())
 
 @needs_kernel
 def test_what_it_does_not_take():
-    assert "no compiled kernel" in why_not("native", "faiss")
-    assert why_not("native", "nearest_code", X, CODEBOOK, False, "float32") is None
-    assert "the tensors are on meta" in why_not("native", "nearest_code", X.to("meta"), CODEBOOK)
-    assert "no kernel for torch.float64" in why_not("native", "nearest_code", X.double(), CODEBOOK.double())
+    assert "no compiled kernel" in unavailable_reason("native", "faiss")
+    assert unavailable_reason("native", "nearest_code", X, CODEBOOK, False, "float32") is None
+    assert "the tensors are on meta" in unavailable_reason("native", "nearest_code", X.to("meta"), CODEBOOK)
+    assert "no kernel for torch.float64" in unavailable_reason("native", "nearest_code", X.double(), CODEBOOK.double())
     with use_backend("native"), pytest.raises(BackendUnavailable, match="float64"):
         nearest_code(X.double(), CODEBOOK.double())
     assert nearest_code(X.double(), CODEBOOK.double()).tolist() == [0, 0]
@@ -247,7 +248,7 @@ def test_dlvae_cpu_is_read_at_each_call(monkeypatch):
 def test_dlvae_cpu_that_names_nothing_of_use(monkeypatch):
     known = ", ".join(native.instruction_sets(everywhere=True))
     monkeypatch.setenv("DLVAE_CPU", "avx3")
-    with pytest.raises(ValueError, match=f"DLVAE_CPU is 'avx3'; it needs to be one of {known}"):
+    with pytest.raises(ValueError, match=f"expected DLVAE_CPU to be one of {known}, or unset, got 'avx3'"):
         nearest_code(X, CODEBOOK)
     with pytest.raises(RuntimeError, match=f"DLVAE_CPU is 'avx3'; it needs to be one of {known}"):
         torch.ops.dlvae_native.cpu_name()
@@ -255,7 +256,9 @@ def test_dlvae_cpu_that_names_nothing_of_use(monkeypatch):
         native, "instruction_sets", lambda everywhere=False: ["neon", "sve"] if everywhere else ["neon"]
     )
     monkeypatch.setenv("DLVAE_CPU", "sve")
-    assert why_not("native", "nearest_code", X) == "DLVAE_CPU is 'sve', which this processor lacks; it has neon"
+    assert (
+        unavailable_reason("native", "nearest_code", X) == "DLVAE_CPU is 'sve', which this processor lacks; it has neon"
+    )
     with pytest.raises(BackendUnavailable, match="lacks; it has neon; set DLVAE_CPU to one of these"):
         nearest_code(X, CODEBOOK)
 

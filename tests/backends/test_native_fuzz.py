@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dlvae_kernels.backends import BACKENDS, native, reference, use_backend, why_not
+from dlvae_kernels.backends import BACKENDS, native, reference, unavailable_reason, use_backend
 from dlvae_kernels.testing import assert_accurate, assert_same_codes, assert_same_topk, exact_distances, exact_products
 
 from .fuzzing import SEEDS, fuzz_settings
@@ -27,7 +27,7 @@ ROWS, CODES, FEATURES = st.integers(0, 70), st.integers(1, 80), st.integers(1, 4
 
 def fuzz(*ops: str):
     """A test on each instruction set; needs the compiled `ops`."""
-    reasons = [f"native, {op}: {reason}" for op in ops if (reason := why_not("native", op)) is not None]
+    reasons = [f"native, {op}: {reason}" for op in ops if (reason := unavailable_reason("native", op)) is not None]
 
     def decorate(test):
         test = fuzz_settings(given(data=st.data())(test))
@@ -349,7 +349,7 @@ THREADED = {
 
 @pytest.mark.parametrize("op", THREADED)
 def test_the_number_of_threads_changes_no_bit(op):
-    if (reason := why_not("native", op)) is not None:
+    if (reason := unavailable_reason("native", op)) is not None:
         pytest.skip(f"native, {op}: {reason}")
     x, codes = torch.randn(4000, 24), torch.randn(300, 24)
     indices = torch.rand(4000, 300).argsort(1)[:, :6]

@@ -15,7 +15,9 @@ from dlvae_kernels.testing import exact_distances
 from . import hard_data
 from .speed import slowdown
 
-pytestmark = pytest.mark.skipif(native.why_not_loaded() is not None, reason=str(native.why_not_loaded()))
+pytestmark = pytest.mark.skipif(
+    native.library_unavailable_reason() is not None, reason=str(native.library_unavailable_reason())
+)
 
 
 @pytest.fixture(params=native.instruction_sets())

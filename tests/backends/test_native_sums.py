@@ -16,7 +16,8 @@ from ..functional.cases import HALVES, layouts
 CPU = torch.device("cpu")
 SUMS = ("one_hot", "gather_codes_bwd", "vector_quantize_bwd", "ema_statistics", "ema_step", "sparse_decode_bwd")
 pytestmark = pytest.mark.skipif(
-    any(native.why_not(op) for op in SUMS), reason=next((why for op in SUMS if (why := native.why_not(op))), "")
+    any(native.unavailable_reason(op) for op in SUMS),
+    reason=next((why for op in SUMS if (why := native.unavailable_reason(op))), ""),
 )
 # Below, at and above the vectors and blocks of vectors of every instruction set.
 FEATURES = (1, 3, 4, 5, 8, 15, 16, 17, 31, 33, 64, 100, 127, 128, 130, 255, 256, 257, 300, 769)

@@ -14,7 +14,7 @@ from dlvae_kernels.testing import assert_accurate, exact_distances, exact_produc
 from . import hard_data
 from .speed import slowdown
 
-REASON = native.why_not("topk_codes")
+REASON = native.unavailable_reason("topk_codes")
 pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
 
 

@@ -14,7 +14,7 @@ import torch
 from torch._subclasses import FakeTensorMode
 
 from benchmarks import offline
-from dlvae_kernels.backends import triton, why_not
+from dlvae_kernels.backends import triton, unavailable_reason
 
 ROOT = Path(__file__).parents[2]
 # What takes the interpreter long, thousands of rows that are summed or rescanned, or shows nothing there: it repeats.
@@ -56,22 +56,24 @@ def test_a_fault_is_found():
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is there")
 def test_why_it_cannot_run_here():
-    assert "no CUDA device" in why_not("triton", "nearest_code", torch.zeros(2, 3))
-    assert "no Triton kernel for faiss" in why_not("triton", "faiss")
+    assert "no CUDA device" in unavailable_reason("triton", "nearest_code", torch.zeros(2, 3))
+    assert "no Triton kernel for faiss" in unavailable_reason("triton", "faiss")
 
 
 def test_types_and_devices_that_it_does_not_take(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    assert why_not("triton", "nearest_code", torch.zeros(2, 3)) is None
-    assert "float64" in why_not("triton", "nearest_code", torch.zeros(2, 3).double())
+    assert unavailable_reason("triton", "nearest_code", torch.zeros(2, 3)) is None
+    assert "float64" in unavailable_reason("triton", "nearest_code", torch.zeros(2, 3).double())
     monkeypatch.delenv("TRITON_INTERPRET")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    assert "on cpu" in why_not("triton", "nearest_code", torch.zeros(2, 3))
+    assert "on cpu" in unavailable_reason("triton", "nearest_code", torch.zeros(2, 3))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     with FakeTensorMode():
         x = torch.empty(2, 3, device="cuda")
-    assert "compute capability (8, 0) or newer, and cuda:0 has (7, 5)" in why_not("triton", "nearest_code", x)
+    assert "compute capability (8, 0) or newer, and cuda:0 has (7, 5)" in unavailable_reason(
+        "triton", "nearest_code", x
+    )
 
 
 @pytest.mark.parametrize(
@@ -172,6 +174,6 @@ assert_same_topk(indices[keep], distances[keep], x[keep], dictionary)
 def test_more_than_it_keeps(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     x, codes = torch.zeros(2, 3), torch.zeros(600, 3)
-    assert why_not("triton", "topk_codes", x, codes, 256, "l2", None) is None
-    assert why_not("triton", "topk_codes", x, codes[:512], 512, "l2", None) is None
-    assert "at most 256, and k is 257" in why_not("triton", "topk_codes", x, codes, 257, "l2", None)
+    assert unavailable_reason("triton", "topk_codes", x, codes, 256, "l2", None) is None
+    assert unavailable_reason("triton", "topk_codes", x, codes[:512], 512, "l2", None) is None
+    assert "at most 256, and k is 257" in unavailable_reason("triton", "topk_codes", x, codes, 257, "l2", None)

@@ -45,8 +45,11 @@ def test_a_selection_is_measured_into_a_file(tmp_path, capsys):
         (["--size", "0x3x3"], "numbers need to be at least 1"),
         (["--baseline", "numpy"], "baseline is 'numpy'; it needs to be one of"),
         (["--device", "tpu"], "device is 'tpu'"),
-        (["updates", "--rounds", "0"], "rounds is 0; it needs to be a whole number of at least 1"),
-        (["--op", "one_hot", "--size", "8x4x2", "--backend", "cublas"], "name is 'cublas'"),
+        (["updates", "--rounds", "0"], "expected rounds to be a whole number of at least 1, got 0"),
+        (
+            ["--op", "one_hot", "--size", "8x4x2", "--backend", "cublas"],
+            "expected name to be one of triton, native, reference, got 'cublas'",
+        ),
         (["verify", "--op", "one_hot", "--size", "8x4x2", "--base", "no-such-commit"], "base is 'no-such-commit'"),
     ],
 )

@@ -1,4 +1,4 @@
-"""What autograd sees of each operation: in-place changes, forward mode, double backward, vmap and torch.func.grad."""
+"""Each operation under autograd: in-place changes, forward mode, double backward, vmap and torch.func.grad."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def jacobian_product(function: Callable[..., Tensor], inputs: list[Tensor], tang
 
 
 @pytest.mark.parametrize("name", FORWARD_MODE)
-def test_jvp_of_all_inputs_equals_reverse_mode(name):
+def test_jvp_all_inputs_equals_reverse_mode(name):
     inputs, function = FORWARD_MODE[name]()
     tangents = [torch.randn_like(each) for each in inputs]
     _, tangent = torch.func.jvp(function, tuple(inputs), tuple(tangents))
@@ -96,7 +96,7 @@ def test_jvp_of_all_inputs_equals_reverse_mode(name):
 
 
 @pytest.mark.parametrize("name", FORWARD_MODE)
-def test_dual_tensor_of_one_input_equals_reverse_mode(name):
+def test_dual_tensor_one_input_equals_reverse_mode(name):
     inputs, function = FORWARD_MODE[name]()
     for i in range(len(inputs)):
         tangents = [torch.randn_like(each) * (j == i) for j, each in enumerate(inputs)]
@@ -113,13 +113,13 @@ def test_dual_tensor_of_one_input_equals_reverse_mode(name):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_jvp_of_the_straight_through_output_is_the_tangent(dtype):
+def test_jvp_straight_through_output_is_the_tangent(dtype):
     x, tangent, codebook = tensors((N, D), (N, D), (K, D), dtype=dtype)
     _, found = torch.func.jvp(lambda x: vector_quantize(x, codebook).quantized, (x,), (tangent,))
     assert torch.equal(found, tangent)
 
 
-def test_jvp_of_kept_softmax_raises():
+def test_jvp_kept_softmax_raises():
     inputs, function = _kept_softmax()
     with pytest.raises(NotImplementedError, match="kept_softmax has no forward-mode derivative; use reverse mode"):
         torch.func.jvp(function, tuple(inputs), tuple(inputs))
@@ -166,7 +166,7 @@ def ema_state(device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("call", ["ema_step", "ema_update"])
-def test_ema_makes_a_backward_through_the_old_codebook_raise(device, call):
+def test_ema_backward_through_the_previous_codebook_raises(device, call):
     codebook, size, total = ema_state(device)
     h = torch.randn(16, D, device=device, requires_grad=True)
     loss = (h @ codebook.T).square().sum()
@@ -183,12 +183,12 @@ def test_ema_makes_a_backward_through_the_old_codebook_raise(device, call):
 
 
 @pytest.mark.parametrize("name", ["codebook", "cluster_size", "embed_sum"])
-def test_ema_update_of_a_tensor_that_requires_grad_raises(name):
+def test_ema_update_state_that_requires_grad_raises(name):
     state = dict(zip(("codebook", "cluster_size", "embed_sum"), ema_state(torch.device("cpu")), strict=True))
     state[name].requires_grad_()
     x, indices = torch.randn(9, D), torch.randint(0, K, (9,))
     before = {key: value.detach().clone() for key, value in state.items()}
-    with pytest.raises(ValueError, match=f"{name} requires a gradient and would be changed in place"):
+    with pytest.raises(ValueError, match=f"expected {name} without requires_grad, since it is changed in place"):
         ema_update(**state, x=x, indices=indices, decay=0.5, epsilon=1e-5)
     assert all(torch.equal(before[key], state[key]) for key in state)
     with torch.no_grad():
@@ -196,7 +196,7 @@ def test_ema_update_of_a_tensor_that_requires_grad_raises(name):
     assert not torch.equal(before["embed_sum"], state["embed_sum"])
 
 
-def test_ema_step_in_a_compiled_graph_is_seen_by_autograd():
+def test_ema_step_compiled_graph_is_seen_by_autograd():
     codebook, size, total = ema_state(torch.device("cpu"))
     x, h = torch.randn(9, D), torch.randn(16, D, requires_grad=True)
     loss = (h @ codebook.T).square().sum()
@@ -206,7 +206,7 @@ def test_ema_step_in_a_compiled_graph_is_seen_by_autograd():
         loss.backward()
 
 
-def test_ema_update_in_inference_mode_changes_the_codebook():
+def test_ema_update_inference_mode_changes_the_codebook():
     with torch.inference_mode():
         codebook, size, total = ema_state(torch.device("cpu"))
         before = codebook.clone()

@@ -17,7 +17,7 @@ def state(k, d, device, dtype=torch.float32):
     return codebook, torch.ones(k, device=device, dtype=dtype), codebook.clone()
 
 
-def test_by_hand(device):
+def test_ema_update_three_codes_by_hand(device):
     codebook = torch.tensor([[0.0], [10.0], [20.0]], device=device)
     cluster_size, embed_sum = torch.tensor([2.0, 1.0, 1.0], device=device), codebook.clone()
     x = torch.tensor([[4.0], [8.0], [12.0]], device=device)
@@ -27,7 +27,7 @@ def test_by_hand(device):
     assert codebook.tolist() == [[3], [11], [20]]
 
 
-def test_epsilon_by_hand(device):
+def test_ema_update_epsilon_by_hand(device):
     codebook, cluster_size, embed_sum = state(2, 1, device)
     cluster_size.copy_(torch.tensor([3.0, 1.0]))
     embed_sum.copy_(torch.tensor([[6.0], [5.0]]))
@@ -39,7 +39,7 @@ def test_epsilon_by_hand(device):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("size", [(0, 5, 4), (1, 1, 1), (507, 129, 64), (3000, 3, 7), (300, 1100, 5)])
-def test_statistics(device, size, dtype):
+def test_ema_statistics_any_dtype_equals_float64(device, size, dtype):
     n, k, d = size
     x, indices = rows(n, d, device, dtype), torch.randint(0, k, (n,), device=device)
     statistics = ema_statistics(x, indices, k)
@@ -51,7 +51,7 @@ def test_statistics(device, size, dtype):
 
 
 @pytest.mark.parametrize("layout", layouts(2, 2, torch.device("cpu")))
-def test_any_strides(device, layout):
+def test_ema_statistics_any_strides_equals_contiguous(device, layout):
     x = layouts(50, 12, device)[layout]
     indices = torch.randint(0, 9, x.shape[:-1], device=device)
     expected = ema_statistics(x.reshape(-1, 12).contiguous(), indices.flatten(), 9)
@@ -59,7 +59,7 @@ def test_any_strides(device, layout):
 
 
 @pytest.mark.float64
-def test_many_steps_against_float64(device):
+def test_ema_update_many_steps_matches_float64(device):
     states = [state(17, 5, device), None]
     states[1] = [tensor.double() for tensor in states[0]]
     for step in range(50):
@@ -71,7 +71,7 @@ def test_many_steps_against_float64(device):
         torch.testing.assert_close(actual.double(), exact, rtol=1e-5, atol=1e-6)
 
 
-def test_decay_of_zero_takes_the_batch_and_of_one_keeps_the_past(device):
+def test_ema_update_decay_of_zero_or_one_keeps_the_batch_or_the_past(device):
     x, indices = rows(30, 4, device), torch.arange(30, device=device) % 3
     codebook, *rest = state(3, 4, device)
     ema_update(codebook, *rest, x, indices, decay=0.0, epsilon=0.0)
@@ -81,7 +81,7 @@ def test_decay_of_zero_takes_the_batch_and_of_one_keeps_the_past(device):
     torch.testing.assert_close(codebook, before)
 
 
-def test_unused_codes_stay(device):
+def test_ema_update_dead_codes_keep_their_place(device):
     codebook, *rest = state(2, 2, device)
     codebook[1] = rest[1][1] = 50.0
     for _ in range(20 if INTERPRETED else 200):
@@ -92,7 +92,7 @@ def test_unused_codes_stay(device):
 
 
 @pytest.mark.parametrize("num_codes", [5, 2000])
-def test_rows_that_are_not_finite_are_left_out(device, num_codes):
+def test_ema_statistics_vectors_that_are_not_finite_are_left_out(device, num_codes):
     x, indices = rows(60, 4, device), torch.arange(60, device=device) % 3
     expected = ema_statistics(x[3:], indices[3:], num_codes)
     x[0, 1], x[1, 0], x[2, 3] = float("nan"), float("inf"), float("-inf")
@@ -100,7 +100,7 @@ def test_rows_that_are_not_finite_are_left_out(device, num_codes):
     assert not ema_statistics(x[:3], indices[:3], num_codes).any()
 
 
-def test_counts_of_zero_divide_nothing(device):
+def test_ema_update_counts_of_zero_keep_the_codebook(device):
     codebook, cluster_size, embed_sum = state(2, 2, device)
     cluster_size.zero_()
     before = codebook.clone()
@@ -108,13 +108,13 @@ def test_counts_of_zero_divide_nothing(device):
     assert torch.equal(codebook, before)
 
 
-def test_repeats_to_the_bit(device):
+def test_ema_statistics_repeated_call_is_bitwise_reproducible(device):
     torch.use_deterministic_algorithms(False)
     x, indices = rows(5000, 16, device), torch.randint(0, 7, (5000,), device=device)
     assert torch.equal(ema_statistics(x, indices, 7), ema_statistics(x, indices, 7))
 
 
-def test_opcheck_and_compile(device):
+def test_ema_update_opcheck_and_compile_pass(device):
     x, indices = rows(10, 3, device), torch.arange(10, device=device) % 4
     statistics = ema_statistics(x, indices, 5)
     torch.library.opcheck(torch.ops.dlvae.ema_statistics, (x, indices, 5))
@@ -129,18 +129,18 @@ def test_opcheck_and_compile(device):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"decay": -0.1}, r"decay is -0.1; it needs to lie in \[0, 1\]"),
-        ({"decay": float("nan")}, r"decay is nan; it needs to lie in \[0, 1\]"),
-        ({"epsilon": -1.0}, r"epsilon is -1.0; it needs to be at least 0"),
-        ({"codebook": torch.ones(3, 2).half()}, r"codebook has dtype torch.float16; .* float32 or float64"),
-        ({"cluster_size": torch.ones(4)}, r"cluster_size has shape \(4,\) .* it needs \(3,\)"),
-        ({"embed_sum": torch.ones(3, 2).double()}, r"embed_sum .* dtype torch.float64; it needs .* torch.float32"),
-        ({"x": torch.ones(4, 3)}, r"x has shape \(4, 3\); it needs .* D = 2"),
-        ({"indices": torch.zeros(5, dtype=torch.int64)}, r"indices has shape \(5,\); it needs \(4,\), the rows of x"),
-        ({"indices": torch.tensor([0, 1, 2, 3])}, r"indices hold 3; they need to lie in \[0, 3\)"),
+        ({"decay": -0.1}, r"expected decay to lie in \[0, 1\], got -0.1"),
+        ({"decay": float("nan")}, r"expected decay to lie in \[0, 1\], got nan"),
+        ({"epsilon": -1.0}, r"expected epsilon to be at least 0, got -1.0"),
+        ({"codebook": torch.ones(3, 2).half()}, r"expected codebook of dtype float32 or float64, .* torch.float16"),
+        ({"cluster_size": torch.ones(4)}, r"expected cluster_size of shape \(3,\) .*, got \(4,\)"),
+        ({"embed_sum": torch.ones(3, 2).double()}, r"expected embed_sum .*dtype torch.float32, .* torch.float64"),
+        ({"x": torch.ones(4, 3)}, r"expected x of shape \[..., 2\], .*, got \(4, 3\)"),
+        ({"indices": torch.zeros(5, dtype=torch.int64)}, r"expected indices of shape \(4,\), one for .* x, got \(5,\)"),
+        ({"indices": torch.tensor([0, 1, 2, 3])}, r"expected indices in \[0, 3\), got 3"),
     ],
 )
-def test_bad_input_changes_nothing(change, message):
+def test_ema_update_bad_input_raises_and_changes_nothing(change, message):
     arguments = {
         "codebook": torch.ones(3, 2),
         "cluster_size": torch.ones(3),

@@ -11,7 +11,7 @@ from .cases import DTYPES, rows
 OPS = ("gather_codes_fwd", "gather_codes_bwd")
 
 
-def test_by_hand(device):
+def test_gather_codes_two_codes_by_hand(device):
     codebook = torch.tensor([[1.0, 2.0], [3.0, 4.0]], device=device, requires_grad=True)
     out = gather_codes(codebook, torch.tensor([[1, 0], [1, 1]], device=device))
     assert out.tolist() == [[[3, 4], [1, 2]], [[3, 4], [3, 4]]]
@@ -21,7 +21,7 @@ def test_by_hand(device):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("size", [(0, 5, 4), (1, 1, 1), (507, 129, 64), (3000, 3, 7)])
-def test_values_and_gradient(device, size, dtype):
+def test_gather_codes_any_dtype_values_and_gradient_match_float64(device, size, dtype):
     n, k, d = size
     codebook = rows(k, d, device, dtype).requires_grad_()
     indices, grad = torch.randint(0, k, (n,), device=device), rows(n, d, device, dtype)
@@ -34,7 +34,7 @@ def test_values_and_gradient(device, size, dtype):
     assert_accurate(codebook.grad, exact, expression)
 
 
-def test_one_index_gives_a_copy(device):
+def test_gather_codes_one_index_returns_a_copy(device):
     codebook = rows(4, 3, device)
     code = gather_codes(codebook, torch.tensor(1, device=device))
     expected = codebook[1].clone()
@@ -43,7 +43,7 @@ def test_one_index_gives_a_copy(device):
     torch.library.opcheck(torch.ops.dlvae.gather_codes_fwd, (codebook, torch.tensor(1, device=device)))
 
 
-def test_gradient_of_a_strided_gradient(device):
+def test_gather_codes_strided_gradient_is_summed(device):
     codebook = rows(9, 6, device).requires_grad_()
     indices = torch.randint(0, 9, (2, 5), device=device)
     grad = torch.randn(2, 6, 5, device=device).transpose(1, 2)
@@ -53,20 +53,20 @@ def test_gradient_of_a_strided_gradient(device):
 
 
 @pytest.mark.float64
-def test_gradcheck(device):
+def test_gather_codes_gradcheck_passes(device):
     indices = torch.tensor([[0, 2, 2], [1, 0, 2]], device=device)
     codebook = rows(4, 3, device, torch.float64).requires_grad_()
     assert torch.autograd.gradcheck(lambda c: gather_codes(c, indices), codebook)
 
 
-def test_gradient_repeats_to_the_bit(device):
+def test_gather_codes_gradient_repeated_call_is_bitwise_reproducible(device):
     torch.use_deterministic_algorithms(False)
     indices, grad = torch.randint(0, 7, (5000,), device=device), rows(5000, 16, device)
     first, second = (torch.ops.dlvae.gather_codes_bwd(grad, indices, 7) for _ in range(2))
     assert torch.equal(first, second)
 
 
-def test_opcheck_and_compile(device):
+def test_gather_codes_opcheck_and_compile_pass(device):
     codebook, indices = rows(5, 3, device), torch.tensor([[0, 4], [1, 1]], device=device)
     torch.library.opcheck(torch.ops.dlvae.gather_codes_fwd, (codebook, indices))
     torch.library.opcheck(torch.ops.dlvae.gather_codes_bwd, (rows(4, 3, device), indices.flatten(), 5))
@@ -79,17 +79,17 @@ def test_opcheck_and_compile(device):
 @pytest.mark.parametrize(
     ("codebook", "indices", "message"),
     [
-        (torch.zeros(3, 2), torch.tensor([3]), r"indices hold 3; they need to lie in \[0, 3\)"),
-        (torch.zeros(3, 2), torch.tensor([-1]), r"indices hold -1; they need to lie in \[0, 3\)"),
-        (torch.zeros(3, 2), torch.tensor([0], dtype=torch.int32), r"indices has dtype torch.int32"),
-        (torch.zeros(0, 2), torch.tensor([0]), r"codebook has shape \(0, 2\)"),
+        (torch.zeros(3, 2), torch.tensor([3]), r"expected indices in \[0, 3\), got 3"),
+        (torch.zeros(3, 2), torch.tensor([-1]), r"expected indices in \[0, 3\), got -1"),
+        (torch.zeros(3, 2), torch.tensor([0], dtype=torch.int32), r"expected indices of dtype .*, got torch.int32"),
+        (torch.zeros(0, 2), torch.tensor([0]), r"expected codebook of shape .*, got \(0, 2\)"),
         (
             torch.zeros(3, 2),
             torch.zeros(1, dtype=torch.int64, device="meta"),
-            r"indices is on meta; it needs",
+            r"expected indices on the device of .*, got meta",
         ),
     ],
 )
-def test_bad_input(codebook, indices, message):
+def test_gather_codes_bad_input_raises(codebook, indices, message):
     with pytest.raises(ValueError, match=message):
         gather_codes(codebook, indices)

@@ -53,41 +53,41 @@ CALLS = {
     "SparseAutoencoder": ("x", X, SparseAutoencoder(4, 3, 2)),
 }
 KINDS = {
-    "numpy": (lambda good: good.numpy(), r"is a numpy.ndarray; it needs to be a torch.Tensor: pass torch.as_tensor\("),
-    "list": (lambda good: good.tolist(), r"is a list; it needs to be a torch.Tensor: pass torch.as_tensor\("),
+    "numpy": (lambda good: good.numpy(), r"to be a torch.Tensor, got a numpy.ndarray; pass torch.as_tensor\("),
+    "list": (lambda good: good.tolist(), r"to be a torch.Tensor, got a list; pass torch.as_tensor\("),
     "sparse": (
         lambda good: good.to_sparse(),
-        r"has the layout torch.sparse_coo; pass a dense tensor, \w+.to_dense\(\)",
+        r"to be a dense tensor, got one of layout torch.sparse_coo; pass \w+.to_dense\(\)",
     ),
     "nested": (
         lambda good: torch.nested.nested_tensor([good, good], layout=torch.jagged),
-        r"is a nested tensor; pass its rows, \w+.values\(\), or a padded tensor",
+        r"to be a dense tensor, got a nested tensor; pass \w+.values\(\) or a padded tensor",
     ),
-    "none": (lambda good: None, "is a NoneType; it needs to be a torch.Tensor"),
+    "none": (lambda good: None, "to be a torch.Tensor, got a NoneType"),
 }
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("call", CALLS)
-def test_input_that_is_no_dense_tensor_raises_what_to_pass(call, kind):
+def test_input_no_dense_tensor_raises_the_remedy(call, kind):
     name, good, function = CALLS[call]
     if kind == "none" and name == "bias":
         pytest.skip("a bias may be None")
     make, message = KINDS[kind]
     function(good)
-    with pytest.raises(ValueError, match=f"^{name} {message}"):
+    with pytest.raises(ValueError, match=f"^expected {name} {message}"):
         function(make(good))
 
 
-def test_tensor_on_a_device_without_float64_raises_what_to_pass():
+def test_input_on_a_device_without_float64_raises_the_remedy():
     class OnMps(Tensor):
         device = torch.device("mps")
 
-    with pytest.raises(ValueError, match=r"x is on mps, which has no float64; pass x.cpu\(\)"):
+    with pytest.raises(ValueError, match=r"expected x on a device that has float64, got mps; pass x.cpu\(\)"):
         checks.check_tensor("x", OnMps())
 
 
-def test_sizes_may_be_numpy_integers():
+def test_sizes_numpy_integers_are_accepted():
     assert torch.equal(one_hot(INDICES, np.int64(3)), one_hot(INDICES, 3))
     assert torch.equal(topk_codes(X, CODES, np.int32(2))[0], topk_codes(X, CODES, 2)[0])
     assert torch.equal(ema_statistics(X, INDICES, np.int64(3)), ema_statistics(X, INDICES, 3))
@@ -95,7 +95,7 @@ def test_sizes_may_be_numpy_integers():
 
 # More dimensions than kernels may join into one or two.
 @pytest.mark.parametrize("dimensions", [13, 14])
-def test_input_of_many_dimensions_of_any_strides_equals_its_rows(device, dimensions):
+def test_input_many_dimensions_of_any_strides_equals_its_vectors(device, dimensions):
     x = torch.randn([2] * dimensions, device=device).permute(*range(dimensions)[::-1])
     codebook = torch.randn(5, 2, device=device)
     rows = x.reshape(-1, 2)
@@ -110,7 +110,7 @@ def test_input_of_many_dimensions_of_any_strides_equals_its_rows(device, dimensi
     torch.testing.assert_close(statistics, ema_statistics(rows, indices.flatten(), 5), rtol=1e-4, atol=1e-3)
 
 
-def test_expanded_input_equals_its_copy(device):
+def test_input_expanded_equals_its_copy(device):
     x = torch.randn(1, 4, device=device).expand(3, 7, 4)
     codebook = torch.randn(5, 4, device=device)
     assert torch.equal(nearest_code(x, codebook), nearest_code(x.contiguous(), codebook))

@@ -51,14 +51,14 @@ def assert_like_float64(inputs, indices):
         assert_accurate(*each, floor=4e-3 if inputs[0].dtype in HALVES else 4e-6)
 
 
-def test_by_hand(device):
+def test_kept_softmax_four_codes_by_hand(device):
     x = torch.tensor([[1.0, 0.0], [0.0, 2.0]], device=device, requires_grad=True)
     weight = torch.zeros(4, 2, device=device, requires_grad=True)
     bias = torch.tensor([1.0, 2.0, 4.0, 1.0], device=device).log().requires_grad_()
     values = kept_softmax(x, weight, bias, torch.tensor([[2, 0], [1, 1]], device=device))
     torch.testing.assert_close(values, torch.tensor([[0.5, 0.125], [0.25, 0.25]], device=device))
     values[:, 0].sum().backward()
-    # Of each row v (1 - p) at its code and -v p at the others.
+    # The gradient of the logits of a vector is v (1 - p) at its code and -v p at the others.
     first = torch.tensor([-1.0, -2.0, 4.0, -1.0], device=device) / 16
     second = torch.tensor([-1.0, 6.0, -4.0, -1.0], device=device) / 32
     torch.testing.assert_close(bias.grad, first + second)
@@ -68,12 +68,12 @@ def test_by_hand(device):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("size", SIZES)
-def test_equals_float64(device, size, dtype):
+def test_kept_softmax_any_size_and_dtype_equals_float64(device, size, dtype):
     *inputs, indices = case(*size, device, dtype)
     assert_like_float64(inputs, indices)
 
 
-def test_several_tiles_and_chunks(device, monkeypatch):
+def test_kept_softmax_several_tiles_and_chunks_match_float64(device, monkeypatch):
     if forced_backend() in ("native", "emulated"):
         # Its sizes are fixed: chunks of 512 codes, blocks of at most 128 rows, and superblocks of 256 rows beside so
         # many codes.
@@ -92,18 +92,18 @@ def test_several_tiles_and_chunks(device, monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", HALVES)
-def test_half_precision_beside_float32_parameters(device, dtype):
+def test_kept_softmax_half_precision_beside_float32_matches_float64(device, dtype):
     x, weight, bias, indices = case(15, 40, 9, 2, device)
     assert_like_float64((x.to(dtype), weight, bias), indices)
 
 
-def test_no_bias(device):
+def test_kept_softmax_without_bias_matches_float64(device):
     x, weight, _, indices = case(15, 40, 9, 2, device)
     assert_like_float64((x, weight, None), indices)
 
 
 @pytest.mark.parametrize("layout", layouts(2, 2, torch.device("cpu")))
-def test_any_strides(device, layout):
+def test_kept_softmax_any_strides_match_float64(device, layout):
     x = layouts(6, 12, device)[layout]
     weight, bias = torch.randn(12, 24, device=device).T, torch.randn(24, 2, device=device)[:, 0]
     indices = torch.randint(0, 24, (2, *x.shape[:-1]), device=device).movedim(0, -1)
@@ -112,13 +112,13 @@ def test_any_strides(device, layout):
 
 @pytest.mark.float64
 @pytest.mark.parametrize("has_bias", [True, False])
-def test_gradcheck(device, has_bias):
+def test_kept_softmax_gradcheck_passes(device, has_bias):
     *inputs, indices = case(5, 6, 3, 4, device, torch.float64)
     leaves = [each.requires_grad_() for each in inputs[: 2 + has_bias]]
     assert torch.autograd.gradcheck(lambda x, w, b=None: kept_softmax(x, w, b, indices), leaves)
 
 
-def test_only_the_gradients_that_are_needed(device):
+def test_kept_softmax_gradients_are_only_those_needed(device):
     *inputs, indices = case(9, 7, 3, 2, device)
     values, sums = torch.ops.dlvae.kept_softmax_fwd(*inputs, indices)
     saved = values, values, sums, *inputs, indices
@@ -128,7 +128,7 @@ def test_only_the_gradients_that_are_needed(device):
             assert torch.equal(given, expected) if need else given.numel() == 0
 
 
-def test_huge_logits(device):
+def test_kept_softmax_huge_logits_match_the_formula(device):
     x, weight, bias, indices = case(9, 40, 8, 2, device)
     x, weight = x * 1e4, weight * 1e4
     values, *grads = run(kept_softmax, (x, weight, bias), indices, torch.ones(9, 2, device=device))
@@ -137,14 +137,14 @@ def test_huge_logits(device):
 
 
 @pytest.mark.parametrize("spread", [10, 100])
-def test_rows_that_are_sure_of_a_code(device, spread):
-    """Of large logits the largest are kept: v is near 1, and its gradient what is left of it."""
+def test_kept_softmax_values_near_one_match_float64(device, spread):
+    """The largest logits are selected: v is near 1, and its gradient is the small difference to 1."""
     x, weight, bias, _ = case(16, 40, 64, 2, device)
     x = x * spread / 8
     assert_like_float64((x, weight, bias), (x @ weight.T + bias).topk(2, dim=1).indices)
 
 
-def test_nan_stays_in_its_row(device):
+def test_kept_softmax_nan_stays_in_its_vector(device):
     x, weight, bias, indices = case(9, 40, 8, 2, device)
     x[3, 2] = torch.nan
     values, grad_x, *_ = run(kept_softmax, (x, weight, bias), indices, torch.ones(9, 2, device=device))
@@ -154,7 +154,7 @@ def test_nan_stays_in_its_row(device):
     torch.testing.assert_close(grad_x, expected_x, equal_nan=True)
 
 
-def test_codes_switched_off(device):
+def test_kept_softmax_bias_of_minus_infinity_gives_zero(device):
     x, weight, bias, indices = case(9, 300, 8, 3, device)
     # Those of the first tile, and some beyond.
     bias[:200], indices[:, 0] = -torch.inf, 7
@@ -167,14 +167,14 @@ def test_codes_switched_off(device):
     assert kept_softmax(x, weight, bias, indices).isnan().all()
 
 
-def test_repeats_to_the_bit(device):
+def test_kept_softmax_repeated_call_is_bitwise_reproducible(device):
     torch.use_deterministic_algorithms(False)
     *inputs, indices = case(3000, 300, 16, 8, device)
     first, second = (run(kept_softmax, inputs, indices, torch.ones(3000, 8, device=device)) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-def test_autocast_rounds_nothing(device):
+def test_kept_softmax_autocast_rounds_nothing(device):
     *inputs, indices = case(9, 30, 16, 2, device)
     grad = torch.ones(9, 2, device=device)
     expected = run(kept_softmax, inputs, indices, grad)
@@ -202,7 +202,7 @@ class _Largest(TorchDispatchMode):
         return out
 
 
-def test_no_matrix_of_rows_by_codes(device):
+def test_kept_softmax_n_by_k_matrix_is_never_materialised(device):
     is_interpreted = device.type == "cpu" and forced_backend() == "triton"
     n, num_codes = (128, 512) if is_interpreted else (4096, 4096)
     *inputs, indices = case(n, num_codes, 8, 1, device)
@@ -214,7 +214,7 @@ def test_no_matrix_of_rows_by_codes(device):
     assert largest.bytes == 4 * n * num_codes
 
 
-def test_opcheck_and_compile(device):
+def test_kept_softmax_opcheck_and_compile_pass(device):
     *inputs, indices = case(6, 5, 3, 2, device)
     values, sums = torch.ops.dlvae.kept_softmax_fwd(*inputs, indices)
     for bias in (inputs[2], None):
@@ -234,21 +234,21 @@ ZERO = torch.zeros(2, 1).long()
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"x": torch.ones(2, 4)}, r"x has shape \(2, 4\); it needs \[..., D\] with the D = 3 of weight"),
-        ({"weight": torch.ones(4, 3).double()}, r"weight has dtype torch.float64; it needs that of x"),
-        ({"weight": torch.ones(0, 3)}, r"weight has shape \(0, 3\); it needs \[K, D\]"),
-        ({"bias": torch.ones(3)}, r"bias has shape \(3,\) and dtype torch.float32; it needs \[4\] and torch.float32"),
-        ({"bias": torch.ones(4).half()}, r"bias has shape \(4,\) and dtype torch.float16; it needs"),
-        ({"bias": torch.ones(4, device="meta")}, r"bias is on meta; it needs the device of weight, cpu"),
-        ({"indices": ZERO[0]}, r"indices has shape \(1,\); it needs \(2, 'k'\)"),
-        ({"indices": ZERO[:, :0]}, r"indices has shape \(2, 0\); it needs \(2, 'k'\) with the rows of x and k >= 1"),
-        ({"indices": ZERO.int()}, r"indices has dtype torch.int32; it needs int64"),
-        ({"indices": ZERO.to("meta")}, r"indices is on meta; it needs the device of weight, cpu"),
-        ({"indices": ZERO + 4}, r"indices hold 4; they need to lie in \[0, 4\)"),
-        ({"indices": ZERO - 1}, r"indices hold -1; they need to lie in \[0, 4\)"),
+        ({"x": torch.ones(2, 4)}, r"expected x of shape \[..., 3\], with the D of weight, got \(2, 4\)"),
+        ({"weight": torch.ones(4, 3).double()}, r"expected weight of dtype .*, got torch.float64"),
+        ({"weight": torch.ones(0, 3)}, r"expected weight of shape \[K, D\].*, got \(0, 3\)"),
+        ({"bias": torch.ones(3)}, r"expected bias of shape \[4\] and dtype torch.float32, .*, got \(3,\)"),
+        ({"bias": torch.ones(4).half()}, r"expected bias of shape .*, got \(4,\) and torch.float16"),
+        ({"bias": torch.ones(4, device="meta")}, r"expected bias on the device of weight, cpu, got meta"),
+        ({"indices": ZERO[0]}, r"expected indices of shape \[..., k\], .*, got \(1,\)"),
+        ({"indices": ZERO[:, :0]}, r"expected indices of shape .* k >= 1, got \(2, 0\)"),
+        ({"indices": ZERO.int()}, r"expected indices of dtype .*, got torch.int32"),
+        ({"indices": ZERO.to("meta")}, r"expected indices on the device of weight, cpu, got meta"),
+        ({"indices": ZERO + 4}, r"expected indices in \[0, 4\), got 4"),
+        ({"indices": ZERO - 1}, r"expected indices in \[0, 4\), got -1"),
     ],
 )
-def test_bad_input(changes, message):
+def test_kept_softmax_bad_input_raises(changes, message):
     arguments = {"x": torch.ones(2, 3), "weight": torch.ones(4, 3), "bias": torch.ones(4), "indices": ZERO}
     with pytest.raises(ValueError, match=message):
         kept_softmax(**{**arguments, **changes})

@@ -22,7 +22,7 @@ INF, NAN = float("inf"), float("nan")
         ([[NAN, 0.0], [NAN, NAN], [2.0, NAN]], 0),
     ],
 )
-def test_nearest_code_of_a_row_with_infinity_is_the_first_code_without_nan(device, dtype, codes, expected):
+def test_nearest_code_vector_with_infinity_is_the_first_code_without_nan(device, dtype, codes, expected):
     codebook = torch.tensor(codes, device=device, dtype=dtype)
     x = torch.tensor([[INF, 0.0], [-INF, 1.0], [INF, -INF], [0.5, INF]], device=device, dtype=dtype)
     assert nearest_code(x, codebook).tolist() == [expected] * 4
@@ -32,7 +32,7 @@ def test_nearest_code_of_a_row_with_infinity_is_the_first_code_without_nan(devic
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_topk_codes_of_a_row_with_infinity_go_by_index(device, dtype):
+def test_topk_codes_vector_with_infinity_orders_by_index(device, dtype):
     codebook = torch.tensor([[NAN, 0.0], [-1.0, 0.0], [2.0, 0.0], [INF, 1.0], [1.0, 1.0]], device=device, dtype=dtype)
     x = torch.tensor([[INF, 0.0], [-INF, 1.0]], device=device, dtype=dtype)
     for metric in ("l2", "dot"):
@@ -42,7 +42,7 @@ def test_topk_codes_of_a_row_with_infinity_go_by_index(device, dtype):
 # Powers of two scale exactly: indices do not change, and values do by that power.
 @pytest.mark.parametrize("exponent", [-1000, -900, -530, -300, 0, 300, 505, 900])
 @pytest.mark.parametrize("metric", ["l2", "dot"])
-def test_float64_searches_do_not_depend_on_the_scale(exponent, metric):
+def test_searches_float64_do_not_depend_on_the_scale(exponent, metric):
     x, codebook, bias = torch.randn(40, 6).double(), torch.randn(30, 6).double(), torch.randn(30).double()
     codebook[20:] = codebook[:10]
     unit = 2.0**exponent
@@ -60,7 +60,7 @@ def test_float64_searches_do_not_depend_on_the_scale(exponent, metric):
     assert torch.equal(values_scaled, values * unit * unit)
 
 
-def test_float64_duplicates_take_the_lowest_index_at_any_scale():
+def test_searches_float64_duplicates_give_the_lowest_index_at_any_scale():
     codebook = torch.randn(4, 5).double().repeat(3, 1)
     for exponent in (-1060, -1022, -530, 0, 500, 1000):
         scaled = codebook * 2.0**exponent
@@ -69,7 +69,7 @@ def test_float64_duplicates_take_the_lowest_index_at_any_scale():
             assert topk_codes(scaled, scaled, 3)[0].tolist() == [[i, i + 4, i + 8] for i in range(4)] * 3
 
 
-def test_float64_distances_are_right_to_float64():
+def test_searches_float64_distances_match_differences():
     x = torch.randn(50, 8).double()
     codebook = x[torch.randperm(50)] + 1e-9 * torch.randn(50, 8).double()
     with use_backend("reference"):
@@ -79,14 +79,14 @@ def test_float64_distances_are_right_to_float64():
     torch.testing.assert_close(values, (x[:, None] - codebook[kept]).square().sum(2), rtol=1e-14, atol=0)
 
 
-def test_row_far_beyond_all_codes_takes_the_first():
+def test_nearest_code_vector_far_beyond_all_codes_gives_the_first():
     x = torch.tensor([[1e300, 1.0], [1e-300, 0.0], [0.0, 1e200]], dtype=torch.float64)
     codebook = torch.tensor([[2e-300, 0.0], [1e-300, 0.0], [-1e-300, 1e-310]], dtype=torch.float64)
     with use_backend("reference"):
         assert nearest_code(x, codebook).tolist() == [0, 1, 0]
 
 
-def test_gradient_of_float16_errors_beyond_float16_is_finite(device):
+def test_vector_quantize_gradient_of_errors_beyond_float16_is_finite(device):
     x = torch.full((64, 64), 6e4, dtype=torch.float16, device=device, requires_grad=True)
     codebook = torch.full((2, 64), -6e4, device=device, requires_grad=True)
     out = vector_quantize(x, codebook)
@@ -97,7 +97,7 @@ def test_gradient_of_float16_errors_beyond_float16_is_finite(device):
     torch.testing.assert_close(codebook.grad[0], torch.full_like(codebook[0], -64 * exact), rtol=1e-3, atol=0)
 
 
-def test_loss_near_the_largest_float32_is_finite(device):
+def test_vector_quantize_loss_near_the_largest_float32_is_finite(device):
     x = torch.full((70, 300), 3e18, device=device)
     out = vector_quantize(x, torch.zeros(3, 300, device=device))
     for loss in (out.codebook_loss, out.commitment_loss):

@@ -31,7 +31,7 @@ def case(n, num_atoms, d, k, device, dtype=torch.float32):
     return values, indices, rows(num_atoms, d, device, dtype)
 
 
-def test_by_hand(device):
+def test_sparse_decode_three_atoms_by_hand(device):
     values = torch.tensor([[2.0, -1.0], [1.0, 3.0]], device=device, requires_grad=True)
     indices = torch.tensor([[0, 2], [1, 1]], device=device)
     dictionary = torch.tensor([[1.0, 0.0], [0.0, 1.0], [5.0, 7.0]], device=device, requires_grad=True)
@@ -44,7 +44,7 @@ def test_by_hand(device):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("size", [(0, 5, 4, 2), (1, 1, 1, 1), (63, 17, 3, 17), (507, 129, 64, 20), (300, 1000, 9, 3)])
-def test_equals_float64(device, size, dtype):
+def test_sparse_decode_any_size_and_dtype_equals_float64(device, size, dtype):
     values, indices, dictionary = case(*size, device, dtype)
     grad = rows(size[0], size[2], device, dtype)
 
@@ -62,7 +62,7 @@ def test_equals_float64(device, size, dtype):
         assert_accurate(*each, floor=1e-6 if dtype in (torch.float32, torch.float64) else 4e-3)
 
 
-def test_any_rank_and_strides(device):
+def test_sparse_decode_any_rank_and_strides_match_the_formula(device):
     values = torch.randn(2, 4, 3, device=device).transpose(1, 2).requires_grad_()
     indices = torch.randint(0, 9, (2, 4, 3), device=device).transpose(1, 2)
     dictionary = torch.randn(6, 9, device=device).T.requires_grad_()
@@ -74,20 +74,20 @@ def test_any_rank_and_strides(device):
     torch.testing.assert_close(*grads)
 
 
-def test_mixed_dtypes_take_the_wider(device):
+def test_sparse_decode_mixed_dtypes_give_the_wider(device):
     values, indices, dictionary = case(5, 7, 3, 2, device)
     assert sparse_decode(values.half(), indices, dictionary).dtype == torch.float32
     assert sparse_decode(values, indices, dictionary.bfloat16()).dtype == torch.float32
 
 
 @pytest.mark.float64
-def test_gradcheck(device):
+def test_sparse_decode_gradcheck_passes(device):
     values, indices, dictionary = case(5, 6, 3, 4, device, torch.float64)
     inputs = values.requires_grad_(), dictionary.requires_grad_()
     assert torch.autograd.gradcheck(lambda v, a: sparse_decode(v, indices, a), inputs)
 
 
-def test_gradients_repeat_to_the_bit(device):
+def test_sparse_decode_gradients_of_a_repeated_call_are_bitwise_reproducible(device):
     torch.use_deterministic_algorithms(False)
     values, indices, dictionary = case(3000, 40, 16, 8, device)
     arguments = (rows(3000, 16, device), values, indices, dictionary, True, True)
@@ -95,7 +95,7 @@ def test_gradients_repeat_to_the_bit(device):
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-def test_what_is_not_finite_stays_in_its_rows_and_atoms(device):
+def test_sparse_decode_values_not_finite_stay_in_their_vectors_and_atoms(device):
     values, indices, dictionary = case(70, 200, 20, 3, device)
     grad = rows(70, 20, device)
     indices[indices == 5] = 6
@@ -116,7 +116,7 @@ def test_what_is_not_finite_stays_in_its_rows_and_atoms(device):
 
 
 @pytest.mark.parametrize(("num_atoms", "gathers"), [(100, False), (1000, True)])
-def test_reference_gathers_only_where_atoms_are_many(num_atoms, gathers, monkeypatch):
+def test_sparse_decode_reference_gathers_only_where_atoms_are_many(num_atoms, gathers, monkeypatch):
     module = sys.modules[sparse_decode_bwd.__module__]
     monkeypatch.setattr(module, "_CHUNK_ELEMENTS", 3 * num_atoms)  # several chunks
     values, indices, dictionary = case(50, num_atoms, 4, 3, torch.device("cpu"))
@@ -132,7 +132,7 @@ def test_reference_gathers_only_where_atoms_are_many(num_atoms, gathers, monkeyp
     torch.testing.assert_close(grad_dictionary, dense.T @ grad)
 
 
-def test_autocast_rounds_no_gradient(device):
+def test_sparse_decode_autocast_rounds_no_gradient(device):
     values, indices, dictionary = case(40, 30, 16, 5, device)
     arguments = (rows(40, 16, device), values, indices, dictionary, True, True)
     expected = torch.ops.dlvae.sparse_decode_bwd(*arguments)
@@ -141,7 +141,7 @@ def test_autocast_rounds_no_gradient(device):
     assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
 
 
-def test_opcheck_and_compile(device):
+def test_sparse_decode_opcheck_and_compile_pass(device):
     values, indices, dictionary = case(6, 5, 3, 2, device)
     torch.library.opcheck(torch.ops.dlvae.sparse_decode_fwd, (values, indices, dictionary))
     for needs in ((True, True), (True, False), (False, True)):
@@ -158,14 +158,18 @@ def test_opcheck_and_compile(device):
 @pytest.mark.parametrize(
     ("values", "indices", "message"),
     [
-        (torch.ones(2, 3), torch.zeros(2, 2).long(), r"values has shape \(2, 3\) and indices \(2, 2\)"),
-        (torch.ones(2, 0), torch.zeros(2, 0).long(), r"they need one shape \[..., k\] with k >= 1"),
-        (torch.ones(2, 1), torch.full((2, 1), 4), r"indices hold 4; they need to lie in \[0, 4\)"),
-        (torch.ones(2, 1), torch.full((2, 1), -2), r"indices hold -2; they need to lie in \[0, 4\)"),
-        (torch.ones(2, 1).long(), torch.zeros(2, 1).long(), r"values has dtype torch.int64"),
-        (torch.ones(2, 1), torch.zeros(2, 1), r"indices has dtype torch.float32; it needs int64"),
+        (
+            torch.ones(2, 3),
+            torch.zeros(2, 2).long(),
+            r"expected values and indices of one shape .*, got \(2, 3\) and \(2, 2\)",
+        ),
+        (torch.ones(2, 0), torch.zeros(2, 0).long(), r"of one shape \[..., k\] with k >= 1, got \(2, 0\)"),
+        (torch.ones(2, 1), torch.full((2, 1), 4), r"expected indices in \[0, 4\), got 4"),
+        (torch.ones(2, 1), torch.full((2, 1), -2), r"expected indices in \[0, 4\), got -2"),
+        (torch.ones(2, 1).long(), torch.zeros(2, 1).long(), r"expected values of dtype .*, got torch.int64"),
+        (torch.ones(2, 1), torch.zeros(2, 1), r"expected indices of dtype .*, got torch.float32"),
     ],
 )
-def test_bad_input(values, indices, message):
+def test_sparse_decode_bad_input_raises(values, indices, message):
     with pytest.raises(ValueError, match=message):
         sparse_decode(values, indices, torch.zeros(4, 2))

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 @settings(max_examples=60, deadline=None)
 @given(st.data())
-def test_nearest_code(data):
+def test_nearest_code_small_integers_match_float64(data):
     n, k, d = (data.draw(st.integers(1, high)) for high in (40, 40, 6))
     seed = data.draw(st.integers(0, 2**32))
     generator = torch.Generator().manual_seed(seed)
@@ -27,7 +27,7 @@ def test_nearest_code(data):
 
 @settings(max_examples=60, deadline=None)
 @given(st.data())
-def test_topk_codes(data):
+def test_topk_codes_small_integers_match_float64(data):
     n, num_atoms, d = (data.draw(st.integers(1, high)) for high in (20, 40, 4))
     k = data.draw(st.integers(1, num_atoms))
     generator = torch.Generator().manual_seed(data.draw(st.integers(0, 2**32)))

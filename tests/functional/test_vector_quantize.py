@@ -11,7 +11,7 @@ from .cases import DTYPES, SIZES, layouts, rows
 OPS = ("vector_quantize_fwd", "vector_quantize_bwd")
 
 
-def test_by_hand(device):
+def test_vector_quantize_three_codes_by_hand(device):
     codebook = torch.tensor([[0.0, 0.0], [4.0, 0.0], [9.0, 9.0]], device=device, requires_grad=True)
     x = torch.tensor([[1.0, 0.0], [3.0, 2.0]], device=device, requires_grad=True)
     out = vector_quantize(x, codebook)
@@ -28,7 +28,7 @@ def test_by_hand(device):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("size", SIZES)
-def test_equals_float64(device, size, dtype):
+def test_vector_quantize_any_size_and_dtype_equals_float64(device, size, dtype):
     n, k, d = size
     x, codebook = rows(n, d, device, dtype).requires_grad_(), rows(k, d, device, dtype).requires_grad_()
     out = vector_quantize(x, codebook)
@@ -61,7 +61,7 @@ def test_equals_float64(device, size, dtype):
 
 
 @pytest.mark.parametrize("layout", layouts(2, 2, torch.device("cpu")))
-def test_any_strides(device, layout):
+def test_vector_quantize_any_strides_match_nearest_code(device, layout):
     x = layouts(50, 12, device)[layout].requires_grad_()
     codebook = rows(24, 12, device)
     out = vector_quantize(x, codebook)
@@ -72,7 +72,7 @@ def test_any_strides(device, layout):
     assert torch.equal(x.grad, torch.ones_like(x))
 
 
-def test_codebook_may_change_before_the_backward(device):
+def test_vector_quantize_codebook_changed_before_the_backward_keeps_its_result(device):
     x, codebook = rows(20, 4, device).requires_grad_(), rows(5, 4, device)
     expected = vector_quantize(x, codebook.clone())
     (expected_grad,) = torch.autograd.grad(expected.commitment_loss, x)
@@ -82,7 +82,7 @@ def test_codebook_may_change_before_the_backward(device):
     assert torch.equal(grad, expected_grad)
 
 
-def test_quantized_may_change_before_the_backward(device):
+def test_vector_quantize_output_changed_before_the_backward_is_accepted(device):
     x = rows(20, 4, device).requires_grad_()
     out = vector_quantize(x, rows(5, 4, device))
     (out.quantized.relu_().sum() + out.commitment_loss).backward()
@@ -90,7 +90,7 @@ def test_quantized_may_change_before_the_backward(device):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_gradient_of_half_rows_beside_close_float32_codes(device, dtype):
+def test_vector_quantize_gradient_of_half_vectors_beside_close_float32_codes_is_accurate(device, dtype):
     # Rounding the codes to half precision would swallow their distance from x.
     x = (1 + 1e-3 * rows(400, 8, device)).to(dtype)
     codebook = (1 + 1e-3 * rows(5, 8, device)).requires_grad_()
@@ -102,14 +102,14 @@ def test_gradient_of_half_rows_beside_close_float32_codes(device, dtype):
 
 
 @pytest.mark.float64
-def test_gradcheck_of_the_losses(device):
+def test_vector_quantize_gradcheck_of_the_losses_passes(device):
     x, codebook = rows(7, 3, device, torch.float64), rows(4, 3, device, torch.float64)
     # The straight-through output has no true gradient; each loss has one with the other side held.
     assert torch.autograd.gradcheck(lambda c: vector_quantize(x, c).codebook_loss, codebook.clone().requires_grad_())
     assert torch.autograd.gradcheck(lambda r: vector_quantize(r, codebook).commitment_loss, x.clone().requires_grad_())
 
 
-def test_each_loss_has_one_gradient(device):
+def test_vector_quantize_each_loss_has_one_gradient(device):
     x, codebook = rows(9, 3, device).requires_grad_(), rows(4, 3, device).requires_grad_()
     out = vector_quantize(x, codebook)
     for loss, moves in ((out.codebook_loss, codebook), (out.commitment_loss, x)):
@@ -117,7 +117,7 @@ def test_each_loss_has_one_gradient(device):
         assert [bool(grad.any()) for grad in grads] == [moves is x, moves is codebook]
 
 
-def test_repeats_to_the_bit(device):
+def test_vector_quantize_repeated_call_is_bitwise_reproducible(device):
     torch.use_deterministic_algorithms(False)
     results = []
     for _ in range(2):
@@ -129,7 +129,7 @@ def test_repeats_to_the_bit(device):
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
-def test_opcheck(device):
+def test_vector_quantize_opcheck_passes(device):
     x, codebook = layouts(20, 6, device)["channel_first"], rows(5, 6, device)
     torch.library.opcheck(torch.ops.dlvae.vector_quantize_fwd, (x, codebook, False, "float32"))
     torch.library.opcheck(torch.ops.dlvae.vector_quantize_fwd, (x, codebook, True, "float32"))
@@ -140,7 +140,7 @@ def test_opcheck(device):
         torch.library.opcheck(torch.ops.dlvae.vector_quantize_bwd, args)
 
 
-def test_compiles_whole(device):
+def test_vector_quantize_compiled_whole_matches_eager(device):
     x, codebook = rows(40, 6, device).requires_grad_(), rows(9, 6, device).requires_grad_()
     expected = vector_quantize(x, codebook)
     compiled = torch.compile(vector_quantize, fullgraph=True, backend="aot_eager")
@@ -151,12 +151,12 @@ def test_compiles_whole(device):
     assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
 
 
-def test_nothing_is_recorded_without_a_gradient(device):
+def test_vector_quantize_without_gradient_records_nothing(device):
     out = vector_quantize(rows(4, 3, device), rows(5, 3, device))
     assert out.quantized.grad_fn is None
     assert out.commitment_loss.grad_fn is None
 
 
-def test_bad_input():
-    with pytest.raises(ValueError, match=r"x has shape \(2, 3\); it needs .* D = 2"):
+def test_vector_quantize_bad_input_raises():
+    with pytest.raises(ValueError, match=r"expected x of shape \[..., 2\], .*, got \(2, 3\)"):
         vector_quantize(torch.zeros(2, 3), torch.zeros(4, 2))

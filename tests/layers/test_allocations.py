@@ -16,7 +16,7 @@ from dlvae_kernels.backends import native
 from dlvae_kernels.backends import triton as kernels
 from tests.allocations import Allocations, without_launching
 
-# What the reference takes for one chunk of scores or of gathered atoms.
+# Elements of one chunk of scores or of gathered atoms of the reference.
 CHUNK = 2**21
 
 
@@ -51,24 +51,24 @@ def sparse_autoencoder(n, num_atoms, d, k, device="cpu"):
     return found
 
 
-def test_dictionary_learning():
+def test_dictionary_learning_step_allocates_no_n_by_k_matrix():
     size = DICTIONARY.n, DICTIONARY.k, DICTIONARY.d, DICTIONARY.kept
     found = dictionary_learning(*size)
     assert found.elements <= allowed(*size), found.operation
 
 
-def test_sparse_autoencoder():
+def test_sparse_autoencoder_step_allocates_no_n_by_k_matrix():
     size = 4096, 4096, 64, 8
     found = sparse_autoencoder(*size)
     assert found.elements <= allowed(*size), found.operation
 
 
-@pytest.mark.skipif(native.why_not_loaded() is not None, reason=str(native.why_not_loaded()))
+@pytest.mark.skipif(native.library_unavailable_reason() is not None, reason=str(native.library_unavailable_reason()))
 @pytest.mark.parametrize(
     "layer",
     ["DictionaryLearning(48, K, 0.1, 8, representation='sparse', channel_last=True)", "SparseAutoencoder(48, K, 8)"],
 )
-def test_compiled_code_takes_little(layer):
+def test_native_step_peak_memory_is_bounded(layer):
     code = f"""
 import resource, torch
 from dlvae_kernels import DictionaryLearning, SparseAutoencoder, use_backend
@@ -94,19 +94,19 @@ print(peak() - before)
 @pytest.mark.gpu
 @pytest.mark.slow
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_sparse_autoencoder_at_full_size():
+def test_sparse_autoencoder_full_size_allocates_no_n_by_k_matrix():
     size = SAE.n, SAE.k, SAE.d, SAE.kept
     found = sparse_autoencoder(*size, device="cuda")
     assert found.elements <= allowed(*size), found.operation
 
 
 @pytest.mark.parametrize("size", [DICTIONARY, SAE], ids=str)
-def test_what_triton_takes(size):
-    """Of every operation of the layers."""
+def test_triton_operations_allocate_no_n_by_k_matrix(size):
+    """Each operation of the layers allocates less than an N x K matrix."""
     x, dictionary = torch.zeros(size.n, size.d), torch.zeros(size.k, size.d)
     with without_launching(), Allocations() as found:
         indices, values = kernels.topk_codes(x, dictionary, size.kept, "l2" if size == DICTIONARY else "dot", None)
-        # What nobody wrote is no index.
+        # The launcher wrote nothing, so the indices may lie out of range.
         indices.zero_()
         if size == DICTIONARY:
             values, sums = kernels.kept_softmax_fwd(x, dictionary, None, indices)
@@ -116,7 +116,7 @@ def test_what_triton_takes(size):
     assert found.elements < size.n * size.k, found.operation
 
 
-def test_the_hook_sees_a_dense_matrix():
+def test_allocations_dense_matrix_is_recorded():
     x, codes = torch.randn(300, 4, requires_grad=True), torch.randn(200, 4)
     with Allocations() as found:
         products = x @ codes.T
@@ -126,7 +126,7 @@ def test_the_hook_sees_a_dense_matrix():
     assert found.elements == 60_000
 
 
-def test_the_hook_looks_into_our_operations():
+def test_allocations_inside_operations_are_recorded():
     x, codes = torch.randn(300, 4), torch.randn(200, 4)
     with use_backend("reference"), Allocations() as found:
         torch.ops.dlvae.topk_codes(x, codes, 3, "dot", None)

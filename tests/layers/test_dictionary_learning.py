@@ -22,7 +22,7 @@ def x():
     return torch.randn(3, DIM, 4, 5, requires_grad=True)
 
 
-def test_equals_the_notebooks_formula(x):
+def test_dictionary_learning_step_equals_the_notebook(x):
     layer, formula = make(), notebook.DictionaryLearning(DIM, ATOMS, 0.1, KEPT)
     formula.load_state_dict(layer.state_dict())
     twin = x.detach().clone().requires_grad_()
@@ -36,7 +36,7 @@ def test_equals_the_notebooks_formula(x):
         torch.testing.assert_close(actual.grad, expected.grad, msg=name)
 
 
-def test_keeps_the_nearest_atoms(x):
+def test_dictionary_learning_selects_the_nearest_atoms(x):
     layer = make(representation="sparse")
     _, _, (values, indices) = layer(x)
     rows = x.detach().permute(0, 2, 3, 1)
@@ -47,7 +47,7 @@ def test_keeps_the_nearest_atoms(x):
     torch.testing.assert_close(values, softmax.gather(-1, indices))
 
 
-def test_dense_and_sparse_agree(x):
+def test_dictionary_learning_dense_and_sparse_representations_agree(x):
     dense, sparse = make(), make(representation="sparse")
     sparse.load_state_dict(dense.state_dict())
     matrix, (values, indices) = dense(x)[2], sparse(x)[2]
@@ -61,14 +61,14 @@ def test_dense_and_sparse_agree(x):
     assert grads == [(None,)]
 
 
-def test_the_map_keeps_its_order(x):
+def test_dictionary_learning_map_keeps_its_order(x):
     layer = make()
     _, reconstruction, representation = layer(x)
     expected = (representation @ layer.dictionary).view(3, 4, 5, DIM)
     torch.testing.assert_close(reconstruction, expected.permute(0, 3, 1, 2))
 
 
-def test_straight_through_has_the_value_of_the_reconstruction(x):
+def test_dictionary_learning_straight_through_output_is_the_reconstruction(x):
     layer = make()
     _, reconstruction, _ = layer(x)
     far = torch.full_like(reconstruction, 7.0)
@@ -80,7 +80,7 @@ def test_straight_through_has_the_value_of_the_reconstruction(x):
     assert torch.equal(layer.decode(values, indices), reconstruction)
 
 
-def test_direct_gradient_flows_through_coefficients_and_atoms(x):
+def test_dictionary_learning_direct_gradient_passes_coefficients_and_atoms(x):
     layer = make(gradient="direct")
     _, reconstruction, _ = layer(x)
     grads = torch.autograd.grad(reconstruction.square().sum(), [x, *layer.parameters()])
@@ -96,12 +96,12 @@ def test_direct_gradient_flows_through_coefficients_and_atoms(x):
         torch.testing.assert_close(actual, wanted)
 
 
-def test_loss_does_not_grow_with_the_batch(x):
+def test_dictionary_learning_loss_does_not_grow_with_the_batch(x):
     layer = make()
     torch.testing.assert_close(layer(x)[0], layer(torch.cat([x] * 5))[0])
 
 
-def test_sparsity_weighs_the_mean_norm(x):
+def test_dictionary_learning_sparsity_weights_the_mean_norm(x):
     with_norm, without = make(representation="sparse"), DictionaryLearning(DIM, ATOMS, 0.0, KEPT)
     without.load_state_dict(with_norm.state_dict())
     loss, reconstruction, (values, _) = with_norm(x)
@@ -110,7 +110,7 @@ def test_sparsity_weighs_the_mean_norm(x):
 
 
 @pytest.mark.parametrize("spatial", [(), (7,), (2, 3, 4)])
-def test_maps_of_any_rank_and_channel_last(spatial):
+def test_dictionary_learning_maps_of_any_rank_and_channel_last_agree(spatial):
     layer, last = make(), make(channel_last=True)
     last.load_state_dict(layer.state_dict())
     x = torch.randn(2, DIM, *spatial)
@@ -124,7 +124,7 @@ def test_maps_of_any_rank_and_channel_last(spatial):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_autocast(dtype):
+def test_dictionary_learning_autocast_keeps_dtypes(dtype):
     layer = make(gradient="direct")
     convolution = torch.nn.Conv2d(3, DIM, 1)
     with torch.autocast("cpu", dtype):
@@ -141,7 +141,7 @@ def test_autocast(dtype):
 
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("options", [{}, {"gradient": "direct", "representation": "sparse"}])
-def test_compiles_whole(training, options):
+def test_dictionary_learning_compiled_whole_matches_eager(training, options):
     layer = make(**options).train(training)
     twin = copy.deepcopy(layer)
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
@@ -158,7 +158,7 @@ def test_compiles_whole(training, options):
 
 
 @pytest.mark.slow
-def test_compiles_by_inductor():
+def test_dictionary_learning_compiled_by_inductor_matches_eager():
     layer = make()
     compiled = torch.compile(layer, fullgraph=True)
     x = torch.randn(4, DIM, 5, 5, requires_grad=True)
@@ -168,7 +168,7 @@ def test_compiles_by_inductor():
         torch.testing.assert_close(reconstruction, layer(x)[1])
 
 
-def test_takes_a_notebook_checkpoint(x):
+def test_dictionary_learning_loads_a_notebook_checkpoint(x):
     state = {
         "dictionary": torch.rand(ATOMS, DIM),
         "representation.0.weight": torch.randn(ATOMS, DIM),
@@ -180,14 +180,14 @@ def test_takes_a_notebook_checkpoint(x):
     assert torch.equal(layer.dictionary, state["dictionary"])
 
 
-def test_half_precision_beside_float32_parameters(x):
+def test_dictionary_learning_half_precision_beside_float32_is_close(x):
     layer = make()
     _, reconstruction, _ = layer(x.bfloat16())
     assert reconstruction.dtype == torch.bfloat16
     torch.testing.assert_close(reconstruction.float(), layer(x)[1], rtol=0.05, atol=0.05)
 
 
-def test_empty_batch():
+def test_dictionary_learning_empty_batch_gives_empty_outputs():
     loss, reconstruction, representation = make()(torch.empty(0, DIM, 4, 4))
     assert float(loss.detach()) == 0
     assert reconstruction.shape == (0, DIM, 4, 4)
@@ -197,13 +197,13 @@ def test_empty_batch():
 @pytest.mark.parametrize(
     ("bad", "message"),
     [
-        (torch.zeros(4), r"x has shape \(4,\); it needs \[B, D, \*spatial\] with D = 6"),
-        (torch.zeros(2, 5, 4, 4), r"x has shape \(2, 5, 4, 4\); it needs .* D = 6"),
-        (torch.zeros(2, DIM, 4, 4).int(), r"x has dtype torch.int32; it needs float16"),
-        (torch.zeros(2, DIM, 4, 4, device="meta"), r"x is on meta; it needs the device of dictionary, cpu"),
+        (torch.zeros(4), r"expected x of shape \[B, 6, ...\], got \(4,\)"),
+        (torch.zeros(2, 5, 4, 4), r"expected x of shape \[B, 6, ...\], got \(2, 5, 4, 4\)"),
+        (torch.zeros(2, DIM, 4, 4).int(), r"expected x of dtype .*, got torch.int32"),
+        (torch.zeros(2, DIM, 4, 4, device="meta"), r"expected x on the device of dictionary, cpu, got meta"),
     ],
 )
-def test_bad_inputs(bad, message):
+def test_dictionary_learning_bad_inputs_raise(bad, message):
     with pytest.raises(ValueError, match=message):
         make()(bad)
 
@@ -211,24 +211,24 @@ def test_bad_inputs(bad, message):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((0, ATOMS, 0.1, KEPT), r"dim is 0; it needs to be a whole number of at least 1"),
-        ((DIM, 0, 0.1, KEPT), r"num_atoms is 0; it needs to be a whole number of at least 1"),
-        ((DIM, ATOMS, -0.1, KEPT), r"sparsity is -0.1; it needs to be at least 0"),
-        ((DIM, ATOMS, 0.1, 0), r"sparsity_level is 0; it needs to be a whole number in \[1, 24\]"),
-        ((DIM, ATOMS, 0.1, 25), r"sparsity_level is 25; it needs to be a whole number in \[1, 24\]"),
+        ((0, ATOMS, 0.1, KEPT), r"expected dim to be a whole number of at least 1, got 0"),
+        ((DIM, 0, 0.1, KEPT), r"expected num_atoms to be a whole number of at least 1, got 0"),
+        ((DIM, ATOMS, -0.1, KEPT), r"expected sparsity to be at least 0, got -0.1"),
+        ((DIM, ATOMS, 0.1, 0), r"expected sparsity_level to be a whole number in \[1, 24\], got 0"),
+        ((DIM, ATOMS, 0.1, 25), r"expected sparsity_level to be a whole number in \[1, 24\], got 25"),
     ],
 )
-def test_bad_arguments(arguments, message):
+def test_dictionary_learning_bad_arguments_raise(arguments, message):
     with pytest.raises(ValueError, match=message):
         DictionaryLearning(*arguments)
 
 
-def test_bad_options():
-    with pytest.raises(ValueError, match=r"representation is 'matrix'; it needs to be one of 'dense', 'sparse'"):
+def test_dictionary_learning_bad_options_raise():
+    with pytest.raises(ValueError, match=r"expected representation to be one of 'dense', 'sparse', got 'matrix'"):
         make(representation="matrix")
-    with pytest.raises(ValueError, match=r"gradient is 'both'; it needs to be one of"):
+    with pytest.raises(ValueError, match=r"expected gradient to be one of .*, got 'both'"):
         make(gradient="both")
-    with pytest.raises(ValueError, match=r"indices hold 24; they need to lie in \[0, 24\)"):
+    with pytest.raises(ValueError, match=r"expected indices in \[0, 24\), got 24"):
         make().decode(torch.ones(1, 1), torch.tensor([[24]]))
-    with pytest.raises(ValueError, match=r"indices has shape \(1,\); it needs \[B, \*spatial, k\]"):
+    with pytest.raises(ValueError, match=r"expected indices of shape \[B, \*spatial, k\].*, got \(1,\)"):
         make().decode(torch.ones(1), torch.tensor([0]))

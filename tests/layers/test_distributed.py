@@ -74,7 +74,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[dict, dic
 
 
 @pytest.mark.parametrize("case", ["ema", "ema, uneven", "ema, compiled"])
-def test_equals_one_process_on_the_full_batch(ranks, case):
+def test_two_ranks_equal_one_process_on_the_full_batch(ranks, case):
     kind, options, sizes, _ = CASES[case]
     alone = _train(_layer(kind, **options), [[torch.cat(step)] for step in _batches(sizes)], 0)
     for state in ranks[case]:
@@ -83,24 +83,24 @@ def test_equals_one_process_on_the_full_batch(ranks, case):
 
 
 @pytest.mark.parametrize("case", [name for name in CASES if name != "ema, not synchronised"])
-def test_ranks_agree_to_the_bit(ranks, case):
+def test_two_ranks_hold_bitwise_equal_states(ranks, case):
     first, second = ranks[case]
     assert all(torch.equal(value, second[name]) for name, value in first.items())
     assert all(torch.isfinite(value).all() for value in first.values())
 
 
-def test_without_sync_each_rank_goes_its_own_way(ranks):
+def test_two_ranks_without_sync_hold_their_own_states(ranks):
     first, second = ranks["ema, not synchronised"]
     assert not torch.allclose(first["_embedding.weight"], second["_embedding.weight"], atol=1e-3)
     alone = _train(_layer("ema"), _batches((4, 4)), 1)
     torch.testing.assert_close(second, copy.deepcopy(alone))
 
 
-def test_data_comes_from_all_ranks_without_repeats(monkeypatch):
+def test_sample_vectors_two_ranks_draw_from_all_without_repeats(monkeypatch):
     rows = torch.arange(16.0).view(2, 8, 1)
     sampled = torch.zeros(16, 2)
     for rank in range(2):
         monkeypatch.setattr(distributed, "_world", lambda sync, rank=rank: (rank, 2))
-        sampled += distributed.sample_rows(rows[rank], 16, True)
+        sampled += distributed.sample_vectors(rows[rank], 16, True)
     assert sorted(sampled[:, 0].tolist()) == list(range(16))
     assert (sampled[:, 1] == 1).all()

@@ -45,7 +45,7 @@ def gradients(model: nn.Module, x: Tensor) -> dict[str, Tensor | None]:
 
 @pytest.mark.parametrize("strict", [False, True])
 @pytest.mark.parametrize("name", LAYERS)
-def test_exported_training_graph_has_the_gradients_of_eager_code(name, strict):
+def test_export_train_mode_has_the_gradients_of_eager_code(name, strict):
     model = Model(LAYERS[name]())
     x = torch.randn(2, 3, 4, 4)
     exported = torch.export.export(model, (x,), strict=strict).module()
@@ -63,7 +63,7 @@ def test_exported_training_graph_has_the_gradients_of_eager_code(name, strict):
             torch.testing.assert_close(found[key], gradient, rtol=1e-4, atol=1e-5, msg=key)
 
 
-def test_exported_training_graph_moves_the_codebook_as_eager_code_does():
+def test_export_train_mode_updates_the_codebook_as_eager_code():
     model, like = Model(LAYERS["vector_quantizer_ema"]()), Model(LAYERS["vector_quantizer_ema"]())
     like.load_state_dict(model.state_dict())
     x = torch.randn(2, 3, 4, 4)
@@ -78,7 +78,7 @@ def test_exported_training_graph_moves_the_codebook_as_eager_code_does():
 @pytest.mark.parametrize(
     "layer", [VectorQuantizer(K, D, 0.25, init="data"), VectorQuantizerEMA(K, D, 0.25, 0.9, init="kmeans")]
 )
-def test_export_in_train_mode_raises_while_the_codebook_awaits_data(layer):
+def test_export_train_mode_while_the_codebook_awaits_data_raises(layer):
     model, x = Model(layer), torch.randn(2, 3, 4, 4)
     before = {key: value.clone() for key, value in model.state_dict().items()}
     with pytest.raises(ValueError, match="cannot be exported in train mode before a training batch"):
@@ -89,7 +89,7 @@ def test_export_in_train_mode_raises_while_the_codebook_awaits_data(layer):
     torch.export.export(model, (x,))
 
 
-def test_export_in_train_mode_raises_while_ranks_all_reduce(monkeypatch):
+def test_export_train_mode_while_ranks_all_reduce_raises(monkeypatch):
     monkeypatch.setattr("dlvae_kernels.layers.codebook_layer.num_ranks", lambda sync: 2 if sync else 1)
     with pytest.raises(ValueError, match="cannot be exported in train mode while ranks all-reduce"):
         torch.export.export(Model(LAYERS["vector_quantizer_ema"]()), (torch.randn(2, 3, 4, 4),), strict=False)

@@ -26,7 +26,7 @@ LAYERS = {
 
 
 @pytest.mark.parametrize("name", LAYERS)
-def test_equals_the_cpu(name):
+def test_layers_on_a_gpu_equal_the_cpu(name):
     on_cpu = LAYERS[name]()
     on_gpu = copy.deepcopy(on_cpu).cuda()
     x = torch.randn(8, 16, 6, 6)
@@ -40,7 +40,7 @@ def test_equals_the_cpu(name):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_sparse_autoencoder_equals_the_cpu(dtype):
+def test_sparse_autoencoder_on_a_gpu_equals_the_cpu(dtype):
     on_cpu = SparseAutoencoder(16, 64, 5)
     on_gpu = copy.deepcopy(on_cpu).cuda()
     x = torch.randn(200, 16).to(dtype)
@@ -54,7 +54,7 @@ def test_a_sparse_autoencoder_equals_the_cpu(dtype):
 
 @pytest.mark.parametrize("name", LAYERS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_autocast(name, dtype):
+def test_layers_on_a_gpu_autocast_keeps_dtypes(name, dtype):
     layer = LAYERS[name]().cuda()
     x = torch.randn(8, 16, 6, 6, device="cuda", requires_grad=True)
     with torch.autocast("cuda", dtype):
@@ -65,7 +65,7 @@ def test_autocast(name, dtype):
     assert torch.isfinite(x.grad).all()
 
 
-def test_a_step_in_a_cuda_graph():
+def test_step_in_a_cuda_graph_equals_eager():
     x, codebook = torch.randn(300, 16, device="cuda"), torch.randn(200, 16, device="cuda")
     state = codebook.clone(), torch.ones(200, device="cuda"), codebook.clone()
 
@@ -93,7 +93,7 @@ def test_a_step_in_a_cuda_graph():
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one CUDA device")
-def test_a_device_that_is_not_current():
+def test_vector_quantize_on_a_device_not_current_equals_the_cpu():
     x, codebook = torch.randn(300, 16, device="cuda:1"), torch.randn(200, 16, device="cuda:1")
     with torch.cuda.device(0):
         out = vector_quantize(x, codebook)

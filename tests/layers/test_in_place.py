@@ -23,7 +23,7 @@ LAYERS = {
 @pytest.mark.parametrize("channel_last", [False, True])
 @pytest.mark.parametrize("mode", ["train", "eval", "no_grad"])
 @pytest.mark.parametrize("name", LAYERS)
-def test_output_may_be_changed_in_place(name, mode, channel_last):
+def test_output_changed_in_place_keeps_values_and_gradients(name, mode, channel_last):
     layer = LAYERS[name]().train(mode != "eval")
     layer._channel_last = channel_last
     x = torch.randn(2, 4, 4, D) if channel_last else torch.randn(2, D, 4, 4)

@@ -98,7 +98,7 @@ def test_reset_parameters_of_all_modules_after_to_empty_initialises_as_the_const
     assert found.keys() == made.keys()
     for key, value in found.items():
         assert value.isfinite().all(), key
-        # Of the same distribution; where that is a constant, equal.
+        # The distribution is the same; where it is a constant, the values are equal.
         torch.testing.assert_close(value.std(), made[key].std(), rtol=0.7, atol=1e-6, msg=key)
         assert float(value.abs().max()) <= 2 * float(made[key].abs().max()), key
     if name == "sparse_autoencoder":
@@ -116,7 +116,7 @@ def test_loading_a_meta_state_dict_by_assignment_gives_meta_buffers(init):
 
 
 @pytest.mark.parametrize("name", LAYERS)
-def test_layers_follow_the_default_dtype(default_float64, name):
+def test_layers_default_dtype_is_followed(default_float64, name):
     layer = LAYERS[name]()
     assert {value.dtype for value in layer.state_dict().values()} == {torch.float64}
     x = torch.randn(5, D) if name == "sparse_autoencoder" else torch.randn(2, D, 3, 3)
@@ -133,7 +133,7 @@ def test_ema_statistics_stay_float32_where_the_default_is_bfloat16():
 
 
 @pytest.mark.parametrize("kind", [np.int64, np.int32, lambda n: torch.tensor(n)])
-def test_sizes_may_be_any_integer(kind):
+def test_sizes_any_integer_are_accepted(kind):
     layers = (
         VectorQuantizer(kind(K), kind(D), 0.25),
         VectorQuantizerEMA(kind(K), kind(D), 0.25, 0.9),
@@ -146,6 +146,6 @@ def test_sizes_may_be_any_integer(kind):
 
 
 @pytest.mark.parametrize("size", [8.0, np.float64(8), True, "8", None])
-def test_sizes_that_are_no_integers_raise(size):
-    with pytest.raises(ValueError, match=r"num_embeddings is .*; it needs to be a whole number of at least 1"):
+def test_sizes_no_integers_raise(size):
+    with pytest.raises(ValueError, match=r"expected num_embeddings to be a whole number of at least 1, got .*"):
         VectorQuantizer(size, D, 0.25)

@@ -33,7 +33,7 @@ def dense(layer, x):
     return torch.zeros_like(active).scatter(-1, indices, values) @ layer.W_dec + layer.b_dec, values, indices
 
 
-def test_by_hand():
+def test_sparse_autoencoder_three_latents_by_hand():
     layer = SparseAutoencoder(2, 3, 2)
     layer.load_state_dict(
         {
@@ -50,7 +50,7 @@ def test_by_hand():
     assert out.reconstruction.tolist() == [[23.5, 39.0], [1.0, -1.0]]
 
 
-def test_starts_tied_and_of_unit_length():
+def test_sparse_autoencoder_initial_state_is_tied_unit_vectors():
     layer = SparseAutoencoder(DIM, ATOMS, KEPT)
     assert torch.equal(layer.encoder.weight, layer.W_dec)
     torch.testing.assert_close(layer.W_dec.norm(dim=1), torch.ones(ATOMS))
@@ -58,7 +58,7 @@ def test_starts_tied_and_of_unit_length():
     assert not layer.b_dec.any()
 
 
-def test_equals_the_dense_formula(layer, x):
+def test_sparse_autoencoder_equals_the_dense_formula(layer, x):
     twin, results = copy.deepcopy(layer), []
     for function, owner in ((layer, layer), (lambda x: dense(twin, x), twin)):
         inputs = x.detach().clone().requires_grad_()
@@ -78,7 +78,7 @@ def test_equals_the_dense_formula(layer, x):
         torch.testing.assert_close(actual, expected)
 
 
-def test_a_latent_that_is_not_active_has_no_gradient(layer, x):
+def test_sparse_autoencoder_inactive_latents_have_no_gradient(layer, x):
     with torch.no_grad():
         layer.encoder.bias.fill_(-100)
     out = layer(x)
@@ -88,23 +88,23 @@ def test_a_latent_that_is_not_active_has_no_gradient(layer, x):
     assert [bool(grad.any()) for grad in grads] == [False, False, True, False, False]
 
 
-def test_decode_and_encode_make_the_forward(layer, x):
+def test_sparse_autoencoder_decode_of_encode_is_the_forward(layer, x):
     values, indices = layer.encode(x)
     out = layer(x)
     assert torch.equal(values, out.values)
     assert torch.equal(indices, out.indices)
     assert torch.equal(layer.decode(values, indices), out.reconstruction)
-    with pytest.raises(ValueError, match=r"indices hold 40; they need to lie in \[0, 40\)"):
+    with pytest.raises(ValueError, match=r"expected indices in \[0, 40\), got 40"):
         layer.decode(torch.ones(1, 1), torch.tensor([[40]]))
 
 
-def test_any_strides(layer):
+def test_sparse_autoencoder_any_strides_match_contiguous(layer):
     x = torch.randn(2, DIM, 3, 4).permute(0, 2, 3, 1)
     for actual, expected in zip(layer(x), layer(x.contiguous()), strict=True):
         torch.testing.assert_close(actual, expected)
 
 
-def test_normalize_decoder(layer):
+def test_sparse_autoencoder_normalize_decoder_scales_in_place(layer):
     with torch.no_grad():
         layer.W_dec[3] = 0
     before, weight = layer.W_dec.detach().clone(), layer.W_dec
@@ -114,7 +114,7 @@ def test_normalize_decoder(layer):
     torch.testing.assert_close(weight.detach(), torch.nn.functional.normalize(before, dim=1))
 
 
-def test_it_trains():
+def test_sparse_autoencoder_training_reduces_the_loss():
     layer = SparseAutoencoder(8, 32, 3)
     atoms = torch.nn.functional.normalize(torch.randn(16, 8), dim=1)
     x = torch.zeros(512, 16).scatter(1, torch.rand(512, 16).topk(3).indices, 1 + torch.rand(512, 3)) @ atoms
@@ -131,7 +131,7 @@ def test_it_trains():
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_compiles_whole(layer, training):
+def test_sparse_autoencoder_compiled_whole_matches_eager(layer, training):
     layer.train(training)
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     for n in (7, 9):
@@ -146,7 +146,7 @@ def test_compiles_whole(layer, training):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision(layer, x, dtype):
+def test_sparse_autoencoder_half_precision_keeps_dtypes(layer, x, dtype):
     expected = layer(x.to(dtype).float())
     out = layer(x.to(dtype))
     assert [each.dtype for each in out] == [dtype, torch.float32, torch.int64]
@@ -162,7 +162,7 @@ def test_half_precision(layer, x, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_autocast(layer, dtype):
+def test_sparse_autoencoder_autocast_keeps_dtypes(layer, dtype):
     linear = torch.nn.Linear(3, DIM)
     with torch.autocast("cpu", dtype):
         z = linear(torch.randn(10, 3))
@@ -175,7 +175,7 @@ def test_autocast(layer, dtype):
         assert parameter.grad.isfinite().all()
 
 
-def test_empty_batch(layer):
+def test_sparse_autoencoder_empty_batch_gives_empty_outputs(layer):
     x = torch.empty(0, 4, DIM, requires_grad=True)
     out = layer(x)
     assert [tuple(each.shape) for each in out] == [(0, 4, DIM), (0, 4, KEPT), (0, 4, KEPT)]
@@ -183,7 +183,7 @@ def test_empty_batch(layer):
     assert not any(parameter.grad.any() for parameter in layer.parameters())
 
 
-def test_state_dict(layer, x):
+def test_sparse_autoencoder_state_dict_has_the_names_of_sparsify(layer, x):
     state = layer.state_dict()
     shapes = {name: tuple(each.shape) for name, each in state.items()}
     expected = {"encoder.weight": (ATOMS, DIM), "encoder.bias": (ATOMS,), "W_dec": (ATOMS, DIM), "b_dec": (DIM,)}
@@ -197,13 +197,13 @@ def test_state_dict(layer, x):
 @pytest.mark.parametrize(
     ("bad", "message"),
     [
-        (torch.zeros(2, 5), r"x has shape \(2, 5\); it needs \[..., D\] with the D = 6 of encoder.weight"),
-        (torch.zeros(()), r"x has shape \(\)"),
-        (torch.zeros(2, DIM).int(), r"x has dtype torch.int32; it needs float16"),
-        (torch.zeros(2, DIM, device="meta"), r"x is on meta; it needs the device of encoder.weight, cpu"),
+        (torch.zeros(2, 5), r"expected x of shape \[..., 6\], with the D of encoder.weight, got \(2, 5\)"),
+        (torch.zeros(()), r"expected x of shape .*, got \(\)"),
+        (torch.zeros(2, DIM).int(), r"expected x of dtype .*, got torch.int32"),
+        (torch.zeros(2, DIM, device="meta"), r"expected x on the device of encoder.weight, cpu, got meta"),
     ],
 )
-def test_bad_inputs(layer, bad, message):
+def test_sparse_autoencoder_bad_inputs_raise(layer, bad, message):
     with pytest.raises(ValueError, match=message):
         layer(bad)
 
@@ -211,12 +211,12 @@ def test_bad_inputs(layer, bad, message):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((0, ATOMS, KEPT), r"dim is 0; it needs to be a whole number of at least 1"),
-        ((DIM, 0, KEPT), r"num_atoms is 0; it needs to be a whole number of at least 1"),
-        ((DIM, ATOMS, 0), r"k is 0; it needs to be a whole number in \[1, 40\]"),
-        ((DIM, ATOMS, 41), r"k is 41; it needs to be a whole number in \[1, 40\]"),
+        ((0, ATOMS, KEPT), r"expected dim to be a whole number of at least 1, got 0"),
+        ((DIM, 0, KEPT), r"expected num_atoms to be a whole number of at least 1, got 0"),
+        ((DIM, ATOMS, 0), r"expected k to be a whole number in \[1, 40\], got 0"),
+        ((DIM, ATOMS, 41), r"expected k to be a whole number in \[1, 40\], got 41"),
     ],
 )
-def test_bad_arguments(arguments, message):
+def test_sparse_autoencoder_bad_arguments_raise(arguments, message):
     with pytest.raises(ValueError, match=message):
         SparseAutoencoder(*arguments)

@@ -1,4 +1,4 @@
-"""What both vector quantizers do; the moving averages have a file of their own."""
+"""Behaviour that both vector quantizers share; the moving averages have their own file."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def inputs():
     return torch.randn(3, D, 4, 5, requires_grad=True)
 
 
-def test_equals_the_notebooks_formula(inputs):
+def test_quantizer_step_equals_the_notebook(inputs):
     layer = VectorQuantizer(K, D, 0.25, init="normal")
     formula = notebook.VectorQuantizer(layer.codebook.detach(), 0.25)
     twin = inputs.detach().clone().requires_grad_()
@@ -42,7 +42,7 @@ def test_equals_the_notebooks_formula(inputs):
 
 
 @both
-def test_picks_the_nearest_code_and_not_the_farthest(kind, inputs):
+def test_quantizer_gives_the_nearest_code_and_not_the_farthest(kind, inputs):
     layer = make(kind, encodings="indices", init="normal").eval()
     _, quantized, _, indices = layer(inputs)
     error = (quantized - inputs).square().sum(1)
@@ -52,7 +52,7 @@ def test_picks_the_nearest_code_and_not_the_farthest(kind, inputs):
 
 
 @both
-def test_shapes_and_types(kind, inputs):
+def test_quantizer_outputs_have_their_shapes_and_types(kind, inputs):
     loss, quantized, perplexity, encodings = make(kind)(inputs)
     assert loss.shape == perplexity.shape == ()
     assert quantized.shape == inputs.shape
@@ -64,7 +64,7 @@ def test_shapes_and_types(kind, inputs):
 
 
 @both
-def test_perplexity_by_hand(kind):
+def test_quantizer_perplexity_by_hand(kind):
     layer = make(kind).eval()
     with torch.no_grad():
         layer.codebook.copy_(10 * torch.arange(K)[:, None].expand(K, D))
@@ -75,7 +75,7 @@ def test_perplexity_by_hand(kind):
 
 @both
 @pytest.mark.parametrize("spatial", [(), (7,), (4, 5), (2, 3, 4)])
-def test_maps_of_any_rank_and_channel_last(kind, spatial):
+def test_quantizer_maps_of_any_rank_and_channel_last_agree(kind, spatial):
     layer = make(kind, encodings="indices", init="normal").eval()
     last = make(kind, encodings="indices", channel_last=True).eval()
     last.load_state_dict(layer.state_dict())
@@ -92,7 +92,7 @@ def test_maps_of_any_rank_and_channel_last(kind, spatial):
 
 
 @both
-def test_keeps_the_memory_format_without_a_copy_of_the_map(kind, inputs):
+def test_quantizer_keeps_the_memory_format(kind, inputs):
     layer = make(kind).eval()
     for layout in (torch.contiguous_format, torch.channels_last):
         _, quantized, *_ = layer(inputs.contiguous(memory_format=layout))
@@ -100,7 +100,7 @@ def test_keeps_the_memory_format_without_a_copy_of_the_map(kind, inputs):
 
 
 @both
-def test_straight_through(kind, inputs):
+def test_quantizer_straight_through_gradient_is_the_commitment_alone(kind, inputs):
     layer = make(kind)
     loss, quantized, *_ = layer(inputs)
     grad = torch.randn_like(quantized)
@@ -111,7 +111,7 @@ def test_straight_through(kind, inputs):
     torch.testing.assert_close(from_loss, 0.25 * 2 * (inputs - quantized).detach() / inputs.numel())
 
 
-def test_codebook_has_a_gradient(inputs):
+def test_quantizer_codebook_has_a_gradient(inputs):
     layer = VectorQuantizer(K, D, 0.25)
     layer(inputs)[0].backward()
     assert layer.codebook.grad is not None
@@ -119,7 +119,7 @@ def test_codebook_has_a_gradient(inputs):
 
 
 @both
-def test_empty_batch(kind):
+def test_quantizer_empty_batch_gives_empty_outputs(kind):
     loss, quantized, perplexity, encodings = make(kind, dead_code_threshold=1.0)(torch.empty(0, D, 4, 4))
     assert loss.item() == 0
     assert quantized.shape == (0, D, 4, 4)
@@ -128,7 +128,7 @@ def test_empty_batch(kind):
 
 
 @both
-def test_initial_ranges(kind):
+def test_quantizer_initial_codes_lie_in_their_ranges(kind):
     uniform, normal = (make(kind, init=init).codebook for init in ("uniform", "normal"))
     assert uniform.abs().max() <= 1 / K
     assert uniform.abs().max() > 0.5 / K
@@ -137,7 +137,7 @@ def test_initial_ranges(kind):
 
 @both
 @pytest.mark.parametrize("init", ["data", "kmeans"])
-def test_initialises_from_the_first_training_batch(kind, init):
+def test_quantizer_first_training_batch_initialises_the_codebook(kind, init):
     centres = 10 * torch.randn(4, D)
     x = (centres[torch.arange(4000) % 4] + 0.01 * torch.randn(4000, D)).view(100, 40, D).transpose(1, 2)
     layer = make(kind, init=init)
@@ -158,7 +158,7 @@ def test_initialises_from_the_first_training_batch(kind, init):
 
 
 @both
-def test_initialisation_follows_the_seed(kind):
+def test_quantizer_initialisation_follows_the_seed(kind):
     x = torch.randn(8, D, 5, 5)
     codebooks = []
     for seed in (1, 1, 2):
@@ -171,7 +171,7 @@ def test_initialisation_follows_the_seed(kind):
 
 
 @both
-def test_a_loaded_codebook_is_not_initialised_again(kind):
+def test_quantizer_loaded_codebook_is_not_initialised_again(kind):
     trained = make(kind, init="data")
     trained(torch.randn(8, D, 5, 5))
     fresh = make(kind, init="data")
@@ -183,7 +183,7 @@ def test_a_loaded_codebook_is_not_initialised_again(kind):
 
 
 @both
-def test_only_a_loaded_codebook_settles_the_initialisation(kind):
+def test_quantizer_state_dict_without_codebook_still_awaits_data(kind):
     x = torch.randn(8, D, 5, 5)
     fresh = make(kind, init="data")
     fresh.load_state_dict(make(kind, init="data").state_dict())
@@ -195,7 +195,7 @@ def test_only_a_loaded_codebook_settles_the_initialisation(kind):
 
 
 @both
-def test_dead_codes_are_revived_and_stay(kind):
+def test_quantizer_dead_codes_are_revived_and_stay(kind):
     layer = make(kind, init="normal", dead_code_threshold=0.5, encodings="indices")
     with torch.no_grad():
         layer.codebook[5:] = 1e3
@@ -213,7 +213,7 @@ def test_dead_codes_are_revived_and_stay(kind):
 
 @both
 @pytest.mark.parametrize("init", ["normal", "kmeans"])
-def test_an_overflow_does_not_poison_the_state(kind, init):
+def test_quantizer_inputs_not_finite_leave_the_state_finite(kind, init):
     layer = make(kind, init=init, dead_code_threshold=1.0)
     for _ in range(5):
         x = torch.randn(4, D, 5, 5)
@@ -224,7 +224,7 @@ def test_an_overflow_does_not_poison_the_state(kind, init):
 
 
 @both
-def test_without_a_threshold_dead_codes_stay(kind):
+def test_quantizer_without_threshold_leaves_dead_codes(kind):
     layer = make(kind, init="normal")
     with torch.no_grad():
         layer.codebook[5:] = 1e3
@@ -234,7 +234,7 @@ def test_without_a_threshold_dead_codes_stay(kind):
 
 
 @both
-def test_eval_changes_nothing(kind, inputs):
+def test_quantizer_eval_changes_nothing(kind, inputs):
     layer = make(kind, dead_code_threshold=100.0, init="normal").eval()
     before = copy.deepcopy(layer.state_dict())
     layer(inputs)
@@ -243,7 +243,7 @@ def test_eval_changes_nothing(kind, inputs):
 
 @both
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_autocast(kind, dtype):
+def test_quantizer_autocast_keeps_dtypes(kind, dtype):
     torch.manual_seed(0)
     layer = make(kind, init="normal", dead_code_threshold=0.1)
     convolution = torch.nn.Conv2d(3, D, 1)
@@ -261,7 +261,7 @@ def test_autocast(kind, dtype):
 @both
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("options", [{}, {"init": "kmeans", "dead_code_threshold": 1.0, "encodings": "indices"}])
-def test_compiles_whole(kind, training, options):
+def test_quantizer_compiled_whole_matches_eager(kind, training, options):
     torch.manual_seed(0)
     layer = make(kind, **options).train(training)
     twin = copy.deepcopy(layer)
@@ -283,7 +283,7 @@ def test_compiles_whole(kind, training, options):
 
 @both
 @pytest.mark.slow
-def test_compiles_by_inductor(kind):
+def test_quantizer_compiled_by_inductor_matches_eager(kind):
     layer = make(kind, dead_code_threshold=1.0, init="normal")
     twin = copy.deepcopy(layer).eval()
     compiled = torch.compile(layer, fullgraph=True)
@@ -299,7 +299,7 @@ def test_compiles_by_inductor(kind):
 
 
 @both
-def test_activation_checkpointing_updates_once(kind):
+def test_quantizer_activation_checkpointing_updates_once(kind):
     for reentrant in (True, False):
         layer = make(kind, init="normal", dead_code_threshold=1e-3)
         twin = copy.deepcopy(layer)
@@ -315,7 +315,7 @@ def test_activation_checkpointing_updates_once(kind):
 
 @both
 @pytest.mark.parametrize("options", [{}, {"init": "data"}, {"init": "data", "dead_code_threshold": 0.1}])
-def test_activation_checkpointing_keeps_the_random_stream(kind, options):
+def test_quantizer_activation_checkpointing_keeps_the_random_stream(kind, options):
     grads = []
     for reentrant in (None, True, False):
         torch.manual_seed(2)
@@ -333,7 +333,7 @@ def test_activation_checkpointing_keeps_the_random_stream(kind, options):
 
 
 @both
-def test_counts_stay_float32(kind):
+def test_quantizer_counts_stay_float32(kind):
     layer = make(kind, dead_code_threshold=0.1).double().to(torch.bfloat16)
     assert all(buffer.dtype == torch.float32 for buffer in layer.buffers())
     x = torch.randn(4, D, 50, dtype=torch.bfloat16)
@@ -344,19 +344,19 @@ def test_counts_stay_float32(kind):
 
 
 @both
-def test_copies_and_pickles(kind, inputs):
+def test_quantizer_copy_and_pickle_give_equal_outputs(kind, inputs):
     layer = make(kind, init="normal").eval()
     for twin in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
         assert torch.equal(twin(inputs)[1], layer(inputs)[1])
 
 
-def test_notebook_keys():
+def test_quantizer_state_dict_has_the_keys_of_the_notebook():
     assert list(VectorQuantizer(K, D, 0.25).state_dict()) == ["_embedding.weight"]
     ema = VectorQuantizerEMA(K, D, 0.25, 0.99)
     assert set(ema.state_dict()) == {"_embedding.weight", "_ema_cluster_size", "_ema_w"}
 
 
-def test_a_checkpoint_without_use_counts_loads():
+def test_quantizer_checkpoint_without_counts_loads():
     layer = VectorQuantizer(K, D, 0.25, dead_code_threshold=1.0)
     weight = torch.randn(K, D)
     layer.load_state_dict({"_embedding.weight": weight})
@@ -370,14 +370,14 @@ def test_a_checkpoint_without_use_counts_loads():
 @pytest.mark.parametrize(
     ("bad", "message"),
     [
-        (torch.zeros(4), r"inputs has shape \(4,\); it needs \[B, D, \*spatial\] with D = 6"),
-        (torch.zeros(2, 5, 4, 4), r"inputs has shape \(2, 5, 4, 4\); it needs .* D = 6"),
-        (torch.zeros(2, D, 4, 4, dtype=torch.int32), r"inputs has dtype torch.int32; it needs float16"),
-        (torch.zeros(2, D, 4, 4, dtype=torch.float64), r"codebook has dtype torch.float32; it needs that of inputs"),
-        (torch.zeros(2, D, 4, 4, device="meta"), r"inputs is on meta; it needs the device of codebook, cpu"),
+        (torch.zeros(4), r"expected inputs of shape \[B, 6, ...\], got \(4,\)"),
+        (torch.zeros(2, 5, 4, 4), r"expected inputs of shape \[B, 6, ...\], got \(2, 5, 4, 4\)"),
+        (torch.zeros(2, D, 4, 4, dtype=torch.int32), r"expected inputs of dtype .*, got torch.int32"),
+        (torch.zeros(2, D, 4, 4, dtype=torch.float64), r"expected codebook of dtype .*, got torch.float32"),
+        (torch.zeros(2, D, 4, 4, device="meta"), r"expected inputs on the device of codebook, cpu, got meta"),
     ],
 )
-def test_bad_inputs_change_nothing(kind, bad, message):
+def test_quantizer_bad_inputs_raise_and_change_nothing(kind, bad, message):
     layer = make(kind, init="data", dead_code_threshold=1.0)
     before = copy.deepcopy(layer.state_dict())
     for function in (layer, layer.encode):
@@ -390,13 +390,13 @@ def test_bad_inputs_change_nothing(kind, bad, message):
 @pytest.mark.parametrize(
     ("indices", "message"),
     [
-        (torch.tensor([[0, K]]), rf"indices hold {K}; they need to lie in \[0, {K}\)"),
-        (torch.tensor([[-1, 0]]), rf"indices hold -1; they need to lie in \[0, {K}\)"),
-        (torch.tensor([[0.0]]), r"indices has dtype torch.float32; it needs int64"),
-        (torch.tensor(0), r"indices has no dimensions; it needs \[B, \*spatial\]"),
+        (torch.tensor([[0, K]]), rf"expected indices in \[0, {K}\), got {K}"),
+        (torch.tensor([[-1, 0]]), rf"expected indices in \[0, {K}\), got -1"),
+        (torch.tensor([[0.0]]), r"expected indices of dtype .*, got torch.float32"),
+        (torch.tensor(0), r"expected indices of shape \[B, \*spatial\], got \(\)"),
     ],
 )
-def test_bad_indices(kind, indices, message):
+def test_quantizer_bad_indices_raise(kind, indices, message):
     with pytest.raises(ValueError, match=message):
         make(kind).decode(indices)
 
@@ -404,15 +404,15 @@ def test_bad_indices(kind, indices, message):
 @pytest.mark.parametrize(
     ("arguments", "options", "message"),
     [
-        ((0, D, 0.25), {}, r"num_embeddings is 0; it needs to be a whole number of at least 1"),
-        ((K, 0, 0.25), {}, r"embedding_dim is 0; it needs to be a whole number of at least 1"),
-        ((K, D, -0.25), {}, r"commitment_cost is -0.25; it needs to be at least 0"),
-        ((K, D, 0.25), {"encodings": "dense"}, r"encodings is 'dense'; it needs to be one of 'one_hot', 'indices'"),
-        ((K, D, 0.25), {"init": "zeros"}, r"init is 'zeros'; it needs to be one of"),
-        ((K, D, 0.25), {"dead_code_threshold": -1}, r"dead_code_threshold is -1; it needs to be at least 0"),
+        ((0, D, 0.25), {}, r"expected num_embeddings to be a whole number of at least 1, got 0"),
+        ((K, 0, 0.25), {}, r"expected embedding_dim to be a whole number of at least 1, got 0"),
+        ((K, D, -0.25), {}, r"expected commitment_cost to be at least 0, got -0.25"),
+        ((K, D, 0.25), {"encodings": "dense"}, r"expected encodings to be one of 'one_hot', 'indices', got 'dense'"),
+        ((K, D, 0.25), {"init": "zeros"}, r"expected init to be one of .*, got 'zeros'"),
+        ((K, D, 0.25), {"dead_code_threshold": -1}, r"expected dead_code_threshold to be at least 0, got -1"),
     ],
 )
-def test_bad_arguments(arguments, options, message):
+def test_quantizer_bad_arguments_raise(arguments, options, message):
     with pytest.raises(ValueError, match=message):
         VectorQuantizer(*arguments, **options)
     with pytest.raises(ValueError, match=message):

@@ -11,7 +11,7 @@ from dlvae_kernels import VectorQuantizerEMA
 K, D = 24, 6
 
 
-def test_equals_the_notebooks_formula():
+def test_quantizer_ema_steps_equal_the_notebook():
     layer = VectorQuantizerEMA(K, D, 0.25, 0.9, epsilon=1e-3)
     formula = notebook.VectorQuantizerEMA(layer.codebook, 0.25, 0.9, 1e-3)
     for _ in range(10):
@@ -28,7 +28,7 @@ def test_equals_the_notebooks_formula():
         torch.testing.assert_close(actual, expected)
 
 
-def test_quantizes_with_the_codebook_before_the_update():
+def test_quantizer_ema_quantizes_with_the_codebook_before_the_update():
     layer = VectorQuantizerEMA(K, D, 0.25, 0.5, encodings="indices")
     before = layer.codebook.clone()
     _, quantized, _, indices = layer(torch.randn(3, D, 4, 5))
@@ -36,7 +36,7 @@ def test_quantizes_with_the_codebook_before_the_update():
     assert not torch.equal(layer.codebook, before)
 
 
-def test_starts_consistent_so_that_no_code_explodes():
+def test_quantizer_ema_first_step_moves_few_codes_a_little():
     layer = VectorQuantizerEMA(512, D, 0.25, 0.99)
     before = layer.codebook.clone()
     layer(torch.randn(1, D, 2, 2))
@@ -44,7 +44,7 @@ def test_starts_consistent_so_that_no_code_explodes():
     assert (layer.codebook != before).any(1).sum() <= 4
 
 
-def test_state_is_buffers_updated_in_place():
+def test_quantizer_ema_state_is_buffers_updated_in_place():
     layer = VectorQuantizerEMA(K, D, 0.25, 0.9)
     assert list(layer.parameters()) == []
     addresses = {name: buffer.data_ptr() for name, buffer in layer.named_buffers()}
@@ -53,7 +53,7 @@ def test_state_is_buffers_updated_in_place():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_statistics_stay_float32(dtype):
+def test_quantizer_ema_statistics_stay_float32(dtype):
     full, half = (VectorQuantizerEMA(K, D, 0.25, 0.99) for _ in range(2))
     half.load_state_dict(full.state_dict())
     half = torch.nn.Sequential(half).to(dtype)[0]
@@ -69,13 +69,13 @@ def test_statistics_stay_float32(dtype):
     torch.testing.assert_close(half.codebook, full.codebook)
 
 
-def test_can_be_float64():
+def test_quantizer_ema_float64_stays_float64():
     layer = VectorQuantizerEMA(K, D, 0.25, 0.9).double()
     layer(torch.randn(2, D, 4, 4, dtype=torch.float64))
     assert all(buffer.dtype == torch.float64 for buffer in layer.buffers())
 
 
-def test_unused_codes_stay_over_time():
+def test_quantizer_ema_dead_codes_stay_over_time():
     layer = VectorQuantizerEMA(2, 2, 0.25, 0.8)
     with torch.no_grad():
         layer.codebook.copy_(torch.tensor([[0.0, 0.0], [50.0, 50.0]]))
@@ -85,7 +85,7 @@ def test_unused_codes_stay_over_time():
     assert layer.codebook[1].tolist() == [50, 50]
 
 
-def test_converges_to_the_clusters():
+def test_quantizer_ema_converges_to_the_clusters():
     centres = 10 * torch.randn(4, D)
     layer = VectorQuantizerEMA(4, D, 0.25, 0.5, init="kmeans")
     torch.manual_seed(3)
@@ -95,7 +95,7 @@ def test_converges_to_the_clusters():
     assert (torch.cdist(layer.codebook, centres).amin(1) < 0.1).all()
 
 
-def test_takes_a_notebook_checkpoint():
+def test_quantizer_ema_loads_a_notebook_checkpoint():
     torch.manual_seed(1)
     source = torch.nn.Module()
     source._embedding = torch.nn.Embedding(K, D)
@@ -108,7 +108,7 @@ def test_takes_a_notebook_checkpoint():
     assert (layer._ema_cluster_size == 3).all()
 
 
-def test_loading_by_assignment_leaves_the_callers_tensors():
+def test_quantizer_ema_loading_by_assignment_leaves_the_callers_tensors():
     state = {
         "_embedding.weight": torch.nn.Parameter(torch.randn(K, D).bfloat16()),
         "_ema_w": torch.nn.Parameter(torch.randn(K, D)),
@@ -123,7 +123,7 @@ def test_loading_by_assignment_leaves_the_callers_tensors():
     assert all(torch.equal(state[name], before[name]) for name in state)
 
 
-def test_mends_the_untrained_state_of_a_notebook_checkpoint():
+def test_quantizer_ema_untrained_notebook_checkpoint_is_corrected():
     layer = VectorQuantizerEMA(K, D, 0.25, 0.99)
     state = {"_embedding.weight": torch.randn(K, D), "_ema_w": torch.randn(K, D), "_ema_cluster_size": torch.zeros(K)}
     layer.load_state_dict(copy.deepcopy(state))
@@ -136,11 +136,11 @@ def test_mends_the_untrained_state_of_a_notebook_checkpoint():
 @pytest.mark.parametrize(
     ("decay", "epsilon", "message"),
     [
-        (1.5, 1e-5, r"decay is 1.5; it needs to lie in \[0, 1\]"),
-        (-0.1, 1e-5, r"decay is -0.1; it needs to lie in \[0, 1\]"),
-        (0.9, -1, r"epsilon is -1; it needs to be at least 0"),
+        (1.5, 1e-5, r"expected decay to lie in \[0, 1\], got 1.5"),
+        (-0.1, 1e-5, r"expected decay to lie in \[0, 1\], got -0.1"),
+        (0.9, -1, r"expected epsilon to be at least 0, got -1"),
     ],
 )
-def test_bad_arguments(decay, epsilon, message):
+def test_quantizer_ema_bad_arguments_raise(decay, epsilon, message):
     with pytest.raises(ValueError, match=message):
         VectorQuantizerEMA(K, D, 0.25, decay, epsilon)

@@ -68,12 +68,12 @@ def test_the_notebooks_hyper_parameters(model, init):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--updates", "0"], "updates is 0; it needs to be a whole number of at least 1"),
-        (["--hiddens", "1"], "hiddens is 1; it needs to be a whole number of at least 2"),
-        (["--seed", "-1"], r"seed is -1; it needs to be a whole number in \[0, 4294967295\]"),
-        (["--lr", "inf"], "lr is inf; it needs to lie in"),
-        (["--batch-size", "-1"], "batch_size is -1"),
-        (["--lr", "-1"], "lr is -1.0; it needs to lie in"),
+        (["--updates", "0"], "expected updates to be a whole number of at least 1, got 0"),
+        (["--hiddens", "1"], "expected hiddens to be a whole number of at least 2, got 1"),
+        (["--seed", "-1"], r"expected seed to be a whole number in \[0, 4294967295\], got -1"),
+        (["--lr", "inf"], r"expected lr to lie in .*, got inf"),
+        (["--batch-size", "-1"], "expected batch_size to be a whole number of at least 1, got -1"),
+        (["--lr", "-1"], r"expected lr to lie in .*, got -1.0"),
         (["--decay", "0"], r"decay is 0.0; vqvae-ema needs it in \(0, 1\]"),
         (["--model", "gan"], "invalid choice: 'gan'"),
         (["--resume", "no/such/run"], "--resume no/such/run: there is no"),

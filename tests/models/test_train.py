@@ -234,7 +234,7 @@ def test_bad_data_and_sizes_say_so(images, tmp_path):
     message = f"error: {ROOT / 'nowhere'} is not a folder; --data folder:PATH needs one that holds images"
     assert result.stderr.strip() == message
     result = train("--model", "dlvae", *images, "--sparsity-level", 33, "--out", tmp_path / "b")
-    assert "sparsity_level is 33; it needs to be a whole number in [1, 32]" in result.stderr
+    assert "expected sparsity_level to be a whole number in [1, 32], got 33" in result.stderr
     assert not (tmp_path / "a").exists()
     assert not (tmp_path / "b").exists()
     assert report.main([str(tmp_path)]) == 1

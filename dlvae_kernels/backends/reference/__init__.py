@@ -30,6 +30,6 @@ __all__ = [
 ]
 
 
-def why_not(op: str, *args: Any) -> str | None:
-    """None: the reference runs everything."""
+def unavailable_reason(op: str, *args: Any) -> str | None:
+    """Return None: the reference is available for everything."""
     return None

@@ -1,4 +1,4 @@
-"""Reference of `ema_update`: statistics of a batch, and the moving averages that they change."""
+"""Reference of `ema_update`: the statistics of a batch, and the update of the moving averages by them."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ from .segment_sum import segment_sum
 
 
 def ema_statistics(x: Tensor, indices: Tensor, num_codes: int) -> Tensor:
-    rows = x.reshape(-1, x.shape[-1]).to(torch.promote_types(x.dtype, torch.float32))  # [N, D]
-    finite = rows.isfinite().all(1).nonzero().squeeze(1)  # a row that is not would stay in the averages for good
+    vectors = x.reshape(-1, x.shape[-1]).to(torch.promote_types(x.dtype, torch.float32))  # [N, D]
+    # A vector that is not finite would stay in the averages for good.
+    finite = vectors.isfinite().all(1).nonzero().squeeze(1)
     codes = indices.flatten()[finite]
     counts = torch.bincount(codes, minlength=num_codes)
-    return torch.cat([segment_sum(rows, finite, codes, num_codes, None), counts[:, None].to(rows.dtype)], dim=1)
+    return torch.cat([segment_sum(vectors, finite, codes, num_codes, None), counts[:, None].to(vectors.dtype)], dim=1)
 
 
 def ema_step(
@@ -24,6 +25,6 @@ def ema_step(
     embed_sum.lerp_(statistics[:, :-1].to(embed_sum.dtype), 1 - decay)
     total = cluster_size.sum()
     smoothed = (cluster_size + epsilon) / (total + len(codebook) * epsilon) * total  # [K]
-    # A code that no row took stays where it is: smoothing would pull it to the origin step by step.
+    # A code that no vector is assigned to keeps its place: smoothing would pull it to the origin step by step.
     is_used = (counts > 0) & (cluster_size > 0)
     codebook.copy_(torch.where(is_used[:, None], embed_sum / smoothed[:, None], codebook))

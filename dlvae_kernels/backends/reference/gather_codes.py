@@ -1,4 +1,4 @@
-"""Reference of `gather_codes`: rows of the codebook, and the sums of their gradients."""
+"""Reference of `gather_codes`: codes of the codebook, and the sums of their gradients."""
 
 from __future__ import annotations
 
@@ -13,5 +13,5 @@ def gather_codes_fwd(codebook: Tensor, indices: Tensor) -> Tensor:
 
 
 def gather_codes_bwd(grad: Tensor, indices: Tensor, num_codes: int) -> Tensor:
-    rows = grad.reshape(-1, grad.shape[-1]).to(torch.promote_types(grad.dtype, torch.float32))  # [N, D]
-    return segment_sum(rows, None, indices.flatten(), num_codes, None)
+    vectors = grad.reshape(-1, grad.shape[-1]).to(torch.promote_types(grad.dtype, torch.float32))  # [N, D]
+    return segment_sum(vectors, None, indices.flatten(), num_codes, None)

@@ -1,4 +1,4 @@
-"""Reference of `kept_softmax`: logits of a chunk of rows at a time, of which each row keeps k; and the gradients."""
+"""Reference of `kept_softmax`, and its gradients: logits of one chunk of vectors at a time, k selected for each."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-# Elements of one [rows, K] chunk of logits, so that memory stays bounded at any N.
+# Elements of one [n, K] chunk of logits, so that memory stays bounded at any N.
 _CHUNK_ELEMENTS = 2**21
 
 
@@ -15,7 +15,7 @@ def kept_softmax_fwd(x: Tensor, weight: Tensor, bias: Tensor | None, indices: Te
     dtype = torch.promote_types(x.dtype, torch.float32)
     codes = indices.reshape(-1, indices.shape[-1])  # [N, k]
     values = torch.empty(codes.shape, dtype=dtype, device=x.device)
-    # The largest logit m of each row, and the sum of exp(logit - m).
+    # The largest logit m of each vector, and the sum of exp(logit - m).
     sums = values.new_empty(len(codes), 2)
     for part, _, logits in _logit_chunks(x, weight, bias):
         softmax = logits.softmax(1)
@@ -38,14 +38,15 @@ def kept_softmax_bwd(
 ) -> tuple[Tensor, Tensor, Tensor]:
     k = indices.shape[-1]
     codes = indices.reshape(-1, k)  # [N, k]
-    kept = (grad * values).reshape(-1, k)  # [N, k]: the share of the kept values in the gradient of their logits
+    kept = (grad * values).reshape(-1, k)  # [N, k], gradient times value of the selected codes
     slope = kept.sum(1, keepdim=True)  # [N, 1]
     wide = weight.to(kept.dtype)
     empty = kept.new_empty(0)
     grad_x = kept.new_empty(len(codes), x.shape[-1]) if need_x else empty
     grad_weight = kept.new_zeros(wide.shape) if need_weight else empty.clone()
     grad_bias = kept.new_zeros(len(wide)) if need_bias else empty.clone()
-    # The CPU adds in a row in turn; on a GPU, column by column, no two additions meet: either order is fixed.
+    # The sums are bitwise reproducible: the CPU adds along a row in order, and on a GPU one column at a time has no two
+    # additions to one element.
     step = k if x.device.type == "cpu" else 1
     for part, rows, logits in _logit_chunks(x, weight, bias):
         grad_logits = logits.softmax(1).mul_(-slope[part])
@@ -62,7 +63,7 @@ def kept_softmax_bwd(
 
 
 def _logit_chunks(x: Tensor, weight: Tensor, bias: Tensor | None) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """Rows [n, D] and their logits [n, K], in at least float32."""
+    """Chunks of vectors [n, D] and their logits [n, K], in at least float32."""
     dtype = torch.promote_types(x.dtype, torch.float32)
     rows, wide = x.reshape(-1, x.shape[-1]), weight.to(dtype)
     offset = wide.new_zeros(len(wide)) if bias is None else bias.to(dtype)

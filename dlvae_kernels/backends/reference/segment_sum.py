@@ -1,4 +1,4 @@
-"""Sums of rows grouped by code, without atomics: the same bits at every run, on the CPU and on CUDA."""
+"""Sums of vectors grouped by code, without atomics: bitwise reproducible on the CPU and on CUDA."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag, pad
 
-# The most terms of a sum that are added one after another: the error of such a chain grows with its length.
+# The largest number of terms that are added one after another, since the error of a chain grows with its length.
 CHAIN = 128
 
 
@@ -23,7 +23,7 @@ def segment_sum(rows: Tensor, row_of: Tensor | None, codes: Tensor, num_codes: i
     """
     if len(codes) == 0:
         return rows.new_zeros(num_codes, rows.shape[1])
-    order = codes.argsort(stable=True)  # [P]: pairs by code, and within a code by their place
+    order = codes.argsort(stable=True)  # [P]: pairs by code, and within a code by position
     source = order if row_of is None else row_of[order]
     per_pair = None if weights is None else weights[order]
     counts = torch.bincount(codes, minlength=num_codes)
@@ -58,5 +58,5 @@ def _places_of(sizes: Tensor, total: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _sum_bags(source: Tensor, rows: Tensor, starts: Tensor, weights: Tensor | None) -> Tensor:
-    """Sums of rows[source] over [starts[i], starts[i + 1]), each in turn."""
+    """Sums of rows[source] over [starts[i], starts[i + 1]), in order."""
     return embedding_bag(source, rows, starts, mode="sum", per_sample_weights=weights, include_last_offset=True)

@@ -1,4 +1,4 @@
-"""Reference of `sparse_decode`: each row is a weighted sum of k atoms; and the gradients of that sum."""
+"""Reference of `sparse_decode`, and its gradients: each vector is a weighted sum of k atoms."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .segment_sum import CHAIN, segment_sum
 
 # Elements of one temporary chunk in the backward.
 _CHUNK_ELEMENTS = 2**21
-# Above this K / k the backward gathers the kept atoms; below, products with all atoms are cheaper.
+# Above this K / k the backward gathers the selected atoms; below, products with all atoms are cheaper.
 _GATHER_ABOVE = 64
 
 
@@ -22,7 +22,7 @@ def sparse_decode_fwd(values: Tensor, indices: Tensor, dictionary: Tensor) -> Te
 
 
 def _sums_of_atoms(values: Tensor, indices: Tensor, dictionary: Tensor) -> Tensor:
-    """Sum of the k atoms of each row: [N, D]. The sums of at most CHAIN atoms are added pairwise."""
+    """Sum of the k atoms of each vector: [N, D]. Sums of at most CHAIN atoms are added pairwise."""
     k = indices.shape[1]
     if k <= CHAIN:
         return embedding_bag(indices, dictionary, mode="sum", per_sample_weights=values)
@@ -52,25 +52,26 @@ def sparse_decode_bwd(
 
 
 def _products(rows: Tensor, atoms: Tensor, dictionary: Tensor) -> Tensor:
-    """Inner product of each row [N, D] with its atoms [N, k], out of those with all: [N, k]."""
+    """Inner products of each vector [N, D] with its atoms [N, k], taken from those with all atoms: [N, k]."""
     parts = zip(rows.split(chunk := _rows_of(len(dictionary))), atoms.split(chunk), strict=True)
     return torch.cat([(row @ dictionary.T).gather(1, atom) for row, atom in parts])
 
 
 def _products_by_gather(rows: Tensor, atoms: Tensor, dictionary: Tensor) -> Tensor:
-    """As `_products`, of the kept atoms alone."""
+    """The same as `_products`, computed for the selected atoms alone."""
     parts = zip(rows.split(chunk := _rows_of(atoms.shape[1] * rows.shape[1])), atoms.split(chunk), strict=True)
     return torch.cat([(row[:, None] * dictionary[atom]).sum(2) for row, atom in parts])
 
 
 def _sums(rows: Tensor, coefficients: Tensor, atoms: Tensor, num_atoms: int) -> Tensor:
-    """Sum over rows [N, D] of each row times its coefficient for an atom [N, k], by dense coefficients: [K, D].
+    """Sum of vectors [N, D] weighted by their coefficients [N, k] for each atom, by dense coefficients: [K, D].
 
-    Products are of blocks of CHAIN rows; their sums are added in float64.
+    Products are taken of blocks of CHAIN vectors, and their sums are added in float64.
     """
     sums = rows.new_zeros(num_atoms, rows.shape[1], dtype=torch.float64)
     chunk = CHAIN * -(-_rows_of(num_atoms) // CHAIN)
-    # The CPU adds in a row in turn; on a GPU, column by column, no two additions meet: either order is fixed.
+    # The sums are bitwise reproducible: the CPU adds along a row in order, and on a GPU one column at a time has no two
+    # additions to one element.
     step = atoms.shape[1] if rows.device.type == "cpu" else 1
     for row, coefficient, atom in zip(rows.split(chunk), coefficients.split(chunk), atoms.split(chunk), strict=True):
         missing = -len(row) % CHAIN
@@ -83,11 +84,11 @@ def _sums(rows: Tensor, coefficients: Tensor, atoms: Tensor, num_atoms: int) -> 
 
 
 def _sums_by_segment(rows: Tensor, coefficients: Tensor, atoms: Tensor, num_atoms: int) -> Tensor:
-    """As `_sums`, by sorting the pairs of row and atom."""
+    """The same as `_sums`, by sorting the pairs of vector and atom."""
     row_of = torch.arange(len(rows), device=rows.device).repeat_interleave(atoms.shape[1])  # [N * k]
     return segment_sum(rows, row_of, atoms.flatten(), num_atoms, coefficients.flatten())
 
 
 def _rows_of(elements: int) -> int:
-    """How many rows of that many elements make a chunk."""
+    """The number of vectors with that many elements that make a chunk."""
     return max(1, _CHUNK_ELEMENTS // elements)

@@ -34,7 +34,7 @@ _LEAST_CAPABILITY = (8, 0)
 _TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.int64)
 
 
-def why_not(op: str, *args: Any) -> str | None:
+def unavailable_reason(op: str, *args: Any) -> str | None:
     """Why this backend cannot run `op` on `args`; None if it can."""
     if importlib.util.find_spec("triton") is None:
         return "the package triton is not installed"
