@@ -312,7 +312,8 @@ def test_kept_softmax(cpu, data):
     exact, _ = reference.kept_softmax_fwd(*map(double, (x, weight, bias)), indices)
     assert values.dtype == sums.dtype == torch.float32
     assert sums.shape == like_sums.shape
-    assert_accurate(values, exact, like)
+    # The rounding of logits, whose size is not bounded, is a relative error of their exponentials.
+    assert_accurate(values, exact, like, floor=5e-6)
     grad = tensor(data, *indices.shape, types=(torch.float32,), scale=False)
     needs = data.draw(st.booleans()), data.draw(st.booleans()), bias is not None and data.draw(st.booleans())
     args = x, weight, bias, indices, *needs
