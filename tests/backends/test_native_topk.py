@@ -310,3 +310,13 @@ def test_errors_name_the_argument():
     ):
         with pytest.raises(RuntimeError, match=message):
             call()
+
+
+def test_topk_distances_of_centred_codes_are_those_of_differences():
+    # Most codes lie around 1.5, where they are centred; one code and a vector near 0 are far from that centre.
+    codes = torch.tensor([0.391, 1.515, 0.911, 0.4915, 1.5155, 1.4836, -0.03854416, 1.7116, 1.5087])[:, None]
+    x = torch.linspace(-0.4, 0.4, 400)[:, None]
+    with use_backend("native"):
+        indices, distances = topk_codes(x, codes, 1)
+    exact = (x.double() - codes.double()[indices[:, 0]]).square()
+    torch.testing.assert_close(distances, exact.float(), rtol=2e-7, atol=1e-30)

@@ -188,7 +188,9 @@ class TopkSearch {
       for (int64_t i = 0; i < wanted_; ++i) indices[i] = t_.ids[indices[i]];
     // Where little is left of |x|^2 and the score, the distance is found by differences.
     if (!t_.is_product) {
-      const double certain = 0x1p12 * unit * ((double)kept.margin + (double)own_error(scores[0]));
+      // A centre may lie far from the row and the code, whose distance its rounding must not show in.
+      const double factor = t_.centre == nullptr ? 0x1p12 : 0x1p22;
+      const double certain = factor * unit * ((double)kept.margin + (double)own_error(scores[0]));
       for (int64_t i = 0; i < wanted_ && !((double)values[i] > certain); ++i)
         values[i] = (float)squared_distance(x, t_.codes + indices[i] * t_.features, t_.features);
     }
