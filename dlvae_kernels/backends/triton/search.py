@@ -219,9 +219,9 @@ def _search_kernel(
         index = tl.where(is_nearer, code, index)
         first = tl.min(tl.where(firsts > first[:, None], firsts, NO_CODE), axis=1)
         pending = (first < NO_CODE) & (first // BLOCK_K == first_tile)
+    is_lost = distance == float("inf")
     length = power_of_two(-distance_shift)
     distance = distance * distance_weight * length * length
-    is_lost = distance == float("inf")
     if tl.max(is_lost.to(tl.int32), axis=0) > 0:
         # No distance is finite: a row that holds NaN takes 0, another one the first code that is not NaN.
         has_nan = tl.zeros([BLOCK_N], tl.int32)

@@ -80,7 +80,9 @@ def search_config(num_features: int, num_codes: int, dtype: torch.dtype, splits:
     packed = splits and 3 * num_features + 3 <= 32
     bytes_per_feature = dtype.itemsize * (2 if splits else 1)
     if arch >= 90:
-        block_k, num_warps, look = 128, 8, 32 if packed or arch >= 100 else 64
+        # Small groups of split rows leave few registers for the second look.
+        is_tight = packed or arch >= 100 or (splits and group == 2)
+        block_k, num_warps, look = 128, 8, 32 if is_tight else 64
         # Rows stay in shared memory, as far as that and the registers reach; longer ones are read anew for each tile.
         if splits:
             most = 32 if arch >= 100 else 64 if certifies else 128
