@@ -82,6 +82,7 @@ def test_input_no_dense_tensor_raises_the_remedy(call, kind):
 def test_input_on_a_device_without_float64_raises_the_remedy():
     class OnMps(Tensor):
         device = torch.device("mps")
+        is_mps = True
 
     with pytest.raises(ValueError, match=r"expected x on a device that has float64, got mps; pass x.cpu\(\)"):
         checks.check_tensor("x", OnMps())
