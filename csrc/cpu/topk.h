@@ -22,7 +22,7 @@ struct Topk {
   int64_t k;
   bool is_product;
 
-  // With 'l2' scores are found of codes and rows less `centre`, see centre_of; null where they have none.
+  // Scores are found of codes and, with 'l2', rows less `centre`, see centre_of; null where they have none.
   const float* centre;   // [D]
   const float* centred;  // [K, D]: fl(c - centre), or the codes themselves
 

@@ -47,12 +47,12 @@ struct Codes {
     infinite = (int64_t)others.size();
     others.insert(others.end(), nans.begin(), nans.end());
     packed = (int64_t)ids.size();
-    if (t.is_product) set_long_apart(book);
+    set_long_apart(book);
     for (int64_t i = 0; i < packed; ++i) longest = std::max(longest, book.norms[ids[i]]);
     for (int32_t c : ids) peak = std::max<double>(peak, book.peaks[c]);
   }
 
-  // The error bound of products grows with the longest packed code: few codes far beyond the others go to the end.
+  // The error bound of scores grows with the longest packed code: few codes far beyond the others go to the end.
   void set_long_apart(const Codebook& book) {
     constexpr double FAR = 16;
     const int64_t most = 1 + packed / 64;
@@ -172,11 +172,10 @@ std::tuple<Tensor, Tensor> topk_codes(
     parallel(t.count, grain, [&](int64_t begin, int64_t end) { all.measure_codes(book, begin, end); });
   };
   measure();
-  Array<float> centre, centred;
-  if (!t.is_product)
-    centre = centre_of(t.codes, t.count, t.features, [&](int64_t c) {
-      return std::isfinite(peaks[c]) ? norms[c] : NAN;
-    });
+  const Array<float> centre = centre_of(t.codes, t.count, t.features, [&](int64_t c) {
+    return std::isfinite(peaks[c]) ? norms[c] : NAN;
+  });
+  Array<float> centred;
   if (centre) {
     centred = without_centre(t.codes, t.count, t.features, centre.get());
     t.centre = centre.get();

@@ -22,8 +22,8 @@ inline double exact_score(const Topk& t, const float* x, int64_t code) {
   return -(t.bias == nullptr ? product : product + (double)t.bias[code]);
 }
 
-// A row, and its best codes so far: a heap, null for a row of padding, in which a score that is not finite is the largest number, or infinite where
-// the code or its bias holds NaN.
+// A row, and its best codes so far: a heap, null for a row of padding. A score that is not finite is the largest number
+// there, or infinite where the code or its bias holds NaN.
 struct FewTopkRow {
   const float* x;
   Exact* heap;
@@ -125,8 +125,8 @@ DLVAE_INLINE void search_few_topk(
   for (int r = 0; r < R; ++r) compare_few_topk(t, each + r * C, code, C, rows[r]);
 }
 
-// The best of codes [begin, end) for each of the rows x [count, ld], which are padded with zeros to whole vectors and to
-// a multiple of FEW_GROUP rows; to found [count, k], in any order, beyond the last code with the place -1.
+// The best of codes [begin, end) for each of the rows x [count, ld], which are padded with zeros to whole vectors and
+// to a multiple of FEW_GROUP rows; to found [count, k], in any order, beyond the last code with the place -1.
 inline void topk_few(
     const Topk& t, const float* x, int64_t ld, int64_t count, int64_t begin, int64_t end, Exact* found) {
   const int64_t whole = count <= 2 ? count : (count + FEW_GROUP - 1) / FEW_GROUP * FEW_GROUP;

@@ -273,12 +273,14 @@ int64_t search_block(const Codebook& book, const float* x, int64_t count, Block<
       const int64_t beyond = begin + (is_grouped ? GROUP * PANEL : 1), end = beyond < book.count ? beyond : book.count;
       float margin = block.margins[r];
       if constexpr (A::IS_BOUND) {
-        double norm = 0;
+        float norm = 0;
         for (int64_t k = begin; k < end; k += step) {
-          const bool is_longer = is_finite(book.peaks[k]) && book.norms[k] * book.scale <= LARGEST_NORM;
-          if (is_longer && book.norms[k] > norm) norm = book.norms[k];
+          const float own = (float)(book.norms[k] * book.scale);
+          // What a score is at least, with room for its error: longer codes cannot have the best one.
+          const bool can_be_best = is_finite(book.peaks[k]) && own * (0.45f * own - 1.1f * margin) <= best;
+          if (can_be_best && own > norm) norm = own;
         }
-        margin = 2.01f * A::error(book, margin, (float)(norm * book.scale));
+        margin = 2.01f * A::error(book, margin, norm);
       }
       const typename A::Score threshold = A::sum(best, margin);
       if (second <= threshold) {

@@ -2,8 +2,8 @@
 //
 // Scores are found in float32, a block of rows and a chunk of codes at a time. Each row keeps the codes whose score may
 // be among its k best: a bound on the rounding says how far above another score that is. They are sorted by score; only
-// where neighbours lie within that bound are they compared in float64, each pair of a row and a code by itself. One code
-// stands for all that equal it, which follow it.
+// where neighbours lie within that bound are they compared in float64, each pair of a row and a code by itself. One
+// code stands for all that equal it, which follow it.
 #pragma once
 
 #include "../topk.h"
@@ -32,13 +32,14 @@ class TopkSearch {
         is_one_chunk_(t.packed <= CODES),
         block_(rows_of_block(t)),
         x_(block_ * t.features),
-        centred_(t.centre ? block_ * t.features : 0),
+        centred_(t.centre && !t.is_product ? block_ * t.features : 0),
         scores_(block_ * CODES),
         kept_(block_),
         found_(capacity_ * (is_one_chunk_ ? 1 : block_)),
         places_(capacity_ * (is_one_chunk_ ? 1 : block_)),
         sorted_(capacity_),
         sorted_places_(capacity_),
+        centre_norm_(t.centre ? __builtin_sqrt(squared_norm(t.centre, t.features)) : 0),
         exact_(t.count),
         merged_(t.count),
         known_(t.next ? wanted_ : 0),
@@ -54,6 +55,7 @@ class TopkSearch {
     float bound;     // at least k scores are at most this
     float margin;    // how far the score of a code may be from what it is for the share of the row in it
     double square;   // |x|^2
+    double offset;   // of the distance or the product beside the score
     bool is_exact;   // compared in float64 with all codes
     double unit;     // of a score in float64: rows of subnormal numbers are scaled up
   };
@@ -85,8 +87,10 @@ class TopkSearch {
     // does not tell the distances apart have to tie.
     margin += (double)t_.features * 0x1p-120;
     if (!t_.is_product) margin += (double)(t_.features + 2) * 0x1p-53 * row.square * (double)t_.scale;
-    // The roundings of a centred row, and twice that of a centred code.
+    // The roundings of a centred row and a centred code, and its square.
     if (t_.centre) margin += 0x1.1p-23 * t_.norm * (size + t_.norm / (double)t_.scale / 2);
+    // Products with the centre are part of those that float64 rounds.
+    if (t_.is_product) margin += (double)(t_.features + 2) * 0x1p-53 * centre_norm_ * size * (double)t_.scale;
     row.margin = (float)margin;
     row.count = 0;
     row.bound = LARGEST_SCORE;
@@ -98,14 +102,18 @@ class TopkSearch {
     const int64_t whole = whole_tiles(count);
     for (int64_t i = count * features; i < whole * features; ++i) x_[i] = 0;
     const float* scored = x_;
-    if (t_.centre) {
+    if (t_.centre && !t_.is_product) {
       for (int64_t r = 0; r < whole; ++r)
         for (int64_t d = 0, i = r * features; d < features; ++d, ++i) centred_[i] = x_[i] - t_.centre[d];
       scored = centred_;
     }
     for (int64_t r = 0; r < count; ++r) {
+      const float* x = x_ + r * features;
       scale_up(x_ + r * features, kept_[r]);
       measure(scored + r * features, kept_[r]);
+      kept_[r].offset = t_.is_product ? 0 : kept_[r].square;
+      // Of the row as it is, which differs from the rounded one.
+      if (t_.centre) kept_[r].offset = (t_.is_product ? product_of : squared_distance)(x, t_.centre, features);
     }
     for (int64_t c = 0; c < t_.packed; c += CODES) {
       const int64_t n = c + CODES < t_.packed ? CODES : t_.packed - c;
@@ -164,9 +172,10 @@ class TopkSearch {
   void finish(int64_t row, Kept& kept, const float* x, float* found, int32_t* places) {
     if (!is_one_chunk_ && kept.count > wanted_ + wanted_ / 8 + 8) tighten(kept, found, places);
     for (int64_t i = 0; i < t_.apart; ++i) {
-      const double score = exact_score(t_, x, t_.ids[t_.packed + i]) * (double)t_.scale;
-      const bool is_large = !(score > -LARGEST_SCORE && score < LARGEST_SCORE);
-      found[kept.count] = is_large ? -LARGEST_SCORE : (float)score;
+      const double exact = exact_score(t_, x, t_.ids[t_.packed + i]);
+      const double score = (t_.is_product ? exact + kept.offset : (exact - kept.offset) / 2) * (double)t_.scale;
+      const float above = score < LARGEST_SCORE ? (float)score : LARGEST_SCORE;
+      found[kept.count] = above > -LARGEST_SCORE ? above : -LARGEST_SCORE;
       places[kept.count++] = (int32_t)(t_.packed + i);
     }
     const int64_t n = kept.count;
@@ -181,7 +190,7 @@ class TopkSearch {
     int64_t* indices = t_.indices + row * t_.k;
     float* values = t_.values + row * t_.k;
     const double unit = (t_.is_product ? -kept.unit : 2.0) / (double)t_.scale;
-    const double offset = t_.is_product ? 0 : kept.square;
+    const double offset = kept.offset * kept.unit;
     for (int64_t i = 0; i < wanted_; ++i) values[i] = (float)((double)scores[i] * unit + offset);
     for (int64_t i = 0; i < wanted_; ++i) indices[i] = sorted_places_[i];
     if (t_.ids != nullptr)
@@ -282,8 +291,10 @@ class TopkSearch {
     if (square - square != 0) return search_by_index(kept, x, indices, values);
     float least = __builtin_inff();
     for (int64_t d = 0; d < t_.features; ++d) least = __builtin_fabsf(x[d]) < least ? __builtin_fabsf(x[d]) : least;
-    // Beside features so large those of the codes vanish, even in float64: all distances are the same.
-    const bool are_equal = !t_.is_product && !t_.centre && (double)least > 0x1p54 * t_.peak;
+    // Beside features so large those of the codes vanish, even in float64: all distances are the same. The codes come in
+    // ascending order where none is apart.
+    const bool vanish = !t_.is_product && !t_.centre && (double)least > 0x1p54 * t_.peak;
+    const bool are_equal = vanish && t_.apart == 0;
     int64_t n = 0;
     double score = 0;
     for (int64_t i = 0; i < t_.packed + t_.apart && !(are_equal && n == wanted_); ++i) {
@@ -333,6 +344,7 @@ class TopkSearch {
   Buffer<int32_t> places_;
   Buffer<float> sorted_;
   Buffer<int32_t> sorted_places_;
+  const double centre_norm_;
   Buffer<Exact> exact_, merged_;  // [K]
   // Where codes are repeated: the scores in float64 of those found, NaN where that is not known and differs from all
   // others; and those found, with their values.
