@@ -106,8 +106,22 @@ DLVAE_INLINE void search_few_rows(const Codebook& book, int64_t ld, int64_t code
   for (int r = 0; r < R; ++r) compare_few(book, each + r * C, code, C, rows[r]);
 }
 
-// Rows that are searched together, if there are more than two.
+// The number of rows that are searched together if there are more than two.
 constexpr int FEW_GROUP = 4;
+
+// Calls f(Constant<R>, first row, first code, number of codes) for each group of R rows and at most WIDTH / R of the
+// codes [begin, end). The last group of rows may extend beyond `count`.
+template <class F>
+DLVAE_INLINE void for_few_groups(int64_t count, int64_t begin, int64_t end, const F& f) {
+  const auto go = [&](auto group) {
+    constexpr int R = decltype(group)::value, C = WIDTH / R;
+    for (int64_t k = begin; k < end; k += C)
+      for (int64_t r = 0; r < count; r += R) f(group, r, k, end - k < C ? end - k : C);
+  };
+  if (count == 1) return go(Constant<1>{});
+  if (count == 2) return go(Constant<2>{});
+  go(Constant<FEW_GROUP>{});
+}
 
 // The nearest of codes [begin, end) to each of the rows x [count, ld], which are padded with zeros to whole vectors and
 // to a multiple of FEW_GROUP rows; to found. A code with NaN is never found, nor any for a row that is not finite.
@@ -120,18 +134,9 @@ inline void search_few(
     for (int64_t d = 0; d < book.features; ++d) is_searched &= is_finite(x[r * ld + d]);
     rows[r] = {x + r * ld, {0, -1}, is_searched ? __builtin_inff() : -1.0f};
   }
-  const auto go = [&](auto group) {
-    constexpr int R = decltype(group)::value, C = WIDTH / R;
-    for (int64_t k = begin; k < end; k += C)
-      for (int64_t r = 0; r < whole; r += R) search_few_rows<R>(book, ld, k, end - k < C ? end - k : C, rows + r);
-  };
-  if (count == 1) {
-    go(Constant<1>{});
-  } else if (count == 2) {
-    go(Constant<2>{});
-  } else {
-    go(Constant<FEW_GROUP>{});
-  }
+  for_few_groups(count, begin, end, [&](auto group, int64_t r, int64_t k, int64_t n) {
+    search_few_rows<decltype(group)::value>(book, ld, k, n, rows + r);
+  });
   for (int64_t r = 0; r < count; ++r) found[r] = rows[r].nearest;
 }
 

@@ -138,19 +138,9 @@ inline void topk_few(
     norms[r] = (float)(__builtin_sqrt(squared_norm(x + r * ld, t.features)) * 1.0001);
     for (int64_t i = 0; is_row && i < t.k; ++i) rows[r].heap[i].place = -1;
   }
-  const auto go = [&](auto group) {
-    constexpr int R = decltype(group)::value, C = WIDTH / R;
-    for (int64_t k = begin; k < end; k += C)
-      for (int64_t r = 0; r < whole; r += R)
-        search_few_topk<R>(t, ld, k, end - k < C ? end - k : C, norms + r, rows + r);
-  };
-  if (count == 1) {
-    go(Constant<1>{});
-  } else if (count == 2) {
-    go(Constant<2>{});
-  } else {
-    go(Constant<FEW_GROUP>{});
-  }
+  for_few_groups(count, begin, end, [&](auto group, int64_t r, int64_t k, int64_t n) {
+    search_few_topk<decltype(group)::value>(t, ld, k, n, norms + r, rows + r);
+  });
 }
 
 }  // namespace
