@@ -1,7 +1,7 @@
 // The private operations dlvae_native::, one for each dlvae:: operation that the compiled kernels can run.
 #include <torch/csrc/stable/library.h>
 
-#include "cpu/operations.h"
+#include "cpu/operations_cpu.h"
 #include "schemas.h"
 
 STABLE_TORCH_LIBRARY(dlvae_native, m) {

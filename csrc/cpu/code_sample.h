@@ -5,7 +5,7 @@
 #include <cmath>
 #include <vector>
 
-#include "tensors.h"
+#include "tensors_cpu.h"
 
 namespace dlvae {
 

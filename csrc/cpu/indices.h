@@ -1,7 +1,7 @@
 // Indices that a caller gives, and numbers that go with them.
 #pragma once
 
-#include "tensors.h"
+#include "tensors_cpu.h"
 
 namespace dlvae {
 

@@ -1,6 +1,6 @@
 #pragma once
 
-#include "tensors.h"
+#include "tensors_cpu.h"
 
 namespace dlvae {
 

@@ -2,7 +2,7 @@
 #include <atomic>
 #include <chrono>
 
-#include "operations.h"
+#include "operations_cpu.h"
 
 double dlvae::search_rate() {
   const Kernels& k = kernels();

@@ -6,7 +6,7 @@
 #include <memory>
 
 #include "device.cuh"
-#include "tensors.h"
+#include "tensors_cuda.h"
 
 namespace dlvae {
 

@@ -2,7 +2,7 @@
 
 #include "launch.h"
 #include "parts.cuh"
-#include "rows.cuh"
+#include "rows_cuda.cuh"
 
 namespace dlvae {
 namespace {

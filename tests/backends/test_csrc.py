@@ -29,3 +29,11 @@ def test_kernels_use_nothing_that_instruction_sets_would_share():
         included = {line.split()[1] for line in file.read_text().splitlines() if line.startswith("#include")}
         assert {name for name in included if name[0] == "<"} <= {"<stdint.h>", "<string.h>", "<immintrin.h>"}, file
         assert "std::" not in file.read_text(), file
+
+
+def test_csrc_file_names_tell_where_a_file_is():
+    """A name stands in one folder: an error message or an editor's tab that shows it alone is unambiguous."""
+    folders: dict[str, set[Path]] = {}
+    for file in (ROOT / "csrc").rglob("*.*"):
+        folders.setdefault(file.stem, set()).add(file.parent)
+    assert {stem: paths for stem, paths in folders.items() if len(paths) > 1} == {}

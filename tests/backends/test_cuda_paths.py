@@ -13,7 +13,7 @@ from dlvae_kernels.testing import assert_accurate, assert_same_topk, exact_dista
 
 from .test_native_fuzz import THREADED
 
-# As csrc/tests/cuda/device.cpp has them.
+# As csrc/tests/cuda/device_emulated.cpp has them.
 MULTIPROCESSORS, CHUNK_ELEMENTS = 3, 1 << 15
 TILE = 128
 

@@ -4,7 +4,7 @@
 #pragma once
 
 #include "../codebook.h"
-#include "rows.h"
+#include "rows_kernel.h"
 #include "simd.h"
 #include "transpose.h"
 

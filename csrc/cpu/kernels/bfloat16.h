@@ -6,7 +6,7 @@
 #include "arithmetic.h"
 
 #if defined(DLVAE_AMX)
-#include "tiles.h"
+#include "amx_tiles.h"
 
 namespace {
 

@@ -1,7 +1,7 @@
 // Comparisons of floats as bits, one an element, and what is built from them.
 #pragma once
 
-#include "rows.h"
+#include "rows_kernel.h"
 #include "simd.h"
 
 namespace {

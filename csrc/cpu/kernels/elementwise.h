@@ -2,7 +2,7 @@
 #pragma once
 
 #include "buffer.h"
-#include "rows.h"
+#include "rows_kernel.h"
 #include "weighted_sum.h"
 
 namespace {

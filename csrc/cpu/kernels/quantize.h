@@ -1,7 +1,7 @@
 // Rows replaced by their nearest codes, with half the errors and the sum of squared errors, in the pass that searches.
 #pragma once
 
-#include "search.h"
+#include "search_kernel.h"
 
 namespace {
 

@@ -4,12 +4,12 @@
 #include "../kernels.h"
 #include "elementwise.h"
 #include "quantize.h"
-#include "rows.h"
-#include "search.h"
-#include "segment_sum.h"
-#include "sparse_decode.h"
-#include "softmax.h"
-#include "topk.h"
+#include "rows_kernel.h"
+#include "search_kernel.h"
+#include "segment_sum_kernel.h"
+#include "sparse_decode_kernel.h"
+#include "softmax_kernel.h"
+#include "topk_kernel.h"
 
 namespace {
 

@@ -15,6 +15,6 @@
 #include "block.h"
 #include "half.h"
 #include "intrinsics.h"
-#include "ptx.h"
+#include "ptx_emulated.h"
 #include "vectors.h"
 #include "warp.h"

@@ -4,7 +4,7 @@
 #include <tuple>
 
 #include "code_sample.h"
-#include "operations.h"
+#include "operations_cpu.h"
 
 namespace dlvae {
 namespace {

@@ -4,7 +4,7 @@
 #include <string>
 
 #include "../operations.h"
-#include "tensors.h"
+#include "tensors_cpu.h"
 
 namespace dlvae {
 

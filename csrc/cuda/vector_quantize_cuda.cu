@@ -1,8 +1,8 @@
 #include "../operations.h"
 #include "launch.h"
-#include "rows.cuh"
-#include "search.h"
-#include "segment_sum.h"
+#include "rows_cuda.cuh"
+#include "search_cuda.h"
+#include "segment_sum_cuda.h"
 
 namespace dlvae {
 namespace {

@@ -1,7 +1,7 @@
 #include <cstring>
 
 #include "indices.h"
-#include "operations.h"
+#include "operations_cpu.h"
 
 namespace dlvae {
 namespace {

@@ -1,7 +1,7 @@
 // The index of the nearest code of each row, exact whatever `precision` asks for.
 #include <atomic>
 
-#include "operations.h"
+#include "operations_cpu.h"
 #include "packed_codebook.h"
 
 namespace dlvae {

@@ -1,4 +1,4 @@
-#include "rows.cuh"
+#include "rows_cuda.cuh"
 
 namespace dlvae {
 namespace {

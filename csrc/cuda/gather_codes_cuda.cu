@@ -1,6 +1,6 @@
 #include "../operations.h"
 #include "launch.h"
-#include "segment_sum.h"
+#include "segment_sum_cuda.h"
 
 namespace dlvae {
 namespace {

@@ -1,7 +1,7 @@
-#include "segment_sum.h"
+#include "segment_sum_cuda.h"
 
 #include "launch.h"
-#include "rows.cuh"
+#include "rows_cuda.cuh"
 #include "sort.h"
 
 namespace dlvae {

@@ -8,7 +8,7 @@
 #include "buffer.h"
 #include "exponential.h"
 #include "product.h"
-#include "rows.h"
+#include "rows_kernel.h"
 
 namespace {
 

@@ -1,7 +1,7 @@
 #include "../operations.h"
 #include "launch.h"
-#include "rows.cuh"
-#include "segment_sum.h"
+#include "rows_cuda.cuh"
+#include "segment_sum_cuda.h"
 
 namespace dlvae {
 namespace {

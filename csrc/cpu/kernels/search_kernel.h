@@ -14,7 +14,7 @@
 #include "few_rows.h"
 #include "int16.h"
 #include "measure.h"
-#include "rows.h"
+#include "rows_kernel.h"
 
 namespace {
 

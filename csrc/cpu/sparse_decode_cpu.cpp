@@ -1,5 +1,5 @@
-#include "operations.h"
-#include "segment_sum.h"
+#include "operations_cpu.h"
+#include "segment_sum_cpu.h"
 
 namespace dlvae {
 namespace {

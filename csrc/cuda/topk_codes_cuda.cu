@@ -6,7 +6,7 @@
 #include "launch.h"
 #include "parts.cuh"
 #include "products.h"
-#include "rows.cuh"
+#include "rows_cuda.cuh"
 
 namespace dlvae {
 namespace {

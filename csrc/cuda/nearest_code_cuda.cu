@@ -1,7 +1,7 @@
 #include "../operations.h"
 #include "launch.h"
-#include "rows.cuh"
-#include "search.h"
+#include "rows_cuda.cuh"
+#include "search_cuda.h"
 
 namespace dlvae {
 namespace {

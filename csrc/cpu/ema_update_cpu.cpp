@@ -1,8 +1,8 @@
 #include <atomic>
 #include <cmath>
 
-#include "operations.h"
-#include "segment_sum.h"
+#include "operations_cpu.h"
+#include "segment_sum_cpu.h"
 
 namespace dlvae {
 namespace {

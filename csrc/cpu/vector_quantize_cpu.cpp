@@ -1,7 +1,7 @@
 // Search, codes, losses and counts in one pass over x; and their gradients.
-#include "operations.h"
+#include "operations_cpu.h"
 #include "packed_codebook.h"
-#include "segment_sum.h"
+#include "segment_sum_cpu.h"
 
 namespace dlvae {
 namespace {

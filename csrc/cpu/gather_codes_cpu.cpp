@@ -1,6 +1,6 @@
 #include "indices.h"
-#include "operations.h"
-#include "segment_sum.h"
+#include "operations_cpu.h"
+#include "segment_sum_cpu.h"
 
 namespace dlvae {
 

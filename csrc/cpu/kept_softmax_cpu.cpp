@@ -2,7 +2,7 @@
 #include <optional>
 #include <tuple>
 
-#include "operations.h"
+#include "operations_cpu.h"
 
 namespace dlvae {
 namespace {

@@ -1,4 +1,4 @@
-#include "tensors.h"
+#include "tensors_cpu.h"
 
 namespace dlvae {
 

@@ -3,7 +3,7 @@
 
 #include "../segments.h"
 #include "buffer.h"
-#include "rows.h"
+#include "rows_kernel.h"
 #include "weighted_sum.h"
 
 namespace {

@@ -1,4 +1,4 @@
-#include "segment_sum.h"
+#include "segment_sum_cpu.h"
 
 #include <algorithm>
 

@@ -1,10 +1,10 @@
-#include "search.h"
+#include "search_cuda.h"
 
 #include <cfloat>
 
 #include "launch.h"
 #include "parts.cuh"
-#include "rows.cuh"
+#include "rows_cuda.cuh"
 #include "tiles.cuh"
 
 namespace dlvae {
