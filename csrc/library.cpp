@@ -2,7 +2,6 @@
 #include <torch/csrc/stable/library.h>
 
 #include "cpu/operations_cpu.h"
-#include "schemas.h"
 
 STABLE_TORCH_LIBRARY(dlvae_native, m) {
   dlvae::define_operations(m);

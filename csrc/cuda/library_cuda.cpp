@@ -2,8 +2,6 @@
 #include "../operations.h"
 
 #if defined(DLVAE_EMULATE_CUDA)
-#include "../schemas.h"
-
 STABLE_TORCH_LIBRARY(dlvae_emulated, m) { dlvae::define_operations(m); }
 
 STABLE_TORCH_LIBRARY_IMPL(dlvae_emulated, CPU, m) { dlvae::implement_operations(m); }
