@@ -10,8 +10,10 @@
 
 #include "kernels.h"
 
-#if defined(DLVAE_X86) && defined(__linux__)
+#if defined(DLVAE_X86)
 #include <cpuid.h>
+#endif
+#if defined(DLVAE_X86) && defined(__linux__)
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
@@ -20,6 +22,12 @@ namespace dlvae {
 namespace {
 
 #if defined(DLVAE_X86)
+// Clang's __builtin_cpu_supports does not know this name.
+bool has_f16c() {
+  unsigned a, b, c, d;
+  return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C) != 0;
+}
+
 // Whether there are tiles for bfloat16, and the system lets this process have them: it must be asked.
 bool has_tiles() {
 #if defined(DLVAE_EMULATE_TILES)
@@ -42,8 +50,7 @@ bool has_tiles() {
 const InstructionSet* instruction_sets(int* count) {
 #if defined(DLVAE_X86)
   __builtin_cpu_init();
-  static const bool avx2 =
-      __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  static const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c();
   static const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                              __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   static const bool vnni = avx512 && __builtin_cpu_supports("avx512vnni");

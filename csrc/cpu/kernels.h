@@ -3,16 +3,15 @@
 
 #include <stdint.h>
 
-#include "codebook.h"
 #include "../rows.h"
+#include "codebook.h"
 #include "segments.h"
-
-// Clang does not know `#pragma GCC target`: what it compiles is portable alone.
-#if defined(__x86_64__) && !defined(__clang__)
-#define DLVAE_X86
-#endif
 #include "softmax.h"
 #include "topk.h"
+
+#if defined(__x86_64__)
+#define DLVAE_X86
+#endif
 
 namespace dlvae {
 

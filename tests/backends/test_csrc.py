@@ -35,6 +35,28 @@ def test_kernels_use_nothing_that_instruction_sets_would_share():
         assert "std::" not in file.read_text(), file
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("clang++") is None, reason="no clang++")
+@pytest.mark.parametrize("source", sorted((ROOT / "csrc/cpu/isa").glob("*.cpp")), ids=lambda source: source.stem)
+def test_clang_compiles_each_instruction_set_without_warnings(source):
+    """To machine code: no earlier does Clang reject an intrinsic that is not of the instruction set."""
+    clang(["-O0", "-c", "-o", "/dev/null", str(source)])
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("clang++") is None, reason="no clang++")
+def test_clang_compiles_the_wrappers_of_the_operations_without_warnings():
+    sources = [str(file) for pattern in ("csrc/*.cpp", "csrc/cpu/*.cpp") for file in ROOT.glob(pattern)]
+    include = Path(torch.__file__).parent / "include"
+    clang(["-fsyntax-only", "-DTORCH_TARGET_VERSION=0x020a000000000000", f"-isystem{include}", *sources])
+
+
+def clang(words: list[str]) -> None:
+    options = ["-std=c++17", "-Wall", "-Wextra", "-Werror", "-Wno-unused-parameter", "-Wno-unknown-warning-option"]
+    result = subprocess.run(["clang++", *options, *words], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-4000:]
+
+
 def test_csrc_file_names_tell_where_a_file_is():
     """A name stands in one folder: an error message or an editor's tab that shows it alone is unambiguous."""
     folders: dict[str, set[Path]] = {}

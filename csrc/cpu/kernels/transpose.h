@@ -14,8 +14,8 @@ DLVAE_INLINE void transpose(Floats (&v)[WIDTH]) {
     Floats next[WIDTH];
     unroll<WIDTH / 2>([&](auto pair) {
       constexpr int i = decltype(pair)::value;
-      next[2 * i] = __builtin_shuffle(v[i], v[i + WIDTH / 2], low);
-      next[2 * i + 1] = __builtin_shuffle(v[i], v[i + WIDTH / 2], low + WIDTH / 2);
+      next[2 * i] = shuffle(v[i], v[i + WIDTH / 2], low);
+      next[2 * i + 1] = shuffle(v[i], v[i + WIDTH / 2], low + WIDTH / 2);
     });
     unroll<WIDTH>([&](auto i) { v[decltype(i)::value] = next[decltype(i)::value]; });
   }
