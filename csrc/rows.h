@@ -27,4 +27,9 @@ static inline bool is_dense(const Rows& rows) {
   return rows.type == Type::float32 && rows.stride == 1 && rows.dims == 1;
 }
 
+// Whether the rows are dense and follow one another without gaps.
+static inline bool is_contiguous(const Rows& rows) {
+  return is_dense(rows) && (rows.count == 1 || rows.strides[0] == rows.features);
+}
+
 }  // namespace dlvae

@@ -16,6 +16,11 @@ namespace dlvae {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
+template <class T>
+T* data_of(const Tensor& tensor) {
+  return static_cast<T*>(tensor.data_ptr());
+}
+
 inline Type type_of(const char* name, const Tensor& tensor) {
   switch (tensor.scalar_type()) {
     case ScalarType::Float: return Type::float32;

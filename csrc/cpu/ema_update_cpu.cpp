@@ -45,7 +45,7 @@ Tensor ema_statistics(const Tensor& x, const Tensor& indices, int64_t num_codes)
   STD_TORCH_CHECK(num_codes >= 1, "num_codes is ", num_codes, "; it needs to be at least 1");
   const int64_t features = rows.features, ld = features + 1;
   const Tensor statistics = new_tensor(x, {num_codes, ld});
-  float* out = static_cast<float*>(statistics.data_ptr());
+  float* out = data_of<float>(statistics);
   std::atomic<bool> is_finite{true};
   const auto sum = [&](const bool* left_out) {
     const SortedPairs pairs(codes, 1, num_codes, nullptr, left_out);

@@ -15,10 +15,10 @@ Tensor gather_codes_fwd(const Tensor& codebook, const Tensor& indices) {
   std::vector<int64_t> shape = shape_of(indices);
   shape.push_back(codebook.size(1));
   const Tensor out = new_tensor(codebook, shape, codebook.scalar_type());
-  const char* from = static_cast<const char*>(codes.data_ptr());
+  const char* from = data_of<const char>(codes);
   const int64_t stride = codes.stride(0) * size;
   const Kernels& k = kernels();
-  char* to = static_cast<char*>(out.data_ptr());
+  char* to = data_of<char>(out);
   parallel(which.count, 1 + 32768 / std::max<int64_t>(1, row_bytes), [&](int64_t begin, int64_t end) {
     constexpr int64_t STEP = 1024;
     for (; begin < end; begin += STEP) {
@@ -37,7 +37,7 @@ Tensor gather_codes_bwd(const Tensor& grad, const Tensor& indices, int64_t num_c
   STD_TORCH_CHECK(num_codes >= 1, "num_codes is ", num_codes, "; it needs to be at least 1");
   const Tensor sums = new_tensor(grad, {num_codes, rows.features});
   const SortedPairs pairs(codes, 1, num_codes, nullptr, nullptr);
-  segment_sum(rows, pairs, 1, 1, static_cast<float*>(sums.data_ptr()), rows.features);
+  segment_sum(rows, pairs, 1, 1, data_of<float>(sums), rows.features);
   return sums;
 }
 

@@ -9,7 +9,7 @@ namespace dlvae {
 class Indices {
  public:
   Indices(const char* name, const Tensor& tensor) : name_(name), tensor_(adjacent(name, tensor)) {
-    data = static_cast<const int64_t*>(tensor_.data_ptr());
+    data = data_of<const int64_t>(tensor_);
     count = tensor_.numel();
   }
   const int64_t* data;

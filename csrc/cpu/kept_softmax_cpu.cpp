@@ -32,7 +32,7 @@ class Inputs {
     s.k = indices.size(indices.dim() - 1);
     STD_TORCH_CHECK(
         indices.numel() == s.x.count * s.k, "indices have other rows than x; they need [..., k] with its ", s.x.count);
-    s.indices = static_cast<const int64_t*>(indices_.data_ptr());
+    s.indices = data_of<const int64_t>(indices_);
 
     const int64_t panels = (s.codes + all.panel - 1) / all.panel;
     start_.assign(panels * all.panel, -std::numeric_limits<float>::infinity());
@@ -45,7 +45,7 @@ class Inputs {
       std::copy_n(column.data, s.codes, start_.begin());
     }
     panels_ = new_tensor(x, {panels, s.features, all.panel});
-    float* const to = static_cast<float*>(panels_.data_ptr());
+    float* const to = data_of<float>(panels_);
     parallel(panels, 1 + 16384 / (s.features * all.panel), [&](int64_t begin, int64_t end) {
       all.pack_weight(weight.data, s.codes, s.features, begin, end, to);
     });
@@ -72,8 +72,6 @@ Tensor adjacent(const char* name, const Tensor& tensor, int64_t numel) {
   return torch::stable::contiguous(tensor);
 }
 
-float* data_of(const Tensor& tensor) { return static_cast<float*>(tensor.data_ptr()); }
-
 }  // namespace
 
 std::tuple<Tensor, Tensor> kept_softmax_fwd(
@@ -81,8 +79,8 @@ std::tuple<Tensor, Tensor> kept_softmax_fwd(
   Inputs inputs(x, weight, bias, indices);
   KeptSoftmax& s = inputs.s;
   const Tensor values = new_tensor(x, shape_of(indices)), sums = new_tensor(x, shape_with(x, {2}));
-  s.values = data_of(values);
-  s.sums = data_of(sums);
+  s.values = data_of<float>(values);
+  s.sums = data_of<float>(sums);
   const Kernels& all = kernels();
   parallel(s.x.count, all.panel, [&](int64_t begin, int64_t end) { all.kept_softmax_rows(s, begin, end); });
   return {values, sums};
@@ -98,9 +96,9 @@ std::tuple<Tensor, Tensor, Tensor> kept_softmax_bwd(
   const int64_t rows = s.x.count;
   const Tensor grads = adjacent("grad", grad, rows * s.k), kept = adjacent("values", values, rows * s.k),
                saved = adjacent("sums", sums, 2 * rows);
-  b.grad = data_of(grads);
-  s.values = data_of(kept);
-  s.sums = data_of(saved);
+  b.grad = data_of<float>(grads);
+  s.values = data_of<float>(kept);
+  s.sums = data_of<float>(saved);
   const Kernels& all = kernels();
   const int64_t panels = (s.features + all.panel - 1) / all.panel, tiles = (s.codes + all.rows - 1) / all.rows;
 
@@ -108,9 +106,9 @@ std::tuple<Tensor, Tensor, Tensor> kept_softmax_bwd(
   if (need_x) {
     b.grad_x = rows_of("grad_x", grad_x);
     columns = new_tensor(x, {panels, s.codes, all.panel});
-    b.columns = data_of(columns);
+    b.columns = data_of<float>(columns);
     parallel(panels, 1 + 16384 / (s.codes * all.panel), [&](int64_t begin, int64_t end) {
-      all.pack_weight_columns(inputs.weight.data, s.codes, s.features, begin, end, data_of(columns));
+      all.pack_weight_columns(inputs.weight.data, s.codes, s.features, begin, end, data_of<float>(columns));
     });
   }
   b.needs_weight = need_weight;
@@ -125,10 +123,10 @@ std::tuple<Tensor, Tensor, Tensor> kept_softmax_bwd(
     packed_rows = new_tensor(x, {panels, b.room, all.panel});
     total = new_tensor(x, {panels, tiles, all.rows, all.panel});
     torch::stable::zero_(total);
-    b.rows = data_of(packed_rows);
-    b.weight = data_of(total);
+    b.rows = data_of<float>(packed_rows);
+    b.weight = data_of<float>(total);
   }
-  if (need_weight || need_bias) b.logits = data_of(logits);
+  if (need_weight || need_bias) b.logits = data_of<float>(logits);
   std::vector<double> bias_total(need_bias ? tiles * all.rows : 0);
   b.bias = bias_total.data();
 
@@ -144,11 +142,11 @@ std::tuple<Tensor, Tensor, Tensor> kept_softmax_bwd(
   Tensor grad_weight = new_tensor(x, need_weight ? std::vector<int64_t>{s.codes, s.features} : std::vector<int64_t>{0});
   if (need_weight) {
     parallel(s.codes, 1 + 16384 / s.features, [&](int64_t begin, int64_t end) {
-      all.unpack_weight(b, begin, end, data_of(grad_weight));
+      all.unpack_weight(b, begin, end, data_of<float>(grad_weight));
     });
   }
   Tensor grad_bias = new_tensor(x, {need_bias ? s.codes : 0});
-  if (need_bias) std::copy_n(bias_total.begin(), s.codes, data_of(grad_bias));
+  if (need_bias) std::copy_n(bias_total.begin(), s.codes, data_of<float>(grad_bias));
   return {grad_x, grad_weight, grad_bias};
 }
 

@@ -28,14 +28,14 @@ std::tuple<Tensor, Tensor> nearest_code(
     const Tensor& x, const Tensor& codebook, bool return_distance, std::string precision) {
   const Tensor indices = new_tensor(x, shape_with(x, {}), ScalarType::Long);
   const Tensor distances = new_tensor(x, return_distance ? shape_with(x, {}) : std::vector<int64_t>{0});
-  float* distance = return_distance ? static_cast<float*>(distances.data_ptr()) : nullptr;
-  search(x, codebook, static_cast<int64_t*>(indices.data_ptr()), distance);
+  float* distance = return_distance ? data_of<float>(distances) : nullptr;
+  search(x, codebook, data_of<int64_t>(indices), distance);
   return {indices, distances};
 }
 
 int64_t uncertain_rows(const Tensor& x, const Tensor& codebook) {
   const Tensor indices = new_tensor(x, shape_with(x, {}), ScalarType::Long);
-  return search(x, codebook, static_cast<int64_t*>(indices.data_ptr()), nullptr);
+  return search(x, codebook, data_of<int64_t>(indices), nullptr);
 }
 
 }  // namespace dlvae

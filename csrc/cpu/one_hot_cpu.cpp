@@ -21,7 +21,7 @@ template <class Element>
 void write(const Indices& indices, int64_t k, int64_t codes, const Tensor& one, const Tensor& out) {
   Element bits;
   std::memcpy(&bits, one.data_ptr(), sizeof(Element));
-  Element* rows = static_cast<Element*>(out.data_ptr());
+  Element* rows = data_of<Element>(out);
   parallel(out.size(0), 1 + 32768 / (codes * sizeof(Element)), [&](int64_t begin, int64_t end) {
     indices.check(begin * k, end * k, codes);
     write_rows(indices.data, k, codes, bits, rows, begin, end);

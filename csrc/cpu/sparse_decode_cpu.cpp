@@ -13,7 +13,7 @@ class Kept {
   Kept(const Tensor& dictionary, const Indices& indices, int64_t k)
       : indices_(indices),
         rows_(rows_of("dictionary", dictionary)),
-        is_packed_(!is_dense(rows_) && indices.count < rows_.count),
+        is_packed_(!is_contiguous(rows_) && indices.count < rows_.count),
         numbers_(new_array<int64_t>(is_packed_ ? indices.count : 0)),
         packed_(new_array<float>(is_packed_ ? indices.count * rows_.features : 0)) {
     atoms.features = rows_.features;
@@ -96,7 +96,7 @@ std::tuple<Tensor, Tensor> sparse_decode_bwd(
   if (need_values) {
     const Kept kept(dictionary, which, per_row);
     const Kernels& k = kernels();
-    float* to = static_cast<float*>(grad_values.data_ptr());
+    float* to = data_of<float>(grad_values);
     kept.for_rows([&](int64_t begin, int64_t end) {
       k.atom_products(kept.atoms, rows, begin, end, to);
     });
@@ -104,7 +104,7 @@ std::tuple<Tensor, Tensor> sparse_decode_bwd(
   if (need_dictionary) {
     const Matrix coefficients("values", values);
     const SortedPairs pairs(which, per_row, dictionary.size(0), coefficients.data, nullptr);
-    segment_sum(rows, pairs, per_row, 1, static_cast<float*>(grad_dictionary.data_ptr()), rows.features);
+    segment_sum(rows, pairs, per_row, 1, data_of<float>(grad_dictionary), rows.features);
   }
   return {grad_values, grad_dictionary};
 }

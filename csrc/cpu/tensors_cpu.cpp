@@ -10,13 +10,13 @@ Matrix::Matrix(const char* name, const Tensor& tensor) {
   const Rows view = rows_of(name, tensor);
   rows = view.count;
   features = view.features;
-  if (is_dense(view) && (rows == 1 || view.strides[0] == features)) {
+  if (is_contiguous(view)) {
     copy_ = tensor;
-    data = static_cast<const float*>(tensor.data_ptr());
+    data = data_of<const float>(tensor);
     return;
   }
   copy_ = new_tensor(tensor, {rows, features});
-  float* out = static_cast<float*>(copy_.data_ptr());
+  float* out = data_of<float>(copy_);
   data = out;
   const Kernels& k = kernels();
   parallel(rows, 1 + 32768 / std::max<int64_t>(1, features), [&](int64_t begin, int64_t end) {

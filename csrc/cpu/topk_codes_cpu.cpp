@@ -148,8 +148,8 @@ std::tuple<Tensor, Tensor> topk_codes(
   }
   const Tensor indices = new_tensor(x, shape_with(x, {k}), ScalarType::Long);
   const Tensor values = new_tensor(x, shape_with(x, {k}));
-  t.indices = static_cast<int64_t*>(indices.data_ptr());
-  t.values = static_cast<float*>(values.data_ptr());
+  t.indices = data_of<int64_t>(indices);
+  t.values = data_of<float>(values);
   if (t.x.count == 0) return {indices, values};
 
   const Kernels& all = kernels();
@@ -203,7 +203,7 @@ std::tuple<Tensor, Tensor> topk_codes(
     start[i] = start_of(t, norms[code] * norms[code], code);
   }
   const Tensor packed = new_tensor(x, {panels, t.features, all.panel});
-  float* const to = static_cast<float*>(packed.data_ptr());
+  float* const to = data_of<float>(packed);
   t.panels = to;
   t.start = start.data();
   parallel(panels, 1 + grain / all.panel, [&](int64_t begin, int64_t end) { all.pack_topk(t, begin, end, to); });

@@ -35,8 +35,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> vector_quantize_fwd(
   const Tensor indices = new_tensor(x, shape_with(x, {}), ScalarType::Long);
   const Tensor counts = new_tensor(x, {codebook.size(0)}, ScalarType::Long);
   const Tensor codebook_loss = new_tensor(x, {}), commitment_loss = new_tensor(x, {});
-  int64_t* index = static_cast<int64_t*>(indices.data_ptr());
-  int64_t* count = static_cast<int64_t*>(counts.data_ptr());
+  int64_t* index = data_of<int64_t>(indices);
+  int64_t* count = data_of<int64_t>(counts);
   double loss = 0;
   if (rows.count > 0) {
     const Kernels& k = kernels();
@@ -56,7 +56,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> vector_quantize_fwd(
   std::fill(count, count + codebook.size(0), 0);
   for (int64_t r = 0; r < rows.count; ++r) ++count[index[r]];
   for (const Tensor& each : {codebook_loss, commitment_loss})
-    *static_cast<float*>(each.data_ptr()) = static_cast<float>(loss);
+    *data_of<float>(each) = static_cast<float>(loss);
   return {quantized, indices, codebook_loss, commitment_loss, counts, half_error};
 }
 
@@ -75,7 +75,7 @@ std::tuple<Tensor, Tensor> vector_quantize_bwd(
     grad_codebook = new_tensor(half_error, {num_codes, rows.features});
     const SortedPairs pairs(codes, 1, num_codes, nullptr, nullptr);
     const float weight = static_cast<float>(slope * scalar_of("grad_codebook_loss", grad_codebook_loss));
-    segment_sum(rows, pairs, 1, weight, static_cast<float*>(grad_codebook.data_ptr()), rows.features);
+    segment_sum(rows, pairs, 1, weight, data_of<float>(grad_codebook), rows.features);
   }
   if (need_x) {
     check_device("grad_quantized", grad_quantized);

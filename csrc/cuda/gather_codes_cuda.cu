@@ -34,9 +34,9 @@ void gather(const Tensor& codebook, const Tensor& indices, const Tensor& out) {
   const Device device(codebook);
   launch(
       "gather_codes", gather_codes_kernel<Unit>, blocks(ceil_div(num_rows << column_bits, THREADS)), THREADS, 0,
-      device.stream, static_cast<const Unit*>(codebook.data_ptr()), codebook.stride(0) * size / unit, stride_d,
-      codebook.size(0), static_cast<const int64_t*>(indices.data_ptr()), num_rows, units, column_bits,
-      static_cast<Unit*>(out.data_ptr()));
+      device.stream, data_of<const Unit>(codebook), codebook.stride(0) * size / unit, stride_d,
+      codebook.size(0), data_of<const int64_t>(indices), num_rows, units, column_bits,
+      data_of<Unit>(out));
 }
 
 }  // namespace

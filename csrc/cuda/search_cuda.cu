@@ -172,7 +172,7 @@ Tensor search(const Tensor& like, const Rows& x, const Rows& codes, int64_t* ind
     const int wanted = std::clamp(device.multiprocessors / row_tiles, 1, code_tiles);
     const int tiles_of_share = (int)ceil_div(code_tiles, wanted), shares = (int)ceil_div(code_tiles, tiles_of_share);
     const Tensor found = new_tensor(like, {shares, rows.parts.count, sizeof(Best) / sizeof(float)});
-    Best* const best = static_cast<Best*>(found.data_ptr());
+    Best* const best = data_of<Best>(found);
     with_tiles<1>(packed.arithmetic, packed.parts.depth, [&](auto tiles) {
       using Kind = decltype(tiles);
       launch("search", search_kernel<Kind>, dim3(row_tiles, shares), Kind::THREADS,

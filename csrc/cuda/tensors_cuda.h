@@ -16,11 +16,6 @@ inline Tensor new_zeroed(const Tensor& like, const std::vector<int64_t>& shape, 
   return tensor;
 }
 
-template <class T>
-T* data_of(const Tensor& tensor) {
-  return static_cast<T*>(tensor.data_ptr());
-}
-
 // A codebook [K, D] for rows of D features.
 inline Rows codes_of(const char* name, const Tensor& codes, const Rows& x) {
   STD_TORCH_CHECK(codes.dim() == 2, name, " has ", codes.dim(), " dimensions; it needs [K, D]");

@@ -168,13 +168,6 @@ void store_rows_of(const Rows& rows, int64_t begin, int64_t end, const float* so
   });
 }
 
-// Rows from `begin` where they lie in memory as float32, one after the other; else null.
-DLVAE_INLINE const float* adjacent_rows(const Rows& rows, int64_t begin) {
-  const bool are_adjacent = rows.type == Type::float32 && rows.stride == 1 && rows.dims == 1 &&
-                            (rows.count == 1 || rows.strides[0] == rows.features);
-  return are_adjacent ? (const float*)rows.data + begin * rows.features : nullptr;
-}
-
 // Rows [begin, end) as float32 at to[., ld].
 inline void load_rows(const Rows& rows, int64_t begin, int64_t end, float* to, int64_t ld) {
   switch (rows.type) {

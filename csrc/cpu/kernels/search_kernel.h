@@ -9,12 +9,11 @@
 #include "../codebook.h"
 #include "arithmetic.h"
 #include "bfloat16.h"
-#include "buffer.h"
+#include "dense_rows.h"
 #include "distances.h"
 #include "few_rows.h"
 #include "int16.h"
 #include "measure.h"
-#include "rows_kernel.h"
 
 namespace {
 
@@ -328,16 +327,12 @@ DLVAE_INLINE int64_t for_searched_blocks(
     const Codebook& book, const Rows& rows, int64_t begin, int64_t end, int64_t* indices, float* distances,
     const F& f) {
   int64_t uncertain = 0;
-  Buffer<float> copy(adjacent_rows(rows, 0) ? 0 : BLOCK * book.features);
+  DenseRows dense(rows, BLOCK, true);
   // Calls search(x, count, indices, distances) for each block.
   const auto for_blocks = [&](const auto& search) {
     for (int64_t r = begin; r < end; r += BLOCK) {
       const int64_t count = r + BLOCK < end ? BLOCK : end - r;
-      const float* x = adjacent_rows(rows, r);
-      if (!x) {
-        load_rows(rows, r, r + count, copy, book.features);
-        x = copy;
-      }
+      const float* x = dense.load(r, r + count);
       search(x, count, indices + r, distances ? distances + r : nullptr);
       f(r, count, x);
     }

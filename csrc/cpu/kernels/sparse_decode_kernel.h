@@ -2,8 +2,7 @@
 #pragma once
 
 #include "../segments.h"
-#include "buffer.h"
-#include "rows_kernel.h"
+#include "dense_rows.h"
 #include "weighted_sum.h"
 
 namespace {
@@ -15,27 +14,24 @@ constexpr int64_t BATCH = 16;
 
 inline void decode_rows(const Atoms& atoms, const float* values, int64_t begin, int64_t end, const Rows& out) {
   const int64_t features = atoms.features, k = atoms.k;
-  const bool in_place = is_dense(out);
-  const int64_t ld = in_place ? out.strides[0] : features;
-  Buffer<float> copy(in_place ? 0 : BATCH * features);
+  DenseRows sums(out, BATCH);
   Buffer<double> totals(k > SUM_CHAIN ? features : 0);
   for (int64_t first = begin; first < end; first += BATCH) {
     const int64_t last = first + BATCH < end ? first + BATCH : end;
-    float* to = in_place ? (float*)out.data + first * ld : copy;
-    for (int64_t row = first; row < last; ++row) {
+    float* sum = sums.at(first);
+    for (int64_t row = first; row < last; ++row, sum += sums.ld()) {
       const auto terms = [&] {
         return Terms<int64_t>{
             atoms.indices + row * k, atoms.indices + atoms.rows * k, values + row * k, 0, k,
             atoms.dictionary, 0, INT64_MAX, features, atoms.is_far};
       };
-      float* sum = to + (row - first) * ld;
       if (k <= SUM_CHAIN) {
         add_chain(terms(), 0, features, true, sum);
       } else {
         add_chains(terms(), 0, k, 0, features, totals, sum);
       }
     }
-    if (!in_place) store_rows(out, first, last, to, ld);
+    sums.store(first, last);
   }
 }
 
@@ -110,15 +106,12 @@ DLVAE_INLINE Floats products(
 
 inline void atom_products(const Atoms& atoms, const Rows& rows, int64_t begin, int64_t end, float* values) {
   const int64_t features = atoms.features, k = atoms.k;
-  const bool in_place = is_dense(rows);
-  const int64_t ld = in_place ? rows.strides[0] : features;
-  Buffer<float> copy(in_place ? 0 : BATCH * features);
+  DenseRows dense(rows, BATCH);
   const int64_t* indices_end = atoms.indices + atoms.rows * k;
   for (int64_t first = begin; first < end; first += BATCH) {
     const int64_t last = first + BATCH < end ? first + BATCH : end;
-    if (!in_place) load_rows(rows, first, last, copy, features);
-    const float* from = in_place ? (const float*)rows.data + first * ld : copy;
-    for (int64_t row = first; row < last; ++row) {
+    const float* x = dense.load(first, last);
+    for (int64_t row = first; row < last; ++row, x += dense.ld()) {
       for (int64_t j = 0; j < k; j += WIDTH) {
         const int64_t count = k - j < WIDTH ? k - j : WIDTH;
         const int64_t* indices = atoms.indices + row * k + j;
@@ -127,7 +120,7 @@ inline void atom_products(const Atoms& atoms, const Rows& rows, int64_t begin, i
           const int64_t* index = indices + i < indices_end ? indices + i : indices;
           at[i] = atoms.dictionary + *index * features;
         }
-        const Floats found = products(from + (row - first) * ld, at, count, features, atoms.is_far);
+        const Floats found = products(x, at, count, features, atoms.is_far);
         if (count == WIDTH) {
           store(values + row * k + j, found);
         } else {
