@@ -109,6 +109,7 @@ lint: setup
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+	$(VENV)/bin/clang-format --dry-run --Werror $$(find csrc -type f)
 
 bench: setup
 	$(PYTHON) -m benchmarks standard

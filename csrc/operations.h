@@ -23,8 +23,7 @@ using OptionalTensor = std::optional<Tensor>;
 #define DLVAE_OPERATIONS(OPERATION) \
   OPERATION(uncertain_rows, int64_t, (const Tensor& x, const Tensor& codebook), "(Tensor x, Tensor codebook) -> int") \
   OPERATION( \
-      nearest_code, Tensors2, \
-      (const Tensor& x, const Tensor& codebook, bool return_distance, std::string precision), \
+      nearest_code, Tensors2, (const Tensor& x, const Tensor& codebook, bool return_distance, std::string precision), \
       "(Tensor x, Tensor codebook, bool return_distance, str precision) -> (Tensor, Tensor)") \
   OPERATION( \
       topk_codes, Tensors2, \
@@ -69,8 +68,7 @@ using OptionalTensor = std::optional<Tensor>;
       "(Tensor grad, Tensor values, Tensor indices, Tensor dictionary, bool need_values, bool need_dictionary)" \
       " -> (Tensor, Tensor)") \
   OPERATION( \
-      kept_softmax_fwd, Tensors2, \
-      (const Tensor& x, const Tensor& weight, OptionalTensor bias, const Tensor& indices), \
+      kept_softmax_fwd, Tensors2, (const Tensor& x, const Tensor& weight, OptionalTensor bias, const Tensor& indices), \
       "(Tensor x, Tensor weight, Tensor? bias, Tensor indices) -> (Tensor, Tensor)") \
   OPERATION( \
       kept_softmax_bwd, Tensors3, \

@@ -56,11 +56,8 @@ const InstructionSet* instruction_sets(int* count) {
   static const bool vnni = avx512 && __builtin_cpu_supports("avx512vnni");
   static const bool amx = vnni && has_tiles();
   static const InstructionSet all[] = {
-      {"amx", amx, amx_kernels},
-      {"vnni", vnni, vnni_kernels},
-      {"avx512", avx512, avx512_kernels},
-      {"avx2", avx2, avx2_kernels},
-      {"portable", true, portable_kernels},
+      {"amx", amx, amx_kernels},    {"vnni", vnni, vnni_kernels},         {"avx512", avx512, avx512_kernels},
+      {"avx2", avx2, avx2_kernels}, {"portable", true, portable_kernels},
   };
 #else
   static const InstructionSet all[] = {{"portable", true, portable_kernels}};

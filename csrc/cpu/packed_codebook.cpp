@@ -42,8 +42,8 @@ PackedCodebook::PackedCodebook(const Kernels& kernels, const Tensor& codebook, c
     : codes_("codebook", codebook) {
   const int64_t count = codes_.rows, features = codes_.features;
   STD_TORCH_CHECK(
-      count >= 1 && features >= 1,
-      "codebook has shape [", count, ", ", features, "]; it needs [K, D] with K >= 1 and D >= 1");
+      count >= 1 && features >= 1, "codebook has shape [", count, ", ", features,
+      "]; it needs [K, D] with K >= 1 and D >= 1");
   STD_TORCH_CHECK(
       count < INT32_MAX - kernels.panel, "codebook has ", count, " codes; the compiled search takes fewer than 2^31");
   book_.codes = book_.centred = codes_.data;
@@ -92,9 +92,8 @@ void PackedCodebook::find(const Kernels& kernels, const Rows& x) {
 // Takes a centre off codes that lie around it.
 bool PackedCodebook::centre() {
   const int64_t count = book_.count, features = book_.features;
-  centre_ = centre_of(book_.codes, count, features, [&](int64_t k) {
-    return std::isfinite(peaks_[k]) ? norms_[k] : NAN;
-  });
+  centre_ =
+      centre_of(book_.codes, count, features, [&](int64_t k) { return std::isfinite(peaks_[k]) ? norms_[k] : NAN; });
   if (!centre_) return false;
   centred_ = without_centre(book_.codes, count, features, centre_.get());
   book_.centre = centre_.get();
@@ -121,9 +120,8 @@ void PackedCodebook::measure(const Kernels& kernels) {
   book_.peaks = peaks_.get();
   book_.norms = norms_.get();
   book_.hashes = hashes_.get();
-  parallel(count, 1 + GRAIN / book_.features, [&](int64_t begin, int64_t end) {
-    kernels.measure_codes(book_, begin, end);
-  });
+  parallel(
+      count, 1 + GRAIN / book_.features, [&](int64_t begin, int64_t end) { kernels.measure_codes(book_, begin, end); });
 }
 
 void PackedCodebook::pack(const Kernels& kernels) {

@@ -12,9 +12,7 @@ constexpr int64_t COPY_BYTES = 8 << 20;
 // Pairs of a code in a block of rows that are worth a visit to its sum.
 constexpr int64_t PAIRS_PER_VISIT = 8;
 
-int64_t threads_for(int64_t work) {
-  return std::clamp<int64_t>(work / 32768, 1, torch::stable::get_num_threads());
-}
+int64_t threads_for(int64_t work) { return std::clamp<int64_t>(work / 32768, 1, torch::stable::get_num_threads()); }
 
 // Where the share of a thread begins; a pair costs as much as a code does, and either as much as it has features.
 class Shares {
@@ -132,8 +130,9 @@ void segment_sum(const Rows& rows, const SortedPairs& pairs, int64_t per_row, fl
   const Array<double> totals = new_array<double>(std::min(segments.codes, count / SUM_CHAIN + 1) * rows.features);
   const auto sum_block = [&](int64_t thread, int64_t begin, int64_t end, const float* data, int64_t data_ld) {
     const Share share = shares(thread);
-    k.sum_segments(segments, share, begin, end, data, data_ld, is_far, places.get() + share.first_code + thread,
-        totals.get(), sums, rows.features, ld);
+    k.sum_segments(
+        segments, share, begin, end, data, data_ld, is_far, places.get() + share.first_code + thread, totals.get(),
+        sums, rows.features, ld);
   };
   if (in_place) {
     const float* data = static_cast<const float*>(rows.data);

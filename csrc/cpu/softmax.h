@@ -23,16 +23,16 @@ struct KeptSoftmax {
 // logits and that of x, then adds what G gives to that of the weight.
 struct KeptSoftmaxBackward {
   KeptSoftmax forward;
-  const float* grad;      // [N, k]
-  const float* columns;   // [panels of D, K, PANEL]: the weight again, if x needs a gradient
+  const float* grad;     // [N, k]
+  const float* columns;  // [panels of D, K, PANEL]: the weight again, if x needs a gradient
   bool needs_weight, needs_bias;
-  Rows grad_x;            // without data if x needs none
+  Rows grad_x;  // without data if x needs none
 
-  int64_t room;      // rows of a superblock, and what keeps its tiles apart in the caches
-  float* logits;     // [tiles of K, room, ROWS]: G
-  float* rows;       // [panels of D, room, PANEL]: x
-  float* weight;     // [panels of D, tiles of K, ROWS, PANEL]: the gradient of the weight so far
-  double* bias;      // [tiles of K, ROWS]: that of the bias so far
+  int64_t room;   // rows of a superblock, and what keeps its tiles apart in the caches
+  float* logits;  // [tiles of K, room, ROWS]: G
+  float* rows;    // [panels of D, room, PANEL]: x
+  float* weight;  // [panels of D, tiles of K, ROWS, PANEL]: the gradient of the weight so far
+  double* bias;   // [tiles of K, ROWS]: that of the bias so far
 };
 
 }  // namespace dlvae

@@ -75,9 +75,8 @@ Tensor sparse_decode_fwd(const Tensor& values, const Tensor& indices, const Tens
   const Tensor out = new_tensor(values, shape_with(values, {dictionary.size(1)}), type);
   const Rows out_rows = rows_of("out", out);
   const Kernels& k = kernels();
-  kept.for_rows([&](int64_t begin, int64_t end) {
-    k.decode_rows(kept.atoms, coefficients.data, begin, end, out_rows);
-  });
+  kept.for_rows(
+      [&](int64_t begin, int64_t end) { k.decode_rows(kept.atoms, coefficients.data, begin, end, out_rows); });
   return out;
 }
 
@@ -97,9 +96,7 @@ std::tuple<Tensor, Tensor> sparse_decode_bwd(
     const Kept kept(dictionary, which, per_row);
     const Kernels& k = kernels();
     float* to = data_of<float>(grad_values);
-    kept.for_rows([&](int64_t begin, int64_t end) {
-      k.atom_products(kept.atoms, rows, begin, end, to);
-    });
+    kept.for_rows([&](int64_t begin, int64_t end) { k.atom_products(kept.atoms, rows, begin, end, to); });
   }
   if (need_dictionary) {
     const Matrix coefficients("values", values);

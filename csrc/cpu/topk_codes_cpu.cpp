@@ -172,9 +172,8 @@ std::tuple<Tensor, Tensor> topk_codes(
     parallel(t.count, grain, [&](int64_t begin, int64_t end) { all.measure_codes(book, begin, end); });
   };
   measure();
-  const Array<float> centre = centre_of(t.codes, t.count, t.features, [&](int64_t c) {
-    return std::isfinite(peaks[c]) ? norms[c] : NAN;
-  });
+  const Array<float> centre =
+      centre_of(t.codes, t.count, t.features, [&](int64_t c) { return std::isfinite(peaks[c]) ? norms[c] : NAN; });
   Array<float> centred;
   if (centre) {
     centred = without_centre(t.codes, t.count, t.features, centre.get());

@@ -55,8 +55,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> vector_quantize_fwd(
   }
   std::fill(count, count + codebook.size(0), 0);
   for (int64_t r = 0; r < rows.count; ++r) ++count[index[r]];
-  for (const Tensor& each : {codebook_loss, commitment_loss})
-    *data_of<float>(each) = static_cast<float>(loss);
+  for (const Tensor& each : {codebook_loss, commitment_loss}) *data_of<float>(each) = static_cast<float>(loss);
   return {quantized, indices, codebook_loss, commitment_loss, counts, half_error};
 }
 

@@ -76,11 +76,10 @@ Tensor ema_statistics(const Tensor& x, const Tensor& indices, int64_t num_codes)
   const Tensor statistics = new_tensor(x, {num_codes, rows.features + 1});
   const Tensor left_out = new_tensor(x, {rows.count}, ScalarType::Bool);
   bool* const flags = data_of<bool>(left_out);
-    launch(
-        "not_finite", not_finite_kernel, RowBlock::blocks_of(rows.count), RowBlock::THREADS, 0, device.stream, rows,
-        flags);
-  const SortedPairs pairs(
-      x, {data_of<int64_t>(codes), rows.count, 1, num_codes, flags, nullptr}, device);
+  launch(
+      "not_finite", not_finite_kernel, RowBlock::blocks_of(rows.count), RowBlock::THREADS, 0, device.stream, rows,
+      flags);
+  const SortedPairs pairs(x, {data_of<int64_t>(codes), rows.count, 1, num_codes, flags, nullptr}, device);
   float* const to = data_of<float>(statistics);
   pairs.sum(x, rows, nullptr, to, rows.features + 1, device);
   pairs.count(to + rows.features, rows.features + 1, device);

@@ -34,9 +34,8 @@ void gather(const Tensor& codebook, const Tensor& indices, const Tensor& out) {
   const Device device(codebook);
   launch(
       "gather_codes", gather_codes_kernel<Unit>, blocks(ceil_div(num_rows << column_bits, THREADS)), THREADS, 0,
-      device.stream, data_of<const Unit>(codebook), codebook.stride(0) * size / unit, stride_d,
-      codebook.size(0), data_of<const int64_t>(indices), num_rows, units, column_bits,
-      data_of<Unit>(out));
+      device.stream, data_of<const Unit>(codebook), codebook.stride(0) * size / unit, stride_d, codebook.size(0),
+      data_of<const int64_t>(indices), num_rows, units, column_bits, data_of<Unit>(out));
 }
 
 }  // namespace
@@ -52,8 +51,8 @@ Tensor gather_codes_fwd(const Tensor& codebook, const Tensor& indices) {
   const int64_t size = codebook.element_size();
   const bool is_adjacent = codebook.size(1) == 1 || codebook.stride(1) == 1;
   const int64_t row_bytes = codebook.size(1) * size;
-  const int unit = is_adjacent ? widest_unit({address_of(codebook), row_bytes, codebook.stride(0) * size})
-                               : static_cast<int>(size);
+  const int unit =
+      is_adjacent ? widest_unit({address_of(codebook), row_bytes, codebook.stride(0) * size}) : static_cast<int>(size);
   switch (unit) {
     case 2: gather<uint16_t>(codebook, which, out); break;
     case 4: gather<uint32_t>(codebook, which, out); break;
@@ -70,8 +69,7 @@ Tensor gather_codes_bwd(const Tensor& grad, const Tensor& indices, int64_t num_c
   STD_TORCH_CHECK(
       codes.numel() == rows.count, "indices have ", codes.numel(), " elements; they need one for each row of grad");
   const Tensor sums = new_tensor(grad, {num_codes, rows.features});
-  const SortedPairs pairs(
-      grad, {data_of<int64_t>(codes), rows.count, 1, num_codes, nullptr, nullptr}, device);
+  const SortedPairs pairs(grad, {data_of<int64_t>(codes), rows.count, 1, num_codes, nullptr, nullptr}, device);
   pairs.sum(grad, rows, nullptr, data_of<float>(sums), rows.features, device);
   return sums;
 }

@@ -43,8 +43,8 @@ __global__ void __launch_bounds__(THREADS) softmax_kernel(Kept kept, int64_t beg
 }
 
 // A block a row: logits to their gradients, p (g - sum of g p) where g is that of the kept values and 0 elsewhere.
-__global__ void __launch_bounds__(THREADS) grad_logits_kernel(
-    Kept kept, const float* grad, int64_t begin, float* logits) {
+__global__ void __launch_bounds__(THREADS)
+    grad_logits_kernel(Kept kept, const float* grad, int64_t begin, float* logits) {
   const int64_t row = begin + blockIdx.x;
   float* const own = logits + (int64_t)blockIdx.x * kept.codes;
   __shared__ float of_warps[WARP];
@@ -61,8 +61,8 @@ __global__ void __launch_bounds__(THREADS) grad_logits_kernel(
 }
 
 // 32 codes a block: sums over rows, in the same order at each run, are added to those before.
-__global__ void __launch_bounds__(THREADS) grad_bias_kernel(
-    const float* logits, int64_t rows, int64_t codes, float* bias) {
+__global__ void __launch_bounds__(THREADS)
+    grad_bias_kernel(const float* logits, int64_t rows, int64_t codes, float* bias) {
   __shared__ float of_warps[THREADS / 32][32];
   const int64_t code = blockIdx.x * 32 + lane_index();
   float sum = 0;
@@ -89,9 +89,8 @@ class Logits {
     if (!bias.has_value()) return;
     const Rows column = rows_of("bias", *bias);
     STD_TORCH_CHECK(
-        column.features == codes.count && column.count == 1, "bias has another shape; it needs [K] with the K = ",
-        codes.count,
-        " of weight");
+        column.features == codes.count && column.count == 1,
+        "bias has another shape; it needs [K] with the K = ", codes.count, " of weight");
     launch(
         "bias", bias_kernel, blocks(ceil_div(codes.count, THREADS)), THREADS, 0, device.stream, column,
         data_of<float>(bias_));

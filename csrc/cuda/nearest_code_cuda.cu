@@ -35,8 +35,7 @@ std::tuple<Tensor, Tensor> nearest_code(
   if (return_distance) {
     launch(
         "distances", distances_kernel, blocks(ceil_div(rows.count, THREADS / WARP)), THREADS, 0, device.stream, rows,
-        codes, to,
-        data_of<float>(distances));
+        codes, to, data_of<float>(distances));
   }
   return {indices, distances};
 }

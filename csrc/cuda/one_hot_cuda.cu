@@ -45,8 +45,7 @@ void write(const Tensor& indices, int64_t kept, const Tensor& one, const Tensor&
   const Device device(out);
   launch(
       "one_hot", one_hot_kernel<Element>, blocks(ceil_div(num_rows, rows)), THREADS, 0, device.stream,
-      data_of<const int64_t>(indices), num_rows, kept, num_codes, static_cast<int>(rows), bits,
-      data_of<Element>(out));
+      data_of<const int64_t>(indices), num_rows, kept, num_codes, static_cast<int>(rows), bits, data_of<Element>(out));
 }
 
 }  // namespace

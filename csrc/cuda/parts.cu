@@ -137,8 +137,15 @@ PackedCodes pack_codes(const Tensor& like, const Rows& codes, Arithmetic arithme
   const int64_t count = in_tiles(codes.count);
   const int depth = depth_of(codes.features);
   const int parts = parts_of(arithmetic);
-  PackedCodes packed{arithmetic, codes.count, {nullptr, count, depth}, nullptr, nullptr,
-      new_tensor(like, {parts, count, depth}, ScalarType::Half), new_tensor(like, {count}), new_zeroed(like, {2})};
+  PackedCodes packed{
+      arithmetic,
+      codes.count,
+      {nullptr, count, depth},
+      nullptr,
+      nullptr,
+      new_tensor(like, {parts, count, depth}, ScalarType::Half),
+      new_tensor(like, {count}),
+      new_zeroed(like, {2})};
   packed.parts.data = packed.parts_data.data_ptr();
   packed.half_norms = data_of<float>(packed.numbers);
   packed.extent = data_of<float>(packed.extent_data);
@@ -158,8 +165,12 @@ PackedRows pack_rows(
   const int64_t count = in_tiles(end - begin);
   const int depth = codes.parts.depth;
   const int parts = parts_of(codes.arithmetic);
-  PackedRows packed{{nullptr, count, depth}, nullptr, nullptr,
-      new_tensor(like, {parts, count, depth}, ScalarType::Half), new_tensor(like, {2, count})};
+  PackedRows packed{
+      {nullptr, count, depth},
+      nullptr,
+      nullptr,
+      new_tensor(like, {parts, count, depth}, ScalarType::Half),
+      new_tensor(like, {2, count})};
   packed.parts.data = packed.parts_data.data_ptr();
   packed.inverse = data_of<float>(packed.numbers);
   packed.lengths = packed.inverse + count;

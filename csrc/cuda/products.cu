@@ -33,8 +33,8 @@ struct Output {
 };
 
 template <class Tiles>
-__global__ void __launch_bounds__(Tiles::THREADS, 1) products_kernel(
-    Parts rows, Parts codes, Output out, float* shares) {
+__global__ void __launch_bounds__(Tiles::THREADS, 1)
+    products_kernel(Parts rows, Parts codes, Output out, float* shares) {
   char* const shared = dynamic_shared<char>();
   // The second extent of a grid is too small for any number of tiles.
   const int row_tiles = (int)(rows.count / TILE), row_tile = blockIdx.x % row_tiles, code_tile = blockIdx.x / row_tiles;
@@ -95,8 +95,11 @@ __global__ void __launch_bounds__(THREADS) repair_kernel(Rows x, int64_t begin, 
 
 Output output_of(
     int64_t rows, const PackedRows& x, const PackedCodes& codes, const Affine& affine, float* out, int64_t ld) {
-  return {affine, rows, codes.codes, x.inverse, x.lengths, codes.half_norms, codes.extent,
-      codes.arithmetic == Arithmetic::split, out, ld};
+  return {affine,       rows,
+          codes.codes,  x.inverse,
+          x.lengths,    codes.half_norms,
+          codes.extent, codes.arithmetic == Arithmetic::split,
+          out,          ld};
 }
 
 }  // namespace
@@ -113,8 +116,9 @@ PackedRows products(
   with_tiles<0>(packed.arithmetic, packed.parts.depth, [&](auto tiles) {
     using Kind = decltype(tiles);
     const unsigned tiles_of_both = blocks(rows.parts.count / TILE * (packed.parts.count / TILE));
-    launch("products", products_kernel<Kind>, dim3(tiles_of_both, shares), Kind::THREADS,
-        Kind::shared_bytes(Kind::STAGES), device.stream, rows.parts, packed.parts, output, of_shares);
+    launch(
+        "products", products_kernel<Kind>, dim3(tiles_of_both, shares), Kind::THREADS, Kind::shared_bytes(Kind::STAGES),
+        device.stream, rows.parts, packed.parts, output, of_shares);
   });
   if (shares > 1)
     launch(

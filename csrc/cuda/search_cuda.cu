@@ -67,9 +67,8 @@ __global__ void __launch_bounds__(Tiles::THREADS, 1) search_kernel(
 #pragma unroll
       for (int step = 1; step < 4; step *= 2)
         join(
-            own,
-            {__shfl_xor_sync(ALL_LANES, own.score, step), __shfl_xor_sync(ALL_LANES, own.second, step),
-            __shfl_xor_sync(ALL_LANES, own.code, step)});
+            own, {__shfl_xor_sync(ALL_LANES, own.score, step), __shfl_xor_sync(ALL_LANES, own.second, step),
+                  __shfl_xor_sync(ALL_LANES, own.code, step)});
       if (lane_index() % 4 == 0) of_warps[warp_index() % Tiles::WARPS_OF_CODES * TILE + Tiles::row_of(i, h)] = own;
     }
   __syncthreads();
@@ -111,8 +110,8 @@ constexpr int RESCAN_THREADS = 256;
 constexpr int LANES = 8;  // that share a code
 
 // All codes for each row on the list, by differences in float64.
-__global__ void __launch_bounds__(RESCAN_THREADS) rescan_kernel(
-    Rows x, Rows codes, const int* list, const int* listed, int64_t* indices) {
+__global__ void __launch_bounds__(RESCAN_THREADS)
+    rescan_kernel(Rows x, Rows codes, const int* list, const int* listed, int64_t* indices) {
   __shared__ Exact of_warps[RESCAN_THREADS / WARP];
   __shared__ int of_row[RESCAN_THREADS / WARP];
   for (int item = blockIdx.x; item < *listed; item += gridDim.x) {
@@ -175,13 +174,15 @@ Tensor search(const Tensor& like, const Rows& x, const Rows& codes, int64_t* ind
     Best* const best = data_of<Best>(found);
     with_tiles<1>(packed.arithmetic, packed.parts.depth, [&](auto tiles) {
       using Kind = decltype(tiles);
-      launch("search", search_kernel<Kind>, dim3(row_tiles, shares), Kind::THREADS,
+      launch(
+          "search", search_kernel<Kind>, dim3(row_tiles, shares), Kind::THREADS,
           Kind::shared_bytes(Kind::row_slots(packed.parts.depth / Kind::DEPTH)), device.stream, rows.parts,
           packed.parts, rows.inverse, packed.half_norms, tiles_of_share, best);
     });
     launch(
         "finish", finish_kernel, blocks(ceil_div(end - begin, 256)), 256, 0, device.stream, best, shares,
-        rows.parts.count, begin, end, rows.lengths, packed.extent, x.features, indices, data_of<int>(list), data_of<int>(listed));
+        rows.parts.count, begin, end, rows.lengths, packed.extent, x.features, indices, data_of<int>(list),
+        data_of<int>(listed));
   }
   launch(
       "rescan", rescan_kernel, blocks(std::min<int64_t>(x.count, 4 * device.multiprocessors)), RESCAN_THREADS, 0,

@@ -8,9 +8,9 @@ namespace dlvae {
 namespace {
 
 constexpr int THREADS = 256;
-constexpr int CHUNK = 128;      // pairs that one warp sums
-constexpr int COLUMNS = 4;      // features of a lane, 32 apart
-constexpr int AT_ONCE = 4;      // rows whose loads are under way together
+constexpr int CHUNK = 128;  // pairs that one warp sums
+constexpr int COLUMNS = 4;  // features of a lane, 32 apart
+constexpr int AT_ONCE = 4;  // rows whose loads are under way together
 constexpr int64_t FEATURES = 32 * COLUMNS;
 
 __global__ void keys_kernel(Pairs pairs, uint32_t* keys) {
@@ -29,7 +29,11 @@ __global__ void starts_kernel(const uint32_t* keys, int64_t count, int64_t num_c
   int64_t low = 0, high = count;
   while (low < high) {
     const int64_t middle = (low + high) / 2;
-    if (keys[middle] < code) low = middle + 1; else high = middle;
+    if (keys[middle] < code) {
+      low = middle + 1;
+    } else {
+      high = middle;
+    }
   }
   starts[code] = low;
 }
@@ -61,9 +65,8 @@ __global__ void __launch_bounds__(THREADS, 2) sum_chunks_kernel(
   uint32_t code = begin < end ? keys[begin] : 0;
   const auto flush = [&](bool goes_on) {
     const bool began_before = starts[code] < begin;
-    float* const to = began_before || goes_on
-        ? sums.edges + (2 * chunk + (began_before ? 0 : 1)) * rows.features
-        : sums.data + code * sums.ld;
+    float* const to = began_before || goes_on ? sums.edges + (2 * chunk + (began_before ? 0 : 1)) * rows.features
+                                              : sums.data + code * sums.ld;
 #pragma unroll
     for (int i = 0; i < COLUMNS; ++i) {
       if (first + 32 * i < rows.features) to[first + 32 * i] = sum[i] * factor;
@@ -140,13 +143,11 @@ SortedPairs::SortedPairs(const Tensor& like, const Pairs& pairs, const Device& d
   if (pairs.count > 0) {
     launch("keys", keys_kernel, blocks_of(pairs.count), THREADS, 0, device.stream, pairs, keys + pairs.count);
     sort_places(
-        like, keys + pairs.count, pairs.count, bits_of(pairs.num_codes + 1), keys, data_of<uint32_t>(order_),
-        device);
+        like, keys + pairs.count, pairs.count, bits_of(pairs.num_codes + 1), keys, data_of<uint32_t>(order_), device);
   }
   launch(
       "starts", starts_kernel, blocks_of(pairs.num_codes + 1), THREADS, 0, device.stream, keys, pairs.count,
-      pairs.num_codes,
-      data_of<int64_t>(starts_));
+      pairs.num_codes, data_of<int64_t>(starts_));
 }
 
 void SortedPairs::sum(
@@ -160,14 +161,14 @@ void SortedPairs::sum(
   with_type(rows.type, [&](auto zero) {
     launch(
         "sum_chunks", sum_chunks_kernel<decltype(zero)>, grid, THREADS, 0, device.stream, rows, pairs_,
-        data_of<uint32_t>(keys_),
-        data_of<uint32_t>(order_), starts, scale, to);
+        data_of<uint32_t>(keys_), data_of<uint32_t>(order_), starts, scale, to);
   });
   launch("join_chunks", join_chunks_kernel, blocks(pairs_.num_codes), 128, 0, device.stream, starts, rows.features, to);
 }
 
 void SortedPairs::count(float* counts, int64_t ld, const Device& device) const {
-  launch("counts", counts_kernel, blocks_of(pairs_.num_codes), THREADS, 0, device.stream, data_of<int64_t>(starts_),
+  launch(
+      "counts", counts_kernel, blocks_of(pairs_.num_codes), THREADS, 0, device.stream, data_of<int64_t>(starts_),
       pairs_.num_codes, counts, ld);
 }
 

@@ -94,7 +94,8 @@ template <class F>
 void with_vectors(const Rows& dictionary, const F& f) {
   const int64_t bytes = dictionary.type == Type::float32 ? 4 : 2, at_once = 16 / bytes;
   const bool is_aligned = dictionary.stride == 1 && dictionary.dims == 1 && dictionary.features % at_once == 0 &&
-      dictionary.strides[0] % at_once == 0 && reinterpret_cast<uintptr_t>(dictionary.data) % 16 == 0;
+                          dictionary.strides[0] % at_once == 0 &&
+                          reinterpret_cast<uintptr_t>(dictionary.data) % 16 == 0;
   if (!is_aligned) return f(float{}, std::integral_constant<int, 1>{});
   switch (dictionary.type) {
     case Type::float32: return f(float{}, std::integral_constant<int, 4>{});
@@ -124,8 +125,8 @@ Tensor sparse_decode_fwd(const Tensor& values, const Tensor& indices, const Tens
     constexpr int V = decltype(vector)::value;
     launch(
         "decode", decode_kernel<decltype(kind), V>,
-        dim3(blocks_of(rows.count), blocks(ceil_div(rows.features, WARP * V))), THREADS, 0,
-        device.stream, atoms, data_of<float>(coefficients), rows);
+        dim3(blocks_of(rows.count), blocks(ceil_div(rows.features, WARP * V))), THREADS, 0, device.stream, atoms,
+        data_of<float>(coefficients), rows);
   });
   return out;
 }
@@ -146,15 +147,13 @@ std::tuple<Tensor, Tensor> sparse_decode_bwd(
     with_vectors(atoms.dictionary, [&](auto kind, auto vector) {
       launch(
           "products", products_kernel<decltype(kind), decltype(vector)::value>, blocks_of(rows.count), THREADS, 0,
-          device.stream, atoms, rows,
-          data_of<float>(grad_values));
+          device.stream, atoms, rows, data_of<float>(grad_values));
     });
   }
   if (need_dictionary) {
     const Tensor coefficients = in_float32("values", values, device);
     const SortedPairs pairs(
-        grad,
-        {atoms.indices, which.numel(), atoms.k, dictionary.size(0), nullptr, data_of<float>(coefficients)},
+        grad, {atoms.indices, which.numel(), atoms.k, dictionary.size(0), nullptr, data_of<float>(coefficients)},
         device);
     pairs.sum(grad, rows, nullptr, data_of<float>(grad_dictionary), rows.features, device);
   }

@@ -16,7 +16,7 @@ struct Tiles {
   static constexpr int PARTS = PARTS_, DEPTH = DEPTH_;
   static constexpr int THREADS = 256, STAGES = 3;
   static constexpr int WARP_ROWS = 64, WARP_CODES = 32, WARPS_OF_CODES = TILE / WARP_CODES;
-  static constexpr int UNITS = DEPTH / 8;  // of 16 bytes, in a row of one step
+  static constexpr int UNITS = DEPTH / 8;            // of 16 bytes, in a row of one step
   static constexpr int STEP = PARTS * TILE * DEPTH;  // elements of a tile in one step
   // What every architecture from 8.0 on gives one block.
   static constexpr int SHARED = 96 << 10;
@@ -119,7 +119,8 @@ struct Tiles {
         for (int j = 0; j < WARP_CODES / 8; j += 2) {
           uint32_t both[4];
           ldmatrix_x4(
-              both, codes + part * TILE * DEPTH +
+              both,
+              codes + part * TILE * DEPTH +
                   place(first_code() + j * 8 + lane_index() % 8 + lane_index() / 16 * 8, unit + lane_index() / 8 % 2));
           code[part][j][0] = both[0], code[part][j][1] = both[1];
           code[part][j + 1][0] = both[2], code[part][j + 1][1] = both[3];
@@ -132,8 +133,7 @@ struct Tiles {
 #pragma unroll
         for (int i = 0; i < WARP_ROWS / 16; ++i)
 #pragma unroll
-          for (int j = 0; j < WARP_CODES / 8; ++j)
-            mma_m16n8k16<Half>(sums[i][j], row[of_row][i], code[of_code][j]);
+          for (int j = 0; j < WARP_CODES / 8; ++j) mma_m16n8k16<Half>(sums[i][j], row[of_row][i], code[of_code][j]);
       }
     }
   }

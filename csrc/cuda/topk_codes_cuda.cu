@@ -12,7 +12,7 @@ namespace dlvae {
 namespace {
 
 constexpr int THREADS = 128;
-constexpr int MOST = 2048;       // codes of a row that are compared exactly
+constexpr int MOST = 2048;  // codes of a row that are compared exactly
 constexpr int64_t MOST_K = 1024;
 
 struct Topk {
@@ -196,8 +196,8 @@ __global__ void __launch_bounds__(THREADS, 4) select_kernel(
 }
 
 // All codes for each row on the list: a block a row, whose scores it keeps in `scores` [blocks, K].
-__global__ void __launch_bounds__(THREADS, 4) rescan_kernel(
-    Topk t, const int* list, const int* listed, double* scores) {
+__global__ void __launch_bounds__(THREADS, 4)
+    rescan_kernel(Topk t, const int* list, const int* listed, double* scores) {
   Exact* const found = dynamic_shared<Exact>();
   __shared__ int count, of_warps[THREADS / WARP];
   double* const own = scores + (int64_t)blockIdx.x * t.codes.count;
@@ -260,8 +260,8 @@ std::tuple<Tensor, Tensor> topk_codes(
     STD_TORCH_CHECK(t.is_product, "bias is given; it needs to be None with the metric 'l2'");
     t.bias = rows_of("bias", *bias);
     STD_TORCH_CHECK(
-        t.bias.features == t.codes.count && t.bias.count == 1, "bias has another shape; it needs [K] with the K = ",
-        t.codes.count, " of dictionary");
+        t.bias.features == t.codes.count && t.bias.count == 1,
+        "bias has another shape; it needs [K] with the K = ", t.codes.count, " of dictionary");
   }
   const Tensor indices = new_tensor(x, shape_with(x, {k}), ScalarType::Long);
   const Tensor values = new_tensor(x, shape_with(x, {k}));

@@ -57,8 +57,8 @@ __global__ void mean_kernel(
 }
 
 // grad_x = grad_quantized - slope * half_error; the slope has the gradient of the loss in it.
-__global__ void __launch_bounds__(RowBlock::THREADS) grad_rows_kernel(
-    Rows grad, Rows half_error, float slope, const float* grad_loss, Rows grad_x) {
+__global__ void __launch_bounds__(RowBlock::THREADS)
+    grad_rows_kernel(Rows grad, Rows half_error, float slope, const float* grad_loss, Rows grad_x) {
   __shared__ int64_t offsets[3][RowBlock::ROWS];
   __shared__ RowBlock::Tile grads, errors;
   const int64_t first = (int64_t)blockIdx.x * RowBlock::ROWS;
@@ -122,11 +122,10 @@ std::tuple<Tensor, Tensor> vector_quantize_bwd(
   if (need_x) {
     launch(
         "grad_rows", grad_rows_kernel, RowBlock::blocks_of(errors.count), RowBlock::THREADS, 0, device.stream, grad,
-        errors,
-        slope, number_of("grad_commitment_loss", grad_commitment_loss), rows_of("grad_x", grad_x));
+        errors, slope, number_of("grad_commitment_loss", grad_commitment_loss), rows_of("grad_x", grad_x));
   }
-  const Tensor grad_codebook =
-      new_tensor(half_error, need_codebook ? std::vector<int64_t>{num_codes, errors.features} : std::vector<int64_t>{0});
+  const Tensor grad_codebook = new_tensor(
+      half_error, need_codebook ? std::vector<int64_t>{num_codes, errors.features} : std::vector<int64_t>{0});
   if (need_codebook) {
     const Tensor codes = indices_of("indices", indices), scale = new_tensor(half_error, {1});
     float* const factor = data_of<float>(scale);

@@ -12,14 +12,14 @@
 
 #include "../cpu/kernels.h"
 
-#define CHECK(condition, ...)                                                   \
-  do {                                                                          \
-    if (!(condition)) {                                                         \
-      std::fprintf(stderr, "%s:%d: not %s: ", __FILE__, __LINE__, #condition);  \
-      std::fprintf(stderr, __VA_ARGS__);                                        \
-      std::fprintf(stderr, "\n");                                               \
-      std::exit(1);                                                             \
-    }                                                                           \
+#define CHECK(condition, ...) \
+  do { \
+    if (!(condition)) { \
+      std::fprintf(stderr, "%s:%d: not %s: ", __FILE__, __LINE__, #condition); \
+      std::fprintf(stderr, __VA_ARGS__); \
+      std::fprintf(stderr, "\n"); \
+      std::exit(1); \
+    } \
   } while (0)
 
 namespace dlvae {

@@ -27,9 +27,7 @@ double number_of(uint16_t bits, Type type) {
   return sign * std::ldexp(fraction + (1 << digits), exponent - bias - digits);
 }
 
-bool are_same(float a, float b) {
-  return (a != a && b != b) || (a == b && std::signbit(a) == std::signbit(b));
-}
+bool are_same(float a, float b) { return (a != a && b != b) || (a == b && std::signbit(a) == std::signbit(b)); }
 
 // A tensor of one row.
 Rows row_of(std::vector<uint16_t>& values, Type type) {
@@ -116,7 +114,8 @@ void test_layout(const Kernels& kernels, Rows rows, Random& random) {
   std::vector<uint8_t> memory(is_empty ? 0 : (last + 1) * size_of(rows.type));
   for (uint8_t& byte : memory) byte = (uint8_t)random.bits();
   rows.data = memory.data();
-  const int64_t begins[] = {0, rows.count / 3, rows.count > 0 ? rows.count - 1 : 0}, ends[] = {rows.count, (rows.count + 1) / 2};
+  const int64_t begins[] = {0, rows.count / 3, rows.count > 0 ? rows.count - 1 : 0},
+                ends[] = {rows.count, (rows.count + 1) / 2};
   for (int64_t begin : begins)
     for (int64_t end : ends)
       for (int64_t padding : {0, 3}) {
@@ -127,9 +126,12 @@ void test_layout(const Kernels& kernels, Rows rows, Random& random) {
         kernels.load_rows(rows, begin, end, wide.data(), ld);
         for (int64_t i = 0; i < needed; ++i) {
           const int64_t d = i % ld;
-          const float expected =
-              d >= rows.features ? 7.0f : load_one(memory, rows.type, offset_of(rows, begin + i / ld) + d * rows.stride);
-          CHECK(are_same(wide[i], expected), "row %ld, feature %ld: %g, not %g", (long)(i / ld), (long)d, wide[i], expected);
+          const float expected = d >= rows.features
+                                     ? 7.0f
+                                     : load_one(memory, rows.type, offset_of(rows, begin + i / ld) + d * rows.stride);
+          CHECK(
+              are_same(wide[i], expected), "row %ld, feature %ld: %g, not %g", (long)(i / ld), (long)d, wide[i],
+              expected);
         }
         std::vector<uint8_t> written = memory;
         rows.data = written.data();
@@ -147,11 +149,14 @@ void test_layout(const Kernels& kernels, Rows rows, Random& random) {
             const float stored = load_one(written, rows.type, at);
             CHECK(is_shared || stored == wide[r * ld + d], "stored %g, not %g", stored, wide[r * ld + d]);
           }
-        for (size_t i = 0; i < memory.size(); ++i) CHECK(is_written[i] || written[i] == memory[i], "byte %zu changed", i);
+        for (size_t i = 0; i < memory.size(); ++i)
+          CHECK(is_written[i] || written[i] == memory[i], "byte %zu changed", i);
       }
 }
 
-Rows layout(Type type, int64_t features, int64_t stride, std::initializer_list<int64_t> sizes, std::initializer_list<int64_t> strides) {
+Rows layout(
+    Type type, int64_t features, int64_t stride, std::initializer_list<int64_t> sizes,
+    std::initializer_list<int64_t> strides) {
   Rows rows{};
   rows.type = type;
   rows.features = features;

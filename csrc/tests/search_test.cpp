@@ -17,13 +17,17 @@ constexpr Packing PACKINGS[] = {
 // A codebook, measured and packed as the library does.
 struct Packed {
   Packed(const Kernels& kernels, const Numbers& codes, int64_t count, int64_t features, Packing packing)
-      : centred(codes), centre(codes.begin(), codes.begin() + features), peaks(count), losses(count), hashes(count),
+      : centred(codes),
+        centre(codes.begin(), codes.begin() + features),
+        peaks(count),
+        losses(count),
+        hashes(count),
         norms(count) {
     const int64_t panels = (count + kernels.panel - 1) / kernels.panel;
     for (int64_t i = 0; i < count * features; ++i) centred[i] -= centre[i % features];
     const bool has_centre = packing.is_centred && std::all_of(centre.begin(), centre.end(), [](float value) {
-      return std::abs(value) < 1e30f;
-    });
+                              return std::abs(value) < 1e30f;
+                            });
     book.codes = codes.data();
     book.centred = has_centre ? centred.data() : codes.data();
     book.centre = has_centre ? centre.data() : nullptr;
@@ -145,7 +149,9 @@ void test_packing(
   for (int64_t r = 0; r < n; ++r) {
     check_index(codes, count, &x[r * features], features, indices[r], r);
     const double exact = distance_of(&x[r * features], &codes[indices[r] * features], features);
-    const bool is_close = std::isnan(exact) ? std::isnan(distances[r]) : std::abs(distances[r] - exact) <= 1e-6 * exact || distances[r] == (float)exact;
+    const bool is_close = std::isnan(exact)
+                              ? std::isnan(distances[r])
+                              : std::abs(distances[r] - exact) <= 1e-6 * exact || distances[r] == (float)exact;
     CHECK(is_close, "distance %g, not %g", distances[r], exact);
   }
   kernels.search_rows(packed.book, rows, 0, std::min(n, BLOCK), alone.data(), nullptr);
@@ -182,7 +188,9 @@ void test_packing(
       }
     // Squares are of float32.
     const bool is_finite = loss < 1e38;
-    CHECK(!is_finite || std::abs(losses[block] - loss) <= 1e-5 * loss + 1e-40, "a loss of %g, not %g", losses[block], loss);
+    CHECK(
+        !is_finite || std::abs(losses[block] - loss) <= 1e-5 * loss + 1e-40, "a loss of %g, not %g", losses[block],
+        loss);
   }
   kernels.quantize_rows(packed.book, rows, 0, n, again.data(), to, none, losses.data());
   CHECK(again == indices, "the codes of quantize_rows differ without errors");

@@ -167,8 +167,7 @@ void test_softmax(const Kernels& kernels) {
     test_case(kernels, c, Inputs(random, c));
   };
   // Codes beside the edges of a tile, a panel and a chunk; features beside those of a vector, a chain and a slice.
-  for (int64_t count : Sizes{1, 2, r + 1, p - 1, p, p + 1, 511, 512, 513, 1030})
-    test(5, count, 3, 2, 5);
+  for (int64_t count : Sizes{1, 2, r + 1, p - 1, p, p + 1, 511, 512, 513, 1030}) test(5, count, 3, 2, 5);
   for (int64_t d : Sizes{1, w - 1, w + 1, p, p + 1, 64, 65, 257}) test(r + 1, p + 3, d, 3, r + 1);
   for (int64_t k : Sizes{0, 1, w - 1, w, w + 1, 2 * w + 3}) test(3, 20, 2, k, 3);
   // Rows beside the edges of a tile, a block, a chain and a slice; in several superblocks.

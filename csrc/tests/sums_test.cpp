@@ -77,8 +77,9 @@ void test_segments(
         const bool is_far = block > rows;
         const Numbers found = sums_of(kernels, segments, whole, rows, features, shares, block, shares == 2, is_far);
         for (int64_t i = 0; i < codes * features; ++i)
-          CHECK(found[i] == expected[i], "code %ld, feature %ld of %ld: %g, not %g", (long)(i / features),
-                (long)(i % features), (long)features, found[i], expected[i]);
+          CHECK(
+              found[i] == expected[i], "code %ld, feature %ld of %ld: %g, not %g", (long)(i / features),
+              (long)(i % features), (long)features, found[i], expected[i]);
       }
   }
   // The order of a sum is that of the pairs, whoever adds it.
@@ -117,8 +118,9 @@ void test_atoms(
       const float *a = &row[p / k * features], *b = &dictionary[indices[p] * features];
       double product = 0;
       for (int64_t d = 0; d < features; ++d) product += a[d] * b[d];
-      CHECK(products[p] == product, "atom %ld of %ld, %ld features: %g, not %g", (long)(p % k), (long)k, (long)features,
-            products[p], product);
+      CHECK(
+          products[p] == product, "atom %ld of %ld, %ld features: %g, not %g", (long)(p % k), (long)k, (long)features,
+          products[p], product);
     }
   }
 }
@@ -207,7 +209,8 @@ void test_sums(const Kernels& kernels) {
     test_segments(kernels, random, 3 * SUM_CHAIN + 1, 1, 2, d);
     test_segments(kernels, random, 2 * SUM_CHAIN, 3, 4, d);
     test_segments(kernels, random, 2 * SUM_CHAIN + 40, 1, 4, d);
-    for (int64_t k : Sizes{0, 1, w - 1, w, w + 1, 2 * w + 3, SUM_CHAIN + 1, 2 * SUM_CHAIN}) test_atoms(kernels, random, PLAIN, 3, k, 9, d);
+    for (int64_t k : Sizes{0, 1, w - 1, w, w + 1, 2 * w + 3, SUM_CHAIN + 1, 2 * SUM_CHAIN})
+      test_atoms(kernels, random, PLAIN, 3, k, 9, d);
     for (Form form : FORMS) {
       test_atoms(kernels, random, form, 0, 2, 1, d);
       test_atoms(kernels, random, form, 1, w, 1, d);

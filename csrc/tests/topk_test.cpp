@@ -38,9 +38,8 @@ struct Packed {
     centred = codes;
     centre.assign(codes.begin(), codes.begin() + c.features);
     for (int64_t i = 0; i < c.count * c.features; ++i) centred[i] -= centre[i % c.features];
-    const bool has_centre = c.is_centred && std::all_of(centre.begin(), centre.end(), [](float value) {
-      return std::abs(value) < 1e30f;
-    });
+    const bool has_centre =
+        c.is_centred && std::all_of(centre.begin(), centre.end(), [](float value) { return std::abs(value) < 1e30f; });
     if (has_centre) {
       t.centre = centre.data();
       t.centred = book.centred = centred.data();
@@ -56,8 +55,9 @@ struct Packed {
       for (int64_t d = 0; d < c.features; ++d) square += (double)measured[d] * measured[d];
       const double norm = std::isfinite(square) ? std::sqrt(square) : 0;
       const bool is_same = std::abs(norms[i] - norm) <= 1e-13 * norm;
-      CHECK(is_same && std::isnan(peaks[i]) == std::isnan(square) && std::isfinite(peaks[i]) == std::isfinite(square),
-            "code %ld has length %g and peak %g, its square is %g", (long)i, norms[i], peaks[i], square);
+      CHECK(
+          is_same && std::isnan(peaks[i]) == std::isnan(square) && std::isfinite(peaks[i]) == std::isfinite(square),
+          "code %ld has length %g and peak %g, its square is %g", (long)i, norms[i], peaks[i], square);
       const double both = square + (c.has_bias ? std::abs(bias[i]) : 0);
       if (!std::isfinite(both)) {
         (std::isnan(both) ? nans : others).push_back((int32_t)i);
@@ -162,8 +162,9 @@ void test_few(const Kernels& kernels, const Topk& t, const Numbers& x, const std
     std::sort(found.begin(), found.end());
     CHECK((int64_t)found.size() >= t.k, "row %ld has %ld codes", (long)r, (long)found.size());
     for (int64_t i = 0; i < t.k; ++i)
-      CHECK(found[i].second == indices[r * t.k + i], "code %ld of row %ld is %ld, not %ld", (long)i, (long)r,
-            (long)found[i].second, (long)indices[r * t.k + i]);
+      CHECK(
+          found[i].second == indices[r * t.k + i], "code %ld of row %ld is %ld, not %ld", (long)i, (long)r,
+          (long)found[i].second, (long)indices[r * t.k + i]);
   }
 }
 
@@ -199,8 +200,9 @@ void test_case(const Kernels& kernels, const Case& c, const Numbers& rows, const
       const double difference = std::abs(found.score - best.score), size = found.size + best.size;
       const bool are_numbers = found.kind == 0 && best.kind == 0;
       const bool is_near = are_numbers && difference > 0 && difference <= 1e-15 * (double)c.features * size;
-      CHECK(index == best.index || is_near, "row %ld has code %ld at %g, and not %ld at %g", (long)r, (long)index,
-            found.score, (long)best.index, best.score);
+      CHECK(
+          index == best.index || is_near, "row %ld has code %ld at %g, and not %ld at %g", (long)r, (long)index,
+          found.score, (long)best.index, best.score);
       if (found.kind != 0) {
         CHECK(!std::isfinite(value), "the value of what is not finite is %g", value);
         continue;

@@ -5,8 +5,7 @@
 #if defined(__clang__)
 // The intrinsics have targets of their own: Clang needs their header before the attribute.
 #include <immintrin.h>
-#pragma clang attribute push( \
-    __attribute__((target("avx2,fma,f16c"))), apply_to = function)
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
 #else
 #pragma GCC target("avx2,fma,f16c")
 #endif

@@ -59,7 +59,7 @@ struct InFloat32 {
   // Packs the negatives of codes, null ones as zeros, to steps that lie PANEL apart; returns |c - what is packed| of
   // each, or more.
   static Floats pack_codes(const Codebook& book, const float* const (&codes)[WIDTH], uint32_t* words) {
-    for_tiles(codes, book.features, [&](int64_t d, int64_t n, const Floats (&tile)[WIDTH]) {
+    for_tiles(codes, book.features, [&](int64_t d, int64_t n, const Floats(&tile)[WIDTH]) {
       for (int64_t i = 0; i < n; ++i) store(words + (d + i) * PANEL, -tile[i] * book.scale);
     });
     return Floats{};

@@ -56,8 +56,7 @@ inline void ema_rows(
   }
 }
 
-inline void subtract_scaled(
-    const Rows& a, const Rows& b, float scale, const Rows& out, int64_t begin, int64_t end) {
+inline void subtract_scaled(const Rows& a, const Rows& b, float scale, const Rows& out, int64_t begin, int64_t end) {
   const int64_t features = out.features, batch = batch_of(features);
   DenseRows from(a, batch), less(b, batch), to(out, batch);
   for (int64_t first = begin; first < end; first += batch) {

@@ -53,9 +53,7 @@ struct InInt16 {
   static constexpr int COPIES = WIDTH;
   static DLVAE_INLINE Vector spread(const uint32_t* word) { return load<Ints>(word); }
 #endif
-  static DLVAE_INLINE Vector add_product(Vector sum, Vector a, Vector b) {
-    return add_pairs(sum, a, b);
-  }
+  static DLVAE_INLINE Vector add_product(Vector sum, Vector a, Vector b) { return add_pairs(sum, a, b); }
   // Never that of a code that does not count.
   static DLVAE_INLINE Score sum(Score score, float margin) {
     const double threshold = (double)score + margin;
@@ -85,7 +83,7 @@ struct InInt16 {
       lost += difference * difference;
       return -whole;
     };
-    for_tiles(codes, book.features, [&](int64_t d, int64_t n, const Floats (&tile)[WIDTH]) {
+    for_tiles(codes, book.features, [&](int64_t d, int64_t n, const Floats(&tile)[WIDTH]) {
       for (int64_t i = 0; i < n; i += 2) {
         const Ints low = negative(tile[i]) & 0xffff, high = negative(tile[i + 1]) << 16;
         store(words + (d + i) / 2 * PANEL, low | high);

@@ -32,7 +32,7 @@ DLVAE_INLINE float to_float(float value) { return value; }
 DLVAE_INLINE float to_float(BFloat16 value) { return as_float((uint32_t)value.bits << 16); }
 DLVAE_INLINE float to_float(Float16 value) {
   const uint32_t sign = (uint32_t)(value.bits & 0x8000) << 16, rest = (uint32_t)(value.bits & 0x7fff) << 13;
-  if (rest >= 0x0f800000) return as_float(sign | 0x7f800000 | rest);                  // infinity or NaN
+  if (rest >= 0x0f800000) return as_float(sign | 0x7f800000 | rest);  // infinity or NaN
   if (rest >= 0x00800000) return as_float(sign | (rest + 0x38000000));
   return as_float(sign | as_bits(as_float(0x38800000 | rest) - as_float(0x38800000)));  // subnormal
 }

@@ -38,8 +38,7 @@ inline void sum_segments(
     // Each branch makes its own, so that the first keeps them in registers.
     const auto terms = [&] {
       return Terms<uint32_t>{
-          segments.rows + place, last, weights, segments.weight, next - place, data, begin, end,
-          data_ld, is_far};
+          segments.rows + place, last, weights, segments.weight, next - place, data, begin, end, data_ld, is_far};
     };
     if (stop - start <= SUM_CHAIN) {
       add_chain(terms(), from, to, place == start, sum);

@@ -94,8 +94,7 @@ inline void kept_softmax_rows(const KeptSoftmax& s, int64_t begin, int64_t end) 
       const float m = largest[r], scale = 1 / sum;
       float* values = s.values + (first + r) * s.k;
       int64_t j = 0;
-      for (; j + WIDTH <= s.k; j += WIDTH)
-        store(values + j, exponential(load<Floats>(values + j) - m) * scale);
+      for (; j + WIDTH <= s.k; j += WIDTH) store(values + j, exponential(load<Floats>(values + j) - m) * scale);
       for (; j < s.k; ++j) values[j] = softmax_of(values[j], m, scale);
       s.sums[2 * (first + r)] = m;
       s.sums[2 * (first + r) + 1] = sum;

@@ -22,8 +22,16 @@ inline void decode_rows(const Atoms& atoms, const float* values, int64_t begin, 
     for (int64_t row = first; row < last; ++row, sum += sums.ld()) {
       const auto terms = [&] {
         return Terms<int64_t>{
-            atoms.indices + row * k, atoms.indices + atoms.rows * k, values + row * k, 0, k,
-            atoms.dictionary, 0, INT64_MAX, features, atoms.is_far};
+            atoms.indices + row * k,
+            atoms.indices + atoms.rows * k,
+            values + row * k,
+            0,
+            k,
+            atoms.dictionary,
+            0,
+            INT64_MAX,
+            features,
+            atoms.is_far};
       };
       if (k <= SUM_CHAIN) {
         add_chain(terms(), 0, features, true, sum);
@@ -84,8 +92,8 @@ DLVAE_INLINE void add_products(
 }
 
 // Inner products of a row with `count` atoms, at most WIDTH; after them `atoms` has AHEAD that come later.
-DLVAE_INLINE Floats products(
-    const float* row, const float* const* atoms, int64_t count, int64_t features, bool is_far) {
+DLVAE_INLINE Floats
+products(const float* row, const float* const* atoms, int64_t count, int64_t features, bool is_far) {
   Floats sums[WIDTH];
   for (int64_t a = count; a < WIDTH; ++a) sums[a] = Floats{};
   int64_t d = 0;

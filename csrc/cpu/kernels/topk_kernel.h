@@ -13,7 +13,7 @@
 
 namespace {
 
-constexpr int64_t CODES = 512;        // of one chunk, whole panels
+constexpr int64_t CODES = 512;            // of one chunk, whole panels
 constexpr int64_t SORTED_BY_RANKS = 512;  // at most; beyond, digits are faster
 constexpr float LARGEST_SCORE = 0x1p100f;
 
@@ -52,12 +52,12 @@ class TopkSearch {
  private:
   struct Kept {
     int64_t count;
-    float bound;     // at least k scores are at most this
-    float margin;    // how far the score of a code may be from what it is for the share of the row in it
-    double square;   // |x|^2
-    double offset;   // of the distance or the product beside the score
-    bool is_exact;   // compared in float64 with all codes
-    double unit;     // of a score in float64: rows of subnormal numbers are scaled up
+    float bound;    // at least k scores are at most this
+    float margin;   // how far the score of a code may be from what it is for the share of the row in it
+    double square;  // |x|^2
+    double offset;  // of the distance or the product beside the score
+    bool is_exact;  // compared in float64 with all codes
+    double unit;    // of a score in float64: rows of subnormal numbers are scaled up
   };
 
   static int64_t rows_of_block(const Topk& t) {
@@ -118,8 +118,8 @@ class TopkSearch {
     for (int64_t c = 0; c < t_.packed; c += CODES) {
       const int64_t n = c + CODES < t_.packed ? CODES : t_.packed - c;
       multiply(
-          scored, RowMajor{features}, count, t_.panels + c * features, features * PANEL, panels_of(n),
-          features, scores_, CODES, t_.start + c, false);
+          scored, RowMajor{features}, count, t_.panels + c * features, features * PANEL, panels_of(n), features,
+          scores_, CODES, t_.start + c, false);
       for (int64_t r = 0; r < count; ++r) {
         if (kept_[r].is_exact) continue;
         const int64_t at = is_one_chunk_ ? 0 : r * capacity_;
@@ -336,9 +336,9 @@ class TopkSearch {
   const int64_t capacity_;  // with all of one chunk, and what vectors touch beyond
   const bool is_one_chunk_;
   const int64_t block_;
-  Buffer<float> x_;       // [block, D]
+  Buffer<float> x_;        // [block, D]
   Buffer<float> centred_;  // the same less the centre
-  Buffer<float> scores_;  // [block, CODES]
+  Buffer<float> scores_;   // [block, CODES]
   Buffer<Kept> kept_;
   Buffer<float> found_;  // [block or 1, capacity]
   Buffer<int32_t> places_;

@@ -82,8 +82,7 @@ DLVAE_INLINE void add_terms_to(const Terms<Index>& terms, int64_t feature, int64
 template <class Index>
 DLVAE_INLINE void add_chain(const Terms<Index>& terms, int64_t begin, int64_t end, bool is_first, float* to) {
   int64_t d = begin;
-  for (; d + 2 * ROWS * WIDTH <= end; d += 2 * ROWS * WIDTH)
-    add_terms_to<2 * ROWS>(terms, d, 0, is_first, to + d);
+  for (; d + 2 * ROWS * WIDTH <= end; d += 2 * ROWS * WIDTH) add_terms_to<2 * ROWS>(terms, d, 0, is_first, to + d);
   const auto one = [&](auto v) {
     constexpr int V = decltype(v)::value;
     if (d + V * WIDTH > end) return;

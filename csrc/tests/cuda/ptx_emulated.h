@@ -32,7 +32,7 @@ void load_matrices(void* const* lanes, uint32_t present) {
   }
   for (int lane = 0; lane < 32; ++lane) {
     for (int matrix = 0; matrix < COUNT; ++matrix) {
-      const uint16_t(*of)[8] = rows + 8 * matrix;
+      const uint16_t (*of)[8] = rows + 8 * matrix;
       const int group = lane / 4, pair = lane % 4 * 2;
       const uint32_t low = IS_TRANSPOSED ? of[pair][group] : of[group][pair];
       const uint32_t high = IS_TRANSPOSED ? of[pair + 1][group] : of[group][pair + 1];

@@ -20,21 +20,13 @@
 
 using cudaStream_t = void*;
 
-#define DLVAE_VECTORS(T, name, size)                                                       \
-  struct alignas(size) name##1 {                                                           \
-    T x;                                                                                   \
-  };                                                                                       \
-  struct alignas(2 * size) name##2 {                                                       \
-    T x, y;                                                                                \
-  };                                                                                       \
-  struct name##3 {                                                                         \
-    T x, y, z;                                                                             \
-  };                                                                                       \
-  struct alignas(4 * size < 16 ? 4 * size : 16) name##4 {                                  \
-    T x, y, z, w;                                                                          \
-  };                                                                                       \
-  inline name##2 make_##name##2(T x, T y) { return {x, y}; }                               \
-  inline name##3 make_##name##3(T x, T y, T z) { return {x, y, z}; }                       \
+#define DLVAE_VECTORS(T, name, size) \
+  struct alignas(size) name##1 { T x; }; \
+  struct alignas(2 * size) name##2 { T x, y; }; \
+  struct name##3 { T x, y, z; }; \
+  struct alignas(4 * size < 16 ? 4 * size : 16) name##4 { T x, y, z, w; }; \
+  inline name##2 make_##name##2(T x, T y) { return {x, y}; } \
+  inline name##3 make_##name##3(T x, T y, T z) { return {x, y, z}; } \
   inline name##4 make_##name##4(T x, T y, T z, T w) { return {x, y, z, w}; }
 DLVAE_VECTORS(unsigned char, uchar, 1)
 DLVAE_VECTORS(short, short, 2)
