@@ -1,4 +1,4 @@
-// The private operations dlvae_native::, one for each dlvae:: operation that the compiled kernels can run.
+// The private operations dlvae_native::, one for each operation in dlvae::, and queries about the CPU library.
 #include <torch/csrc/stable/library.h>
 
 #include "cpu/operations_cpu.h"

@@ -1,4 +1,4 @@
-// The operations of both compiled libraries, each in a file of its own; each library implements them for its device.
+// The operations of the compiled libraries. Each library implements them for its device, in one file per operation.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -16,10 +16,10 @@ using Tensors3 = std::tuple<Tensor, Tensor, Tensor>;
 using Tensors6 = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 using OptionalTensor = std::optional<Tensor>;
 
-// The table of operations: OPERATION(name, result type, parameters, schema). The arguments and results are those of the
-// operation of the same name in the table of dlvae_kernels/ops.py. `uncertain_rows`, which is for tests, is the only one
-// that is not there: it returns the number of rows that `nearest_code` searches a second time because rounding might
-// have hidden the nearest code.
+// The table of operations: OPERATION(name, result type, parameters, schema). Arguments and results are those of the
+// operation of the same name in dlvae_kernels/ops.py. Only `uncertain_rows`, which is for tests, is not in that table:
+// it returns the number of rows that `nearest_code` searches a second time because rounding might have hidden the
+// nearest code.
 #define DLVAE_OPERATIONS(OPERATION) \
   OPERATION(uncertain_rows, int64_t, (const Tensor& x, const Tensor& codebook), "(Tensor x, Tensor codebook) -> int") \
   OPERATION( \

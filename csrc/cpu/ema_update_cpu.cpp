@@ -8,12 +8,12 @@ namespace dlvae {
 namespace {
 
 bool all_finite(const float* values, int64_t count) {
-  float sum = 0;  // of zeros, and NaN for what is not finite
+  float sum = 0;  // a sum of zeros, or NaN if a value is not finite
   for (int64_t i = 0; i < count; ++i) sum += values[i] * 0;
   return sum == 0;
 }
 
-// Which rows hold NaN or infinity.
+// Sets a flag for each row that holds NaN or infinity.
 void find_rows_not_finite(const Rows& rows, bool* is_not_finite) {
   const Kernels& k = kernels();
   parallel(rows.count, 1 + 16384 / rows.features, [&](int64_t begin, int64_t end) {
@@ -25,7 +25,7 @@ void find_rows_not_finite(const Rows& rows, bool* is_not_finite) {
   });
 }
 
-// Rows [K] of a tensor with one number each.
+// The rows [K, 1] of a tensor [K].
 Rows column_of(const char* name, const Tensor& tensor) { return rows_of(name, torch::stable::unsqueeze(tensor, -1)); }
 
 void check_state(const char* name, const Tensor& tensor, const std::vector<int64_t>& shape) {
@@ -59,7 +59,7 @@ Tensor ema_statistics(const Tensor& x, const Tensor& indices, int64_t num_codes)
     });
   };
   sum(nullptr);
-  // Sums of finite rows alone are seldom anything else: so the rows are looked at only if they are.
+  // Sums of finite rows are almost always finite, so the rows are examined only if a sum is not.
   if (!is_finite) {
     const Array<bool> left_out = new_array<bool>(rows.count);
     find_rows_not_finite(rows, left_out.get());
@@ -95,8 +95,8 @@ void ema_step(
     total += sizes[code];
   }
   k.store_rows(sizes_view, 0, num_codes, sizes.get(), 1);
-  // From here on what a code's sum is divided by, smoothed; 0 where the code stays, since no row took it: smoothing
-  // would pull it to the origin step by step.
+  // From here on, sizes[code] is the smoothed divisor of the code's sum. It is 0 for a code without vectors, which
+  // stays as it is: smoothing would pull it towards the origin at every step.
   const double share = total / (total + static_cast<double>(num_codes) * epsilon);
   for (int64_t code = 0; code < num_codes; ++code) {
     const bool is_used = counts.data[code] > 0 && sizes[code] > 0;

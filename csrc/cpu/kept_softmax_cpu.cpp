@@ -7,11 +7,12 @@
 namespace dlvae {
 namespace {
 
-// Bytes of the gradient of the logits that the backward holds at once; of few rows, for a large K, they may be more.
+// The backward pass holds this many bytes of the gradient of the logits at once. If K is large, the smallest superblock
+// of rows may take more.
 constexpr int64_t SUPERBLOCK_BYTES = 8 << 20;
 constexpr int64_t SMALLEST_SUPERBLOCK = 256;
 
-// x, weight, bias and indices as the kernels take them, with what had to be copied.
+// Converts x, weight, bias and indices to the form that the kernels read, and owns the copies.
 class Inputs {
  public:
   KeptSoftmax s{};
@@ -64,7 +65,7 @@ class Inputs {
   std::vector<float> start_;
 };
 
-// [..., k] float32 of the forward, adjacent.
+// Returns a contiguous float32 tensor of the forward pass after checking its type and size.
 Tensor adjacent(const char* name, const Tensor& tensor, int64_t numel) {
   check_device(name, tensor);
   STD_TORCH_CHECK(tensor.scalar_type() == ScalarType::Float, name, " has a dtype that is not float32");
@@ -115,7 +116,7 @@ std::tuple<Tensor, Tensor, Tensor> kept_softmax_bwd(
   b.needs_bias = need_bias;
   const int64_t fitting = SUPERBLOCK_BYTES / 4 / s.codes / SMALLEST_SUPERBLOCK * SMALLEST_SUPERBLOCK;
   const int64_t superblock = std::min(std::max(fitting, SMALLEST_SUPERBLOCK), std::max<int64_t>(rows, 1));
-  // Tiles that lay a power of two apart would meet in the same sets of the caches.
+  // Tiles a power of two apart would map to the same sets of the caches.
   b.room = superblock + 4;
   Tensor logits, packed_rows, total;
   if (need_weight || need_bias) logits = new_tensor(x, {tiles, b.room, all.rows});

@@ -1,4 +1,4 @@
-// The index of the nearest code of each row, exact whatever `precision` asks for.
+// The index of the nearest code of each row. The result is exact for each value of `precision`.
 #include <atomic>
 
 #include "operations_cpu.h"
@@ -7,7 +7,7 @@
 namespace dlvae {
 namespace {
 
-// Indices, distances unless null; returns how many rows were searched a second time.
+// Writes indices and, unless null, squared distances. Returns the number of rows that were searched a second time.
 int64_t search(const Tensor& x, const Tensor& codebook, int64_t* indices, float* distances) {
   const Rows rows = rows_of("x", x);
   check_codebook(codebook, rows);

@@ -6,7 +6,7 @@
 namespace dlvae {
 namespace {
 
-// Each row is zeroed and gets its ones while it is in the cache.
+// Zeroes each row and writes its ones while the row is in the cache.
 template <class Element>
 void write_rows(
     const int64_t* indices, int64_t k, int64_t codes, Element one, Element* rows, int64_t begin, int64_t end) {
@@ -41,7 +41,7 @@ Tensor one_hot(const Tensor& indices, int64_t num_codes, ScalarType dtype) {
   const Indices ones("indices", indices);
   const int64_t k = indices.dim() == 2 ? indices.size(1) : 1;
   const Tensor out = new_tensor(indices, {indices.size(0), num_codes}, dtype);
-  // Whatever the type, torch knows the bits of its 1.
+  // torch provides the bits of a 1 of any type.
   const Tensor one = torch::stable::fill_(new_tensor(indices, {1}, dtype), 1);
   switch (out.element_size()) {
     case 1: write<uint8_t>(ones, k, num_codes, one, out); break;

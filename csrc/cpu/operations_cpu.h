@@ -1,4 +1,4 @@
-// The operations on the CPU, and what they tell of themselves.
+// The operations on the CPU, and queries about the CPU library.
 #pragma once
 
 #include <string>
@@ -8,11 +8,13 @@
 
 namespace dlvae {
 
-// The instruction set in use; and all that there are kernels for, or those that this processor has, the best first.
+// Return the instruction set in use; and the instruction sets that the library has kernels for or, unless `all`, those
+// that this processor supports, the fastest first.
 std::string cpu_name();
 std::string cpu_names(bool all);
 
-// Products of two features a second, of scores in the arithmetic of the search on all threads: what no search exceeds.
+// Measures the products of two features per second when all threads compute scores in the arithmetic of the search: an
+// upper bound of the rate of any search.
 double search_rate();
 
 }  // namespace dlvae

@@ -1,4 +1,4 @@
-// How fast scores can be had at best, for benchmarks to compare with.
+// The peak rate of score computation, as a reference for benchmarks.
 #include <atomic>
 #include <chrono>
 

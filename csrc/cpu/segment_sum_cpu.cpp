@@ -5,16 +5,16 @@
 namespace dlvae {
 namespace {
 
-// Of float32 rows that are read again and again: what stays in a core's cache.
+// The size of float32 rows that stay in a core's cache while they are read repeatedly.
 constexpr int64_t NEAR_BYTES = 512 << 10;
-// Of rows that are copied first: at most this at a time.
+// The most memory for rows that are converted to float32 first.
 constexpr int64_t COPY_BYTES = 8 << 20;
-// Pairs of a code in a block of rows that are worth a visit to its sum.
+// The fewest pairs of a code per block of rows for which loading and storing its sum is worthwhile.
 constexpr int64_t PAIRS_PER_VISIT = 8;
 
 int64_t threads_for(int64_t work) { return std::clamp<int64_t>(work / 32768, 1, torch::stable::get_num_threads()); }
 
-// Where the share of a thread begins; a pair costs as much as a code does, and either as much as it has features.
+// The partition of the work over threads. A pair and a code each cost as much as they have features.
 class Shares {
  public:
   Shares(const Segments& segments, int64_t features, int64_t count)
@@ -28,7 +28,7 @@ class Shares {
   }
 
  private:
-  // Features that two threads do not part: a cache line of them.
+  // Threads share no cache line: a share begins at a multiple of this many features.
   static constexpr int64_t COLUMN = 16;
 
   int64_t work_before(int64_t code) const { return (segments_.starts[code] + code) * columns_; }
@@ -64,7 +64,7 @@ SortedPairs::SortedPairs(
       weights_(weights == nullptr ? nullptr : new_array<float>(codes.count)) {
   const int64_t rows = per_row == 0 ? 0 : codes.count / per_row;
   STD_TORCH_CHECK(rows <= UINT32_MAX, "indices have ", rows, " rows; they may have ", UINT32_MAX);
-  // Each thread counts for itself: not worth it where codes are many.
+  // Each thread has counts of its own, which does not pay if there are many codes.
   const int64_t parts = std::min(threads_for(codes.count), 1 + codes.count / (2 * num_codes));
   const Array<int64_t> next = new_array<int64_t>(parts * num_codes);
   const auto for_parts = [&](const auto& f) {
@@ -118,15 +118,16 @@ void segment_sum(const Rows& rows, const SortedPairs& pairs, int64_t per_row, fl
   const Shares shares(segments, rows.features, threads);
 
   const bool in_place = is_dense(rows);
-  // A block whose rows are few for so many codes would load and store sums more than it adds to them.
+  // With few rows per block and many codes, the sums would be loaded and stored more often than they are added to.
   int64_t block = std::max(NEAR_BYTES / row_bytes, PAIRS_PER_VISIT * segments.codes / std::max<int64_t>(1, per_row));
-  if (per_row == 1) block = rows.count;  // no row is read again
+  if (per_row == 1) block = rows.count;  // no row is read twice
   if (!in_place) block = std::min(block, COPY_BYTES / row_bytes);
   block = std::clamp<int64_t>(block, 1, std::max<int64_t>(1, rows.count));
   const bool is_far = block * row_bytes > NEAR_BYTES;
 
   const Array<float> copy = new_array<float>(in_place ? 0 : block * rows.features);
-  const Array<int64_t> places = new_array<int64_t>(segments.codes + threads);  // a code that two threads part has two
+  // A code that two threads share has two places.
+  const Array<int64_t> places = new_array<int64_t>(segments.codes + threads);
   const Array<double> totals = new_array<double>(std::min(segments.codes, count / SUM_CHAIN + 1) * rows.features);
   const auto sum_block = [&](int64_t thread, int64_t begin, int64_t end, const float* data, int64_t data_ld) {
     const Share share = shares(thread);

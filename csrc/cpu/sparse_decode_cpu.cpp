@@ -4,10 +4,11 @@
 namespace dlvae {
 namespace {
 
-// What stays in a core's cache.
+// The size of a dictionary that stays in a core's cache.
 constexpr int64_t NEAR_BYTES = 1 << 20;
 
-// The dictionary in float32; where it is of another kind, and atoms are many for so few rows, those that occur alone.
+// The dictionary as contiguous float32 rows. If it must be converted and has more atoms than there are indices, only
+// the atoms that occur are converted.
 class Kept {
  public:
   Kept(const Tensor& dictionary, const Indices& indices, int64_t k)
@@ -41,7 +42,7 @@ class Kept {
   }
   Atoms atoms{};
 
-  // f(begin, end) over all rows in parallel, a few at a time, whose indices have just been checked.
+  // Calls f(begin, end) in parallel for all rows, a few at a time, after checking their indices.
   template <class F>
   void for_rows(const F& f) const {
     constexpr int64_t STEP = 64;

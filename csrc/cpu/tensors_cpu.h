@@ -1,4 +1,4 @@
-// Between tensors and plain pointers: what every wrapper of an operation uses.
+// Helpers between tensors and plain pointers that the wrappers of all operations use.
 #pragma once
 
 #include <algorithm>
@@ -17,7 +17,7 @@ inline Tensor new_tensor(const Tensor& like, const std::vector<int64_t>& shape, 
   return tensor;
 }
 
-// As torch.empty_like: dense strides are kept.
+// The same as torch.empty_like: dense strides are kept.
 inline Tensor new_like(const Tensor& like) {
   Tensor tensor = torch::stable::empty_like(like);
   prefer_large_pages(tensor.data_ptr(), tensor.numel() * static_cast<int64_t>(tensor.element_size()));
@@ -27,7 +27,7 @@ inline Tensor new_like(const Tensor& like) {
 struct Release {
   void operator()(void* memory) const { release(memory); }
 };
-// Numbers without initial values.
+// An uninitialised array.
 template <class T>
 using Array = std::unique_ptr<T[], Release>;
 template <class T>
@@ -35,7 +35,7 @@ Array<T> new_array(int64_t count) {
   return Array<T>(static_cast<T*>(allocate(count * static_cast<int64_t>(sizeof(T)))));
 }
 
-// Tensor [..., D] as adjacent float32 rows: the tensor itself where it is that.
+// A tensor [..., D] as contiguous float32 rows: the memory of the tensor itself if it has this form, else a copy.
 class Matrix {
  public:
   Matrix(const char* name, const Tensor& tensor);
@@ -46,7 +46,8 @@ class Matrix {
   Tensor copy_;
 };
 
-// f(begin, end) over [0, count) on torch's threads, at least `grain` at a time; what one of them throws is thrown here.
+// Calls f(begin, end) over [0, count) on torch's threads, at least `grain` elements at a time. An exception of a thread
+// is rethrown in the caller.
 template <class F>
 void parallel(int64_t count, int64_t grain, const F& f) {
   std::exception_ptr error;

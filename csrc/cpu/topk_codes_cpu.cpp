@@ -9,11 +9,11 @@
 namespace dlvae {
 namespace {
 
-// The order in which codes are packed, or follow those that are.
+// The order in which codes are packed, and the codes that follow them.
 struct Codes {
   std::vector<int32_t> ids, others, next;
   int64_t packed = 0, infinite = 0;
-  double longest = 0;  // of the packed codes
+  double longest = 0;  // length of the longest packed code
   double peak = 0;
 
   Codes(const Topk& t, const Codebook& book) {
@@ -52,7 +52,8 @@ struct Codes {
     for (int32_t c : ids) peak = std::max<double>(peak, book.peaks[c]);
   }
 
-  // The error bound of scores grows with the longest packed code: few codes far beyond the others go to the end.
+  // The error bound of scores grows with the longest packed code. A few codes far longer than the others are moved to
+  // the end and are not packed.
   void set_long_apart(const Codebook& book) {
     constexpr double FAR = 16;
     const int64_t most = 1 + packed / 64;
@@ -66,7 +67,7 @@ struct Codes {
   }
 };
 
-// Few rows go through the dictionary as it is where at most so small a share of it is selected.
+// A few rows are searched in the unpacked dictionary if k is at most 1 / FEW_SHARE of the number of codes.
 constexpr int64_t FEW_SHARE = 8;
 
 float start_of(const Topk& t, double square, int64_t code) {
@@ -74,7 +75,7 @@ float start_of(const Topk& t, double square, int64_t code) {
   return (float)std::min<double>(std::max<double>(start * t.scale, -LARGEST_START), LARGEST_START);
 }
 
-// The best codes of few rows, found in one pass over the dictionary as it is, which all threads share.
+// Finds the best codes of a few rows in one pass over the unpacked dictionary, which all threads share.
 void topk_of_few(const Kernels& kernels, const Topk& t) {
   const int64_t n = t.x.count, features = t.features, ld = (features + 15) / 16 * 16, padded = FEW_ROWS * ld;
   const Array<float> rows = new_array<float>(padded);
@@ -106,7 +107,7 @@ void topk_of_few(const Kernels& kernels, const Topk& t) {
       indices[i] = code;
       values[i] = (float)(t.is_product ? -score : score);
       if (score < std::numeric_limits<double>::max()) continue;
-      // Infinite or NaN, whatever the order of the sum.
+      // The score is not finite. A float32 sum in any order gives the same infinity or NaN.
       float sum = t.is_product && t.bias != nullptr ? t.bias[code] : 0;
       for (int64_t d = 0; d < features; ++d) {
         const float c = t.codes[code * features + d], difference = row[d] - c;
@@ -190,7 +191,7 @@ std::tuple<Tensor, Tensor> topk_codes(
   t.infinite = split.infinite;
   t.nans = (int64_t)split.others.size() - split.infinite;
   t.peak = split.peak;
-  // Within the exponents of float32, where a code has any length at all.
+  // Keeps the scale within the exponents of float32. The longest code may have length 0.
   const int exponent = split.longest == 0 ? 0 : std::max(-120, std::min(120, std::ilogb(split.longest)));
   t.scale = std::ldexp(1.0f, -exponent);
   t.norm = split.longest * t.scale;

@@ -13,7 +13,8 @@ float scalar_of(const char* name, const Tensor& tensor) {
   return value;
 }
 
-// The dimensions of a tensor in the order in which they lie in memory, so that its last one has adjacent elements.
+// Returns the dimensions of a tensor from the largest stride to the smallest, so that the last one has adjacent
+// elements.
 std::vector<int64_t> memory_order(const Tensor& tensor) {
   std::vector<int64_t> order(tensor.dim());
   std::iota(order.begin(), order.end(), 0);
@@ -49,7 +50,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> vector_quantize_fwd(
       const int64_t last = std::min(end * BLOCK, rows.count);
       k.quantize_rows(packed.book(), rows, begin * BLOCK, last, index, quantized_rows, error_rows, losses.get());
     });
-    // In one order, whatever the number of threads.
+    // The order of the sum does not depend on the number of threads.
     for (int64_t b = 0; b < blocks; ++b) loss += losses[b];
     loss /= static_cast<double>(rows.count * rows.features);
   }
@@ -66,7 +67,7 @@ std::tuple<Tensor, Tensor> vector_quantize_bwd(
   const Indices codes("indices", indices);
   STD_TORCH_CHECK(codes.count == rows.count, "indices are ", codes.count, "; half_error has ", rows.count, " rows");
   STD_TORCH_CHECK(num_codes >= 1, "num_codes is ", num_codes, "; it needs to be at least 1");
-  // d mean((q - x)^2) / d q = slope * half_error, before the factor of either loss.
+  // d mean((q - x)^2) / d q = slope * half_error, before the gradient of either loss is multiplied in.
   const double slope = 4.0 / static_cast<double>(std::max<int64_t>(1, half_error.numel()));
   Tensor grad_x = new_tensor(half_error, {0});
   Tensor grad_codebook = new_tensor(half_error, {0});

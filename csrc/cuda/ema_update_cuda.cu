@@ -8,7 +8,7 @@ namespace {
 
 constexpr int THREADS = 256;
 
-// Whether each row holds NaN or infinity.
+// Sets for each row whether it holds NaN or infinity.
 __global__ void __launch_bounds__(RowBlock::THREADS) not_finite_kernel(Rows x, bool* flags) {
   __shared__ int64_t offsets[RowBlock::ROWS];
   __shared__ int found[RowBlock::ROWS];
@@ -19,7 +19,7 @@ __global__ void __launch_bounds__(RowBlock::THREADS) not_finite_kernel(Rows x, b
   for (int64_t feature = 0; feature < x.features; feature += RowBlock::FEATURES) {
     block.for_each(feature, [&](int row, int i) {
       const float value = load_element(x, offsets[row] + (feature + i) * x.stride);
-      if (!(value - value == 0)) found[row] = 1;  // all write the same
+      if (!(value - value == 0)) found[row] = 1;  // a benign race: all threads write the same value
     });
   }
   __syncthreads();
@@ -27,11 +27,11 @@ __global__ void __launch_bounds__(RowBlock::THREADS) not_finite_kernel(Rows x, b
 }
 
 __device__ float lerp(float from, float to, float weight) {
-  // As torch.lerp, which is exact at either end.
+  // The same formula as torch.lerp, which is exact at both ends.
   return weight < 0.5f ? from + weight * (to - from) : to - (to - from) * (1 - weight);
 }
 
-// One block: the cluster sizes, and their total in a fixed order.
+// One block updates the cluster sizes and adds them up in a fixed order.
 __global__ void __launch_bounds__(1024) sizes_kernel(Rows sizes, Rows statistics, float weight, double* total) {
   __shared__ double of_warps[WARP];
   double sum = 0;
@@ -46,7 +46,7 @@ __global__ void __launch_bounds__(1024) sizes_kernel(Rows sizes, Rows statistics
   if (threadIdx.x == 0) *total = sum;
 }
 
-// A warp a code.
+// One warp updates one code.
 __global__ void codes_kernel(
     Rows codebook, Rows sizes, Rows sums, Rows statistics, float weight, double epsilon, const double* total) {
   const int64_t code = ((int64_t)blockIdx.x * blockDim.x + threadIdx.x) / 32;
@@ -60,7 +60,7 @@ __global__ void codes_kernel(
     const float batch = load_element(statistics, batch_at + d * statistics.stride);
     const float sum = lerp(load_element(sums, sum_at + d * sums.stride), batch, weight);
     store_element(sums, sum_at + d * sums.stride, sum);
-    // A code that no row took stays where it is.
+    // A code without vectors stays as it is.
     if (count > 0 && size > 0) store_element(codebook, at + d * codebook.stride, sum / (float)smoothed);
   }
 }

@@ -7,7 +7,7 @@ namespace {
 
 constexpr int THREADS = 256;
 
-// 1 << column_bits adjacent threads copy a row of `units`; strides are in units.
+// 1 << column_bits adjacent threads copy a row of `units`. Strides are in units.
 template <class Unit>
 __global__ void __launch_bounds__(THREADS) gather_codes_kernel(
     const Unit* __restrict__ codes, int64_t stride_k, int64_t stride_d, int64_t num_codes,
@@ -16,7 +16,7 @@ __global__ void __launch_bounds__(THREADS) gather_codes_kernel(
   const int64_t row = thread >> column_bits, columns = int64_t{1} << column_bits;
   if (row >= num_rows) return;
   const int64_t index = indices[row];
-  // One out of range reads nothing, and gives 0.
+  // An index out of range reads nothing and writes 0.
   const bool is_valid = index >= 0 && index < num_codes;
   for (int64_t i = thread & (columns - 1); i < units; i += columns) {
     out[row * units + i] = is_valid ? codes[index * stride_k + i * stride_d] : Unit{};
@@ -29,7 +29,7 @@ void gather(const Tensor& codebook, const Tensor& indices, const Tensor& out) {
   const int64_t num_rows = indices.numel(), units = codebook.size(1) * size / unit;
   int column_bits = 0;
   while (column_bits < 5 && 1 << column_bits < units) ++column_bits;
-  // Where a unit is more than one element, these are adjacent.
+  // If a unit holds more than one element, the elements are adjacent.
   const int64_t stride_d = unit == size ? codebook.stride(1) : 1;
   const Device device(codebook);
   launch(

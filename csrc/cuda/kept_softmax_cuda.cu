@@ -1,4 +1,4 @@
-// softmax(x W^T + b) at the kept codes, and its gradients: the logits of some rows at a time.
+// softmax(x W^T + b) at the kept codes, and its gradients. Logits are computed for a chunk of rows at a time.
 #include "../operations.h"
 #include "launch.h"
 #include "parts.cuh"
@@ -22,12 +22,12 @@ __global__ void bias_kernel(Rows bias, float* to) {
   if (code < bias.features) to[code] = load_element(bias, code * bias.stride);
 }
 
-// A block a row.
+// One block processes one row.
 __global__ void __launch_bounds__(THREADS) softmax_kernel(Kept kept, int64_t begin, const float* logits) {
   const int64_t row = begin + blockIdx.x;
   const float* const own = logits + (int64_t)blockIdx.x * kept.codes;
   __shared__ float of_warps[WARP];
-  // A maximum leaves NaN out, the sum does not.
+  // The maximum ignores NaN, the sum does not.
   float largest = -INFINITY;
   for (int64_t i = threadIdx.x; i < kept.codes; i += THREADS) largest = fmaxf(largest, own[i]);
   largest = block_reduce(largest, Greatest{}, of_warps);
@@ -42,7 +42,8 @@ __global__ void __launch_bounds__(THREADS) softmax_kernel(Kept kept, int64_t beg
   if (threadIdx.x == 0) kept.sums[2 * row] = largest, kept.sums[2 * row + 1] = sum;
 }
 
-// A block a row: logits to their gradients, p (g - sum of g p) where g is that of the kept values and 0 elsewhere.
+// One block processes one row: it replaces logits by their gradients p (g - sum of g p), where g is the gradient of the
+// kept values and 0 for other codes.
 __global__ void __launch_bounds__(THREADS)
     grad_logits_kernel(Kept kept, const float* grad, int64_t begin, float* logits) {
   const int64_t row = begin + blockIdx.x;
@@ -53,14 +54,14 @@ __global__ void __launch_bounds__(THREADS)
   slope = block_reduce(slope, Sum{}, of_warps);
   const float largest = kept.sums[2 * row], scale = 1 / kept.sums[2 * row + 1];
   for (int64_t i = threadIdx.x; i < kept.codes; i += THREADS) own[i] = expf(own[i] - largest) * scale * -slope;
-  // Each thread has codes of its own, so that those that a row keeps twice are added in turn.
+  // Each thread owns some codes, so that the gradients of a code that a row keeps twice are added in order.
   for (int64_t j = row * kept.k; j < (row + 1) * kept.k; ++j) {
     const int64_t code = kept.indices[j];
     if (code >= 0 && code < kept.codes && code % THREADS == threadIdx.x) own[code] += grad[j] * kept.values[j];
   }
 }
 
-// 32 codes a block: sums over rows, in the same order at each run, are added to those before.
+// One block processes 32 codes: it adds the sums over rows to the previous ones, in the same order at each run.
 __global__ void __launch_bounds__(THREADS)
     grad_bias_kernel(const float* logits, int64_t rows, int64_t codes, float* bias) {
   __shared__ float of_warps[THREADS / 32][32];
@@ -74,7 +75,7 @@ __global__ void __launch_bounds__(THREADS)
   bias[code] += sum;
 }
 
-// Logits of rows, some at a time.
+// The logits of rows, a chunk of rows at a time.
 class Logits {
  public:
   Logits(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, const Device& device)
@@ -96,7 +97,7 @@ class Logits {
         data_of<float>(bias_));
   }
 
-  // f(begin, count, logits [count, K]) for all rows in turn.
+  // Calls f(begin, count, logits [count, K]) for all rows in order.
   template <class F>
   void for_chunks(const F& f) const {
     float* const out = data_of<float>(data_);
@@ -122,12 +123,12 @@ class Logits {
   Tensor data_, bias_;
 };
 
-// The columns of a matrix [count, features] with those strides as rows.
+// Returns the columns of a matrix [count, features] with the given strides as rows.
 Rows columns_of(const void* data, Type type, int64_t count, int64_t features, int64_t row_stride, int64_t stride) {
   return {const_cast<void*>(data), type, features, count, row_stride, 1, {features}, {stride}};
 }
 
-// out = a b^T, or that is added to it.
+// out = a b^T, or out += a b^T.
 void multiply(
     const Tensor& like, const Rows& a, const Rows& b, const PackedCodes& packed, bool adds, float* out, int64_t ld,
     const Device& device) {

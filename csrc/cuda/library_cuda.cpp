@@ -1,4 +1,4 @@
-// The CUDA kernels of the operations.
+// Registration of the CUDA kernels.
 #include "../operations.h"
 
 #if defined(DLVAE_EMULATE_CUDA)

@@ -8,7 +8,7 @@ namespace {
 
 constexpr int THREADS = 256;
 
-// A warp a row: its squared distance from its code.
+// One warp computes the squared distance of one row from its code.
 __global__ void distances_kernel(Rows x, Rows codes, const int64_t* indices, float* distances) {
   const int64_t row = ((int64_t)blockIdx.x * THREADS + threadIdx.x) / WARP;
   if (row >= x.count) return;

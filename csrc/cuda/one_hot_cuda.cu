@@ -7,14 +7,14 @@ namespace dlvae {
 namespace {
 
 constexpr int THREADS = 256;
-// That a block writes, or one row where that is more.
+// The number of bytes that a block writes; a row that is larger takes one block.
 constexpr int64_t BYTES = 16384;
 
 struct Bits128 {
   uint64_t parts[2];
 };
 
-// A block zeroes its rows and then writes the ones, while they are in the cache. Its first byte is a multiple of 16.
+// A block zeroes its rows and then writes the ones while the rows are in the cache. Its memory is aligned to 16 bytes.
 template <class Element>
 __global__ void __launch_bounds__(THREADS) one_hot_kernel(
     const int64_t* __restrict__ indices, int64_t num_rows, int64_t kept, int64_t num_codes, int rows_per_block,
@@ -28,7 +28,7 @@ __global__ void __launch_bounds__(THREADS) one_hot_kernel(
   __syncthreads();
   for (int64_t i = threadIdx.x; i < rows * kept; i += THREADS) {
     const int64_t index = indices[first * kept + i];
-    // One out of range has no place.
+    // An index out of range is skipped.
     if (index >= 0 && index < num_codes) to[i / kept * num_codes + index] = one;
   }
 }
@@ -39,7 +39,7 @@ void write(const Tensor& indices, int64_t kept, const Tensor& one, const Tensor&
   std::memcpy(&bits, one.data_ptr(), sizeof(Element));
   const int64_t num_rows = out.size(0), num_codes = out.size(1);
   const int64_t row_bytes = num_codes * static_cast<int64_t>(sizeof(Element));
-  // So many are whole vectors.
+  // This many rows are whole vectors.
   const int64_t unit = 16 / widest_unit({row_bytes});
   const int64_t rows = unit * ceil_div(BYTES, unit * row_bytes);
   const Device device(out);
@@ -57,7 +57,7 @@ Tensor one_hot(const Tensor& indices, int64_t num_codes, ScalarType dtype) {
   const Tensor ones = indices_of("indices", indices);
   const int64_t kept = indices.dim() == 2 ? indices.size(1) : 1;
   const Tensor out = new_tensor(indices, {indices.size(0), num_codes}, dtype);
-  // Whatever the type, torch knows the bits of its 1.
+  // torch provides the bits of a 1 of any type.
   const Tensor one = torch::stable::fill_(
       torch::stable::empty({1}, dtype, {}, torch::stable::Device(torch::headeronly::DeviceType::CPU)), 1);
   switch (out.element_size()) {

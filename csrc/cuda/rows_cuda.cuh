@@ -1,4 +1,4 @@
-// Elements of rows [..., D] with any strides, and blocks of them that go through shared memory.
+// Access to elements of rows [..., D] with any strides, and to blocks of them through shared memory.
 #pragma once
 
 #include "launch.h"
@@ -21,25 +21,25 @@ inline __device__ void store_element(const Rows& rows, int64_t offset, float val
   }
 }
 
-// 32 rows and 32 features at a time, by 256 threads. Which lanes go along what is adjacent depends on the strides, so
-// tiles of a channel-first map are read as fast as those of adjacent features.
+// A block of 32 rows and 32 features for 256 threads. Adjacent lanes access adjacent elements: features, or rows if
+// those are adjacent, so that channels-first maps are read at full speed too.
 struct RowBlock {
   static constexpr int ROWS = 32, FEATURES = 32, THREADS = 256;
   static constexpr int WARPS = THREADS / 32, ROWS_OF_WARP = ROWS / WARPS;
   static unsigned blocks_of(int64_t rows) { return blocks(ceil_div(rows, ROWS)); }
-  using Tile = float[ROWS][FEATURES + 1];  // rows do not meet in the banks
+  using Tile = float[ROWS][FEATURES + 1];  // padding avoids bank conflicts between rows
 
   const Rows& rows;
-  const int64_t* offsets;  // [ROWS], shared: where each row begins
-  int count;               // rows that there are
+  const int64_t* offsets;  // [ROWS], in shared memory: the offset of each row
+  int count;               // number of rows
 
-  // Fills `offsets` for rows first, first + 1, ... before `end`; the block has to be synchronised before they are used.
+  // Fills `offsets` for the rows from `first` up to `end`. The block must be synchronised before they are used.
   __device__ RowBlock(const Rows& rows, int64_t first, int64_t end, int64_t* offsets)
       : rows(rows), offsets(offsets), count(end - first < ROWS ? (int)(end - first) : ROWS) {
     if ((int)threadIdx.x < count) offsets[threadIdx.x] = row_offset(rows, first + threadIdx.x);
   }
 
-  // f(row, feature) for each element of features [first, first + FEATURES) that there is.
+  // Calls f(row, feature) for each existing element of features [first, first + FEATURES).
   template <class F>
   __device__ void for_each(int64_t first, const F& f) const {
     const bool by_feature = rows.stride == 1;
@@ -63,9 +63,9 @@ struct RowBlock {
   }
 };
 
-// Rows [begin, end) in float32, adjacent: [end - begin, D].
+// Returns rows [begin, end) as contiguous float32 [end - begin, D].
 Tensor rows_in_float32(const Tensor& like, const Rows& rows, int64_t begin, int64_t end, const Device& device);
-// [..., D] likewise: the tensor itself where it is that.
+// Returns [..., D] as contiguous float32: the tensor itself if it has this form, else a copy.
 Tensor in_float32(const char* name, const Tensor& tensor, const Device& device);
 
 }  // namespace dlvae

@@ -10,7 +10,7 @@
 namespace dlvae {
 namespace {
 
-// The best scores of a row so far: half the squared distance, less what all codes share.
+// The best scores of a row so far. A score is half the squared distance minus a term that all codes share.
 struct Best {
   float score, second;
   int code;
@@ -26,7 +26,7 @@ __device__ void join(Best& best, const Best& other) {
   if (other.score < best.score) best.score = other.score, best.code = other.code;
 }
 
-// Each program takes one tile of rows and a share of the codes.
+// One block processes one tile of rows and one partition of the codes.
 template <class Tiles>
 __global__ void __launch_bounds__(Tiles::THREADS, 1) search_kernel(
     Parts rows, Parts codes, const float* inverse, const float* half_norms, int tiles_of_share, Best* found) {
@@ -57,7 +57,7 @@ __global__ void __launch_bounds__(Tiles::THREADS, 1) search_kernel(
           for (int h = 0; h < 2; ++h) add(best[i][h], fmaf(factors[i][h], sums[i][j][2 * h + e], half_norm), code);
       }
   });
-  // A row is spread over 4 lanes, and over the warps of its codes.
+  // Merges the results of the 4 lanes, and of the warps for different codes, that hold a row.
   Best* const of_warps = reinterpret_cast<Best*>(shared);  // [WARPS_OF_CODES][TILE]
 #pragma unroll
   for (int i = 0; i < GROUPS; ++i)
@@ -78,7 +78,7 @@ __global__ void __launch_bounds__(Tiles::THREADS, 1) search_kernel(
   found[blockIdx.y * rows.count + row_tile * TILE + threadIdx.x] = own;
 }
 
-// Joins the shares; rows that are not certain go on the list.
+// Merges the partitions. Rows whose best code is not certain are appended to the list.
 __global__ void finish_kernel(
     const Best* found, int shares, int64_t padded, int64_t begin, int64_t end, const float* lengths,
     const float* extent, int64_t features, int64_t* indices, int* list, int* listed) {
@@ -90,12 +90,12 @@ __global__ void finish_kernel(
   const float longest = extent[1], reach = lengths[row] * longest;
   const float error =
       error_of_products(features) * reach + ERROR_OF_START * longest * longest + error_of_underflow(features);
-  // What is not a number is not certain.
+  // A reach that is NaN or infinite makes the row uncertain.
   const bool is_certain = reach < 0x1p100f && best.score < 0x1p100f && best.second - best.score > 2 * error;
   if (!is_certain) list[atomicAdd(listed, 1)] = (int)(begin + row);
 }
 
-// What the order of codes is: by this, then by index. NaN codes come last, before them distances beyond all numbers.
+// The order of codes: by this key, then by index. NaN codes come last, after distances that overflow.
 struct Exact {
   double distance;
   int code;
@@ -107,9 +107,9 @@ __device__ void take_nearer(Exact& nearest, const Exact& other) {
 }
 
 constexpr int RESCAN_THREADS = 256;
-constexpr int LANES = 8;  // that share a code
+constexpr int LANES = 8;  // number of lanes that share a code
 
-// All codes for each row on the list, by differences in float64.
+// Compares all codes in float64 by differences for each row on the list.
 __global__ void __launch_bounds__(RESCAN_THREADS)
     rescan_kernel(Rows x, Rows codes, const int* list, const int* listed, int64_t* indices) {
   __shared__ Exact of_warps[RESCAN_THREADS / WARP];
@@ -119,7 +119,7 @@ __global__ void __launch_bounds__(RESCAN_THREADS)
     const int64_t at = row_offset(x, row);
     Exact nearest{(double)INFINITY, 0};
     bool is_nan_row = false;
-    // Whole warps go on together, since their lanes add up.
+    // Whole warps iterate together, since their lanes reduce together.
     for (int64_t first = 0; first < codes.count; first += RESCAN_THREADS / LANES) {
       const int64_t code = first + threadIdx.x / LANES;
       double sum = 0;
@@ -145,7 +145,7 @@ __global__ void __launch_bounds__(RESCAN_THREADS)
           nearest,
           {__shfl_xor_sync(ALL_LANES, nearest.distance, step), __shfl_xor_sync(ALL_LANES, nearest.code, step)});
     if (lane_index() == 0) of_warps[warp_index()] = nearest;
-    // Of a row that holds NaN all distances are equal.
+    // All distances of a row that holds NaN are equal.
     const bool is_nan = block_reduce((int)is_nan_row, Greatest{}, of_row) != 0;
     if (threadIdx.x == 0) {
       for (int w = 1; w < RESCAN_THREADS / 32; ++w) take_nearer(nearest, of_warps[w]);
@@ -167,7 +167,7 @@ Tensor search(const Tensor& like, const Rows& x, const Rows& codes, int64_t* ind
     const int64_t end = std::min(begin + chunk, x.count);
     const PackedRows rows = pack_rows(like, x, begin, end, packed, device);
     const int row_tiles = (int)(rows.parts.count / TILE);
-    // Few rows alone would not keep the device busy: codes are shared out.
+    // A few tiles of rows alone would not fill the device, so the codes are partitioned too.
     const int wanted = std::clamp(device.multiprocessors / row_tiles, 1, code_tiles);
     const int tiles_of_share = (int)ceil_div(code_tiles, wanted), shares = (int)ceil_div(code_tiles, tiles_of_share);
     const Tensor found = new_tensor(like, {shares, rows.parts.count, sizeof(Best) / sizeof(float)});

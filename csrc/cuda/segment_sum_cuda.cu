@@ -8,9 +8,9 @@ namespace dlvae {
 namespace {
 
 constexpr int THREADS = 256;
-constexpr int CHUNK = 128;  // pairs that one warp sums
-constexpr int COLUMNS = 4;  // features of a lane, 32 apart
-constexpr int AT_ONCE = 4;  // rows whose loads are under way together
+constexpr int CHUNK = 128;  // number of pairs that one warp sums
+constexpr int COLUMNS = 4;  // number of features per lane, 32 apart
+constexpr int AT_ONCE = 4;  // number of rows that are loaded concurrently
 constexpr int64_t FEATURES = 32 * COLUMNS;
 
 __global__ void keys_kernel(Pairs pairs, uint32_t* keys) {
@@ -22,7 +22,7 @@ __global__ void keys_kernel(Pairs pairs, uint32_t* keys) {
   keys[p] = (uint32_t)(is_in ? code : pairs.num_codes);
 }
 
-// Where the pairs of each code begin, and where those of the last end.
+// Finds the first pair of each code, and the end of the last code.
 __global__ void starts_kernel(const uint32_t* keys, int64_t count, int64_t num_codes, int64_t* starts) {
   const int64_t code = (int64_t)blockIdx.x * blockDim.x + threadIdx.x;
   if (code > num_codes) return;
@@ -46,12 +46,12 @@ __global__ void counts_kernel(const int64_t* starts, int64_t num_codes, float* c
 struct Sums {
   float* data;
   int64_t ld;
-  // [chunks][2][D]: what a chunk has of the code of its first pair, where that began before, and of the code of its
-  // last, where that goes on.
+  // [chunks][2][D]: the partial sum of a chunk for the code of its first pair, if that code began in an earlier chunk,
+  // and for the code of its last pair, if that code continues.
   float* edges;
 };
 
-// A warp a chunk of sorted pairs and FEATURES features; T: of the rows.
+// One warp processes one chunk of sorted pairs and FEATURES features. T: the type of the rows.
 template <class T>
 __global__ void __launch_bounds__(THREADS, 2) sum_chunks_kernel(
     Rows rows, Pairs pairs, const uint32_t* keys, const uint32_t* order, const int64_t* starts, const float* scale,
@@ -74,7 +74,7 @@ __global__ void __launch_bounds__(THREADS, 2) sum_chunks_kernel(
     }
   };
   for (int64_t p = begin; p < end; p += 32) {
-    // Each lane looks up one pair, all of them go through all.
+    // Each lane loads one pair, and all lanes iterate over all of these pairs.
     const bool is_there = p + lane_index() < end;
     const uint32_t place = is_there ? order[p + lane_index()] : 0, own_code = is_there ? keys[p + lane_index()] : 0;
     const int64_t own_offset = is_there ? row_offset(rows, place / pairs.per_row) : 0;
@@ -108,8 +108,8 @@ __global__ void __launch_bounds__(THREADS, 2) sum_chunks_kernel(
   if (begin < end) flush(starts[code + 1] > end);
 }
 
-// What lies in several chunks, chunk by chunk; and zeros for codes without pairs. In float64, since the error of a chain
-// of additions grows with its length.
+// Adds the partial sums of codes that lie in several chunks, in order, in float64, because the error of a chain of
+// additions grows with its length. Writes zeros for codes without pairs.
 __global__ void join_chunks_kernel(const int64_t* starts, int64_t features, Sums sums) {
   const int64_t code = blockIdx.x;
   const int64_t begin = starts[code], end = starts[code + 1];

@@ -7,17 +7,17 @@ namespace dlvae {
 namespace {
 
 constexpr int THREADS = 256;
-// Atoms that are added in float32, one after another: a multiple of 32. The sums of such chains are added in float64,
-// since the error of a chain grows with its length.
+// The number of atoms that are added in float32 one after another, a multiple of 32. The sums of such chains are added
+// in float64, because the error of a chain grows with its length.
 constexpr int CHAIN = 128;
 
 struct Atoms {
   Rows dictionary;
-  const int64_t* indices;  // [N, k]; an index outside [0, K) counts as an atom of zeros
+  const int64_t* indices;  // [N, k]; an index outside [0, K) selects an atom of zeros
   int64_t k;
 };
 
-// V adjacent features of type T by one load of 16 bytes; with V = 1 any stride.
+// Loads V adjacent features of type T with one instruction of 16 bytes; V = 1 allows any stride.
 template <class T, int V>
 __device__ void load_features(const Rows& rows, int64_t offset, int64_t feature, float (&to)[V]) {
   if constexpr (V == 1) {
@@ -27,7 +27,7 @@ __device__ void load_features(const Rows& rows, int64_t offset, int64_t feature,
   }
 }
 
-// A warp a row and 32 * V features: the sum of its atoms.
+// One warp computes the sum of the atoms of one row for 32 * V features.
 template <class T, int V>
 __global__ void __launch_bounds__(THREADS, 2) decode_kernel(Atoms atoms, const float* values, Rows out) {
   const int64_t row = (int64_t)blockIdx.x * (THREADS / 32) + warp_index();
@@ -66,7 +66,7 @@ __global__ void __launch_bounds__(THREADS, 2) decode_kernel(Atoms atoms, const f
       store_element(out, to + (feature + v) * out.stride, atoms.k <= CHAIN ? sum[v] : (float)(total[v] + sum[v]));
 }
 
-// A warp a row: inner products of its gradient with its atoms.
+// One warp computes the inner products of the gradient of one row with its atoms.
 template <class T, int V>
 __global__ void __launch_bounds__(THREADS, 2) products_kernel(Atoms atoms, Rows grad, float* values) {
   const int64_t row = (int64_t)blockIdx.x * (THREADS / 32) + warp_index();
@@ -89,7 +89,7 @@ __global__ void __launch_bounds__(THREADS, 2) products_kernel(Atoms atoms, Rows 
   }
 }
 
-// f(T, V) for how the features of the dictionary can be loaded.
+// Calls f(T, V) with the type of the dictionary and the widest load that it allows.
 template <class F>
 void with_vectors(const Rows& dictionary, const F& f) {
   const int64_t bytes = dictionary.type == Type::float32 ? 4 : 2, at_once = 16 / bytes;

@@ -1,11 +1,11 @@
-// Tensors of a GPU: what every wrapper of an operation uses.
+// Helpers for tensors on a GPU that the wrappers of all operations use.
 #pragma once
 
 #include "../tensors.h"
 
 namespace dlvae {
 
-// Scratch memory too is torch's: what is freed serves only what comes later on the stream, and graphs keep it.
+// Scratch memory comes from torch, too: freed memory is reused later in stream order only, and CUDA graphs keep it.
 inline Tensor new_tensor(const Tensor& like, const std::vector<int64_t>& shape, ScalarType type = ScalarType::Float) {
   return torch::stable::new_empty(like, torch::headeronly::IntHeaderOnlyArrayRef(shape), type);
 }
@@ -16,7 +16,7 @@ inline Tensor new_zeroed(const Tensor& like, const std::vector<int64_t>& shape, 
   return tensor;
 }
 
-// A codebook [K, D] for rows of D features.
+// Returns the rows of a codebook [K, D] after checking that D is that of x.
 inline Rows codes_of(const char* name, const Tensor& codes, const Rows& x) {
   STD_TORCH_CHECK(codes.dim() == 2, name, " has ", codes.dim(), " dimensions; it needs [K, D]");
   const Rows rows = rows_of(name, codes);
@@ -27,7 +27,7 @@ inline Rows codes_of(const char* name, const Tensor& codes, const Rows& x) {
   return rows;
 }
 
-// A number in float32, which is read on the device.
+// Returns the address of one float32 number, which kernels read on the device.
 inline const float* number_of(const char* name, const Tensor& tensor) {
   check_device(name, tensor);
   STD_TORCH_CHECK(
@@ -35,11 +35,11 @@ inline const float* number_of(const char* name, const Tensor& tensor) {
   return data_of<float>(tensor);
 }
 
-// As torch.empty_like: dense strides are kept.
+// The same as torch.empty_like: dense strides are kept.
 inline Tensor new_like(const Tensor& like) { return torch::stable::empty_like(like); }
 
-// As adjacent numbers, in the order of the tensor's dimensions. They may lie out of range: a kernel looks before it
-// uses one, as asking here would wait for the GPU.
+// Returns the indices as contiguous int64, in the order of the tensor's dimensions. They may be out of range: kernels
+// check each index before its use, because a check here would wait for the GPU.
 inline Tensor indices_of(const char* name, const Tensor& tensor) {
   check_device(name, tensor);
   STD_TORCH_CHECK(tensor.scalar_type() == ScalarType::Long, name, " have a dtype that is not int64");

@@ -1,5 +1,5 @@
-// The k best codes of each row: the scores of some rows at a time, of each row those that may be among the k best, and
-// these in order by exact scores.
+// The k best codes of each row. Scores are computed for a chunk of rows at a time. For each row, the codes that may be
+// among the k best are compared exactly and sorted.
 #include <cfloat>
 
 #include "../operations.h"
@@ -12,7 +12,7 @@ namespace dlvae {
 namespace {
 
 constexpr int THREADS = 128;
-constexpr int MOST = 2048;  // codes of a row that are compared exactly
+constexpr int MOST = 2048;  // codes of a row that are compared exactly, at most
 constexpr int64_t MOST_K = 1024;
 
 struct Topk {
@@ -23,7 +23,7 @@ struct Topk {
   float* values;
 };
 
-// What the order of codes is: the lower the better, then by index. NaN codes come last, before them what is no number.
+// The order of codes: lower is better, then by index. NaN codes come last, after scores that are not finite.
 struct Exact {
   double score;
   int code;
@@ -32,10 +32,10 @@ __device__ bool comes_before(const Exact& a, const Exact& b) {
   return a.score < b.score || (a.score == b.score && a.code < b.code);
 }
 
-constexpr int LANES = 8;  // that share a code
+constexpr int LANES = 8;  // number of lanes that share a code
 
-// The squared distance, or the negative product, as it is; equal for equal codes. All lanes of a warp come here
-// together.
+// Returns the squared distance, or the negated product, without replacing special values; equal codes get equal
+// results. All lanes of a warp call this together.
 __device__ double exact_score(const Topk& t, int64_t row_at, int64_t code) {
   const int64_t code_at = row_offset(t.codes, code);
   double sum = 0;
@@ -62,7 +62,7 @@ __device__ bool is_nan_code(const Topk& t, int64_t code) {
   return is_nan || bias != bias;
 }
 
-// Integers in the order of floats, from 0.
+// Converts floats to unsigned integers in the same order.
 __device__ uint32_t ordered(float value) {
   const uint32_t bits = __float_as_uint(value);
   return bits >> 31 ? ~bits : bits | 0x80000000u;
@@ -75,8 +75,8 @@ __device__ uint64_t ordered(double value) {
 
 constexpr int DIGIT = 8, BINS = 1 << DIGIT;
 
-// The k-th lowest of `count` keys, key(i) each, by all threads of the block, from the highest digit on. The block is
-// synchronised before the first key is taken and after the last.
+// Returns the k-th lowest of `count` keys key(i), by radix selection with all threads of the block. The block is
+// synchronised before the first key is read and after the last.
 template <class Key, class F>
 __device__ Key kth_lowest(int64_t count, int64_t k, const F& key) {
   __shared__ int bins[BINS];
@@ -88,7 +88,7 @@ __device__ Key kth_lowest(int64_t count, int64_t k, const F& key) {
     __syncthreads();
     for (int64_t i = threadIdx.x; i < count; i += blockDim.x) {
       const Key own = key(i);
-      // Twice, as a shift by all bits is none.
+      // Two shifts, because a shift by all bits of an integer is undefined.
       if ((own ^ prefix) >> shift >> DIGIT == 0) atomicAdd(bins + (int)(own >> shift & (BINS - 1)), 1);
     }
     __syncthreads();
@@ -106,7 +106,7 @@ __device__ Key kth_lowest(int64_t count, int64_t k, const F& key) {
   return prefix;
 }
 
-// Sorts `count` in shared memory; there is room for the next power of two.
+// Sorts `count` elements in shared memory, which has room for the next power of two.
 __device__ void sort_exact(Exact* all, int count) {
   int padded = 1;
   while (padded < count) padded *= 2;
@@ -129,7 +129,7 @@ __device__ void put(const Topk& t, int64_t row, int64_t row_at, const Exact* sor
   for (int64_t first = 0; first < t.k; first += THREADS / LANES) {
     const int64_t i = first + threadIdx.x / LANES;
     const Exact own = sorted[min(i, t.k - 1)];
-    // As it is, where the order has something in its place.
+    // The order may hold a replacement for this score.
     const double score = exact_score(t, row_at, own.code);
     if (i >= t.k || threadIdx.x % LANES != 0) continue;
     t.indices[row * t.k + i] = own.code;
@@ -137,19 +137,19 @@ __device__ void put(const Topk& t, int64_t row, int64_t row_at, const Exact* sor
   }
 }
 
-// [2]: how far a score may be from the true one: the first times |x|, as packed rows have it, plus the second.
+// [2]: the error bound of a score is the first element times |x|, in the scale of packed rows, plus the second.
 __global__ void margins_kernel(Topk t, const float* extent, const float* largest_bias, bool is_split, double* margins) {
   const double longest = extent[1], share = error_of_products(t.x.features);
-  // Its square may be no float32.
+  // The square might overflow float32.
   const double unit = t.is_product ? unit_of(extent, is_split) : 1;
-  // A code so long that its half norm is no number is among those that can never be nearest, but may have any product.
+  // The half norm of a very long code overflows. Such a code is never the nearest, but may have any product.
   const bool is_known = !t.is_product || longest < 0x1p60f;
   margins[0] = is_known ? share * longest * unit * unit : INFINITY;
   margins[1] = ERROR_OF_START * (t.is_product ? *largest_bias : longest * longest) + error_of_underflow(t.x.features);
 }
 
-// What each product is subtracted from: minus the bias, and for codes that can never be among the best FAR. The largest
-// bias is infinite where there is one so large that sums with it might be no number.
+// The start, from which each product is subtracted, is minus the bias, or FAR for codes that are never among the best.
+// The largest bias is infinite if sums with a bias might overflow.
 __global__ void starts_kernel(Topk t, const float* half_norms, int64_t padded, float* starts, float* largest_bias) {
   const int64_t code = (int64_t)blockIdx.x * blockDim.x + threadIdx.x;
   if (code >= padded) return;
@@ -159,8 +159,8 @@ __global__ void starts_kernel(Topk t, const float* half_norms, int64_t padded, f
   if (fabsf(bias) < INFINITY) raise(largest_bias, fabsf(bias) < 0x1p100f ? fabsf(bias) : INFINITY);
 }
 
-// A block a row: the codes whose score may be among the k best, exactly. Rows with more than `room` of them go on the
-// list.
+// One block processes one row: it compares the codes whose score may be among the k best exactly. Rows with more than
+// `room` such codes are appended to the list.
 __global__ void __launch_bounds__(THREADS, 4) select_kernel(
     Topk t, int64_t begin, const float* scores, const float* lengths, const double* margins, int room, int* list,
     int* listed) {
@@ -172,7 +172,7 @@ __global__ void __launch_bounds__(THREADS, 4) select_kernel(
   const float kth = from_ordered(kth_lowest<uint32_t>(t.codes.count, t.k, [&](int64_t i) { return ordered(own[i]); }));
   const double error = margins[0] * lengths[blockIdx.x] + margins[1];
   const float limit = (float)(kth + 2 * error);
-  // What is not a number is not certain.
+  // An error bound or score that is NaN or infinite makes the row uncertain.
   if (error < 0x1p80 && fabsf(kth) < 0x1p100f) {
     for (int64_t code = threadIdx.x; code < t.codes.count; code += THREADS) {
       if (own[code] > limit) continue;
@@ -195,7 +195,7 @@ __global__ void __launch_bounds__(THREADS, 4) select_kernel(
   put(t, row, row_at, found);
 }
 
-// All codes for each row on the list: a block a row, whose scores it keeps in `scores` [blocks, K].
+// One block compares all codes for one row on the list at a time, and keeps its scores in `scores` [blocks, K].
 __global__ void __launch_bounds__(THREADS, 4)
     rescan_kernel(Topk t, const int* list, const int* listed, double* scores) {
   Exact* const found = dynamic_shared<Exact>();
@@ -208,7 +208,7 @@ __global__ void __launch_bounds__(THREADS, 4)
       const float value = load_element(t.x, row_at + d * t.x.stride);
       holds_nan |= value != value;
     }
-    // Of a row that holds NaN all scores are equal.
+    // All scores of a row that holds NaN are equal.
     const bool is_nan_row = block_reduce((int)holds_nan, Greatest{}, of_warps) != 0;
     for (int64_t first = 0; first < t.codes.count; first += THREADS / LANES) {
       const int64_t code = first + threadIdx.x / LANES, known = min(code, t.codes.count - 1);
@@ -222,7 +222,7 @@ __global__ void __launch_bounds__(THREADS, 4)
     for (int64_t code = threadIdx.x; code < t.codes.count; code += THREADS)
       if (ordered(own[code]) < kth) found[atomicAdd(&count, 1)] = {own[code], (int)code};
     __syncthreads();
-    // Of those that tie for the last places the lowest codes, by one warp.
+    // One warp selects the lowest of the codes that tie for the last places.
     int taken = count;
     for (int64_t first = 0; warp_index() == 0 && taken < t.k && first < t.codes.count; first += 32) {
       const bool ties = first + lane_index() < t.codes.count && ordered(own[first + lane_index()]) == kth;

@@ -7,8 +7,8 @@
 namespace dlvae {
 namespace {
 
-// The codes of 32 rows, half their errors unless those have no data, the sum of squared errors and the counts. Half of
-// a difference of float16 numbers fits into float16.
+// Writes the nearest codes of 32 rows and half their errors unless half_error has no data; adds up squared errors and
+// counts. Half of a difference of float16 numbers does not overflow float16.
 __global__ void __launch_bounds__(RowBlock::THREADS) quantize_kernel(
     Rows x, Rows codes, const int64_t* indices, Rows quantized, Rows half_error, double* losses,
     unsigned long long* counts) {
@@ -27,7 +27,7 @@ __global__ void __launch_bounds__(RowBlock::THREADS) quantize_kernel(
   for (int64_t feature = 0; feature < x.features; feature += RowBlock::FEATURES) {
     __syncthreads();
     from.load(feature, rows);
-    // Features of a code are adjacent more often than not.
+    // The features of a code are usually adjacent.
     const int64_t d = feature + lane_index();
     for (int row = warp_index(); row < from.count && d < x.features; row += RowBlock::WARPS)
       picked[row][lane_index()] = load_element(codes, offsets[3][row] + d * codes.stride);
@@ -46,7 +46,7 @@ __global__ void __launch_bounds__(RowBlock::THREADS) quantize_kernel(
   if (threadIdx.x == 0) losses[blockIdx.x] = loss;
 }
 
-// One block: the mean of what the blocks found, always in the same order.
+// One block computes the mean of the results of all blocks in a fixed order.
 __global__ void mean_kernel(
     const double* losses, int64_t count, int64_t elements, float* codebook_loss, float* commitment_loss) {
   __shared__ double of_warps[WARP];
@@ -56,7 +56,7 @@ __global__ void mean_kernel(
   if (threadIdx.x == 0) *codebook_loss = *commitment_loss = (float)(sum / elements);
 }
 
-// grad_x = grad_quantized - slope * half_error; the slope has the gradient of the loss in it.
+// grad_x = grad_quantized - slope * half_error, where slope includes the gradient of the loss.
 __global__ void __launch_bounds__(RowBlock::THREADS)
     grad_rows_kernel(Rows grad, Rows half_error, float slope, const float* grad_loss, Rows grad_x) {
   __shared__ int64_t offsets[3][RowBlock::ROWS];
@@ -116,7 +116,7 @@ std::tuple<Tensor, Tensor> vector_quantize_bwd(
   STD_TORCH_CHECK(
       indices.numel() == errors.count, "indices have ", indices.numel(),
       " elements; they need one for each row of half_error");
-  // d mean((q - x)^2) / d q, before the factor of either loss.
+  // d mean((q - x)^2) / d q, before the gradient of either loss is multiplied in.
   const float slope = (float)(4.0 / std::max<int64_t>(1, half_error.numel()));
   const Tensor grad_x = need_x ? new_like(half_error) : new_tensor(half_error, {0});
   if (need_x) {

@@ -1,4 +1,4 @@
-// load_rows and store_rows: every 16-bit number, and rows of any strides up to the edges of every tile.
+// load_rows and store_rows: every 16-bit number, and rows of any strides around the edges of every tile.
 #include <cmath>
 #include <cstring>
 
@@ -17,7 +17,7 @@ float float_of(uint32_t bits) {
   return value;
 }
 
-// The number that 16 bits are, from the definition of their format.
+// Returns the number that 16 bits represent, from the definition of the format.
 double number_of(uint16_t bits, Type type) {
   const int digits = type == Type::float16 ? 10 : 7, bias = type == Type::float16 ? 15 : 127;
   const int exponent = (bits & 0x7fff) >> digits, fraction = bits & ((1 << digits) - 1);
@@ -29,7 +29,7 @@ double number_of(uint16_t bits, Type type) {
 
 bool are_same(float a, float b) { return (a != a && b != b) || (a == b && std::signbit(a) == std::signbit(b)); }
 
-// A tensor of one row.
+// Returns a tensor of one row.
 Rows row_of(std::vector<uint16_t>& values, Type type) {
   Rows rows{};
   rows.data = values.data();
@@ -53,7 +53,7 @@ void test_every_number(const Kernels& kernels, Type type) {
   }
 }
 
-// Half way between each number and the next away from zero, and just below and above.
+// Tests the midpoint of each number and the next larger one in magnitude, and its two neighbours.
 void test_every_rounding(const Kernels& kernels, Type type) {
   const int infinity = type == Type::float16 ? 0x7c00 : 0x7f80;
   for (int side = -1; side <= 1; ++side) {
@@ -62,7 +62,7 @@ void test_every_rounding(const Kernels& kernels, Type type) {
     for (int i = 0; i < 2 * infinity; ++i) {
       const uint16_t low = (uint16_t)(i % infinity);
       const double a = number_of(low, type);
-      // Beyond the largest the next step counts as far as the one before.
+      // Beyond the largest number, the step is as wide as the one before.
       const double b = low + 1 == infinity ? 2 * a - number_of(low - 1, type) : number_of(low + 1, type);
       const float half = (float)((a + b) / 2);
       const float value = side == 0 ? half : std::nextafterf(half, side < 0 ? 0 : INFINITY);
@@ -75,7 +75,7 @@ void test_every_rounding(const Kernels& kernels, Type type) {
       CHECK(found[i] == expected, "%a gives %04x, not %04x", between[i], found[i], expected);
     }
   }
-  // Every part of NaN's payload.
+  // Every bit of the payload of NaN.
   std::vector<float> nans;
   for (uint32_t bit = 0; bit < 23; ++bit)
     for (uint32_t sign : {0u, 0x80000000u})
@@ -85,7 +85,7 @@ void test_every_rounding(const Kernels& kernels, Type type) {
   for (uint16_t bits : found) CHECK(std::isnan(number_of(bits, type)), "NaN gives %04x", bits);
 }
 
-// The element of each row's feature 0, from the definition of strides.
+// Returns the offset of the first feature of a row, from the definition of strides.
 int64_t offset_of(const Rows& rows, int64_t row) {
   int64_t offset = 0;
   for (int i = rows.dims - 1; i >= 0; --i) {
@@ -106,7 +106,7 @@ float load_one(const std::vector<uint8_t>& memory, Type type, int64_t at) {
   return (float)number_of(bits, type);
 }
 
-// Rows [begin, end) there and back, in memory that ends with their last element.
+// Converts rows [begin, end) and back, in memory that ends with their last element.
 void test_layout(const Kernels& kernels, Rows rows, Random& random) {
   int64_t last = rows.features > 0 ? (rows.features - 1) * rows.stride : 0;
   for (int i = 0; i < rows.dims; ++i) last += (rows.sizes[i] - 1) * rows.strides[i];
@@ -143,7 +143,7 @@ void test_layout(const Kernels& kernels, Rows rows, Random& random) {
           for (int64_t d = 0; d < rows.features; ++d) {
             const int64_t at = offset_of(rows, begin + r) + d * rows.stride;
             std::memset(is_written.data() + at * size_of(rows.type), 1, size_of(rows.type));
-            // Of rows that share memory any may be last.
+            // Any of several rows that share memory may be the last one written.
             bool is_shared = false;
             for (int i = 0; i < rows.dims; ++i) is_shared |= rows.strides[i] == 0 && rows.sizes[i] > 1;
             const float stored = load_one(written, rows.type, at);

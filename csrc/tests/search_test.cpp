@@ -1,4 +1,4 @@
-// search_rows and quantize_rows against every distance in float64.
+// search_rows and quantize_rows against all distances in float64.
 #include <algorithm>
 #include <cmath>
 
@@ -7,14 +7,14 @@
 namespace dlvae {
 namespace {
 
-// How a codebook is packed; the library chooses by its lengths.
+// Parameters of packing, which the library derives from the lengths of the codes.
 struct Packing {
   bool is_centred, is_spread, leaves_out_repeated;
 };
 constexpr Packing PACKINGS[] = {
     {false, false, false}, {false, false, true}, {false, true, true}, {true, false, true}, {true, true, false}};
 
-// A codebook, measured and packed as the library does.
+// A codebook that is measured and packed in the same way as in the library.
 struct Packed {
   Packed(const Kernels& kernels, const Numbers& codes, int64_t count, int64_t features, Packing packing)
       : centred(codes),
@@ -105,14 +105,14 @@ void check_index(const Numbers& codes, int64_t count, const float* x, int64_t fe
   }
   const bool is_nan_code = has_nan(&codes[index * features], features);
   CHECK(!any_number || !is_nan_code, "row %ld has the code %ld, which holds NaN", (long)row, (long)index);
-  if (first < 0) return;  // every distance is infinite
+  if (first < 0) return;  // all distances are infinite
   const double found = distance_of(x, &codes[index * features], features);
-  // Both sums are of float64, in another order.
+  // Both sums are in float64, but in a different order.
   const bool is_best = found == best ? index == first : found <= best * (1 + 1e-13);
   CHECK(is_best, "row %ld has code %ld at %g, and not %ld at %g", (long)row, (long)index, found, (long)first, best);
 }
 
-// Few rows, without a packed codebook, the codes in two parts.
+// A few rows without a packed codebook, with the codes in two partitions.
 void test_few(
     const Kernels& kernels, const Numbers& x, const Numbers& codes, int64_t n, int64_t count, int64_t features) {
   Codebook book{};
@@ -186,7 +186,7 @@ void test_packing(
         CHECK(is_same, "half the error of row %ld is %g, not %g", (long)r, half, difference / 2);
         loss += (double)difference * difference;
       }
-    // Squares are of float32.
+    // Squares are in float32.
     const bool is_finite = loss < 1e38;
     CHECK(
         !is_finite || std::abs(losses[block] - loss) <= 1e-5 * loss + 1e-40, "a loss of %g, not %g", losses[block],
@@ -203,7 +203,8 @@ void test_case(
   for (int64_t rows = 1; rows <= few; rows += rows < 5 ? 1 : 4) test_few(kernels, x, codes, rows, count, features);
 }
 
-// Each code has a neighbour that is farther off by less than any arithmetic can tell: every row is searched twice.
+// Each code has a neighbour whose distance is larger by less than the error of any arithmetic: every row is searched a
+// second time.
 void test_uncertain(const Kernels& kernels, Random& random, int64_t n, int64_t count, int64_t d) {
   const Numbers x = numbers(random, n * d), apart = numbers(random, count * d);
   Numbers codes(2 * count * d);
@@ -220,8 +221,8 @@ void test_uncertain(const Kernels& kernels, Random& random, int64_t n, int64_t c
   for (int64_t r = 0; r < n; ++r) check_index(codes, 2 * count, &x[r * d], d, indices[r], r);
 }
 
-// Features that leave the largest possible low terms in bfloat16: the products of the low terms of the vector and of the
-// two codes have opposite signs, which moves the farther code before the nearest one.
+// Features that leave the largest possible low terms in bfloat16. The products of the low terms of the vector and of
+// the two codes have opposite signs, which moves the farther code before the nearest one.
 void test_largest_low_terms(const Kernels& kernels, int64_t d) {
   constexpr int64_t N = 20;
   const float below = 1 + 0x1p-8f - 0x1p-16f - 0x1p-23f, above = 1 + 0x1p-8f + 0x1p-16f;
@@ -236,7 +237,8 @@ void test_search(const Kernels& kernels) {
   Random random;
   for (int64_t d : {1, 2, 4}) test_largest_low_terms(kernels, d);
   const int64_t p = kernels.panel;
-  // Codes beside the edges of a panel, of the panels that go together and of a group; many for few features.
+  // Numbers of codes around the edges of a panel, of panels that are processed together, and of a group; many codes for
+  // few features.
   const int64_t counts[] = {1, 2, p - 1, p, p + 1, 4 * p, 4 * p + 1, 8 * p - 1, 8 * p + 1};
   for (int64_t d : {1, 2, 3, 7, 8, 9, 15, 16, 17, 33, 64})
     for (int64_t count : counts)
@@ -252,11 +254,11 @@ void test_search(const Kernels& kernels) {
   } const sizes[] = {{130, 40, 5}, {70, 1300, 2}, {64, 1100, 1}, {66, 9 * p + 3, 12}, {20, 3 * p + 1, 2500}};
   for (const auto& [n, count, d] : sizes) {
     test_case(kernels, numbers(random, n * d), numbers(random, count * d), n, count, d);
-    // Exact ties, nearly everywhere.
+    // Nearly all distances tie exactly.
     test_case(kernels, whole_numbers(random, n * d, 1), whole_numbers(random, count * d, 1), n, count, d);
     for (float factor : {1e-18f, 1e-3f, 1e18f})
       test_case(kernels, times(numbers(random, n * d), factor), times(numbers(random, count * d), factor), n, count, d);
-    // Codes that differ far behind the point, and rows among them.
+    // Codes that differ only in low digits, and rows between them.
     Numbers codes = numbers(random, count * d), x = numbers(random, n * d);
     for (Numbers* values : {&codes, &x})
       for (float& value : *values) value = 1000 + 1e-3f * value;
@@ -267,7 +269,7 @@ void test_search(const Kernels& kernels) {
     spoil(random, codes, d);
     test_case(kernels, x, codes, n, count, d);
     codes = numbers(random, count * d), x = numbers(random, n * d);
-    // Codes of very different lengths, and one beyond them all.
+    // Codes of very different lengths, and one much longer than all others.
     for (int64_t i = 0; i < count * d; ++i)
       codes[i] *= std::exp2((float)(i / d % 30) - 15) * (i / d == count / 2 ? 1e20f : 1);
     test_case(kernels, x, codes, n, count, d);

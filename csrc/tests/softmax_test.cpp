@@ -14,7 +14,7 @@ struct Case {
   bool needs_x, needs_weight, needs_bias;
 };
 
-// Each within a share of the size of the terms whose sum it is.
+// Checks that each value has an error of at most a fraction of the size of the terms of its sum.
 void check_close(
     const char* what, const Numbers& found, const Sums& exact, const Sums& sizes, double share, Form form = PLAIN) {
   for (size_t i = 0; i < exact.size(); ++i) {
@@ -67,7 +67,7 @@ void test_case(const Kernels& kernels, const Case& c, const Inputs& in) {
   kernels.kept_softmax_rows(s, n / 3, n);
   kernels.kept_softmax_rows(s, 0, n / 3);
 
-  // What is not needed has no memory.
+  // A gradient that is not needed has no memory.
   const Tensor grad_x(kernels, c.form, Numbers(n * features, NAN), n, features);
   const bool needs_codes = c.needs_weight || c.needs_bias;
   Numbers rows(c.needs_weight ? panels * room * kernels.panel : 0, NAN);
@@ -98,11 +98,11 @@ void test_case(const Kernels& kernels, const Case& c, const Inputs& in) {
     kernels.unpack_weight(b, 0, count / 2, grad_weight.data());
   }
 
-  // Of each result, and of the sizes of its terms.
+  // The exact value of each result, and the size of its terms.
   Sums exact(n * k), exact_x(n * features), exact_weight(count * features), exact_bias(count);
   Sums size(n * k), size_x(n * features), size_weight(count * features), size_bias(count);
   Sums p(count), g(count), size_g(count);
-  double longest = 1;  // of the sums that logits are
+  double longest = 1;  // size of the terms of the logits
   for (int64_t r = 0; r < n; ++r) {
     double most = -INFINITY, sum = 0, slope = 0, size_slope = 0;
     for (int64_t i = 0; i < count; ++i) {
@@ -166,29 +166,30 @@ void test_softmax(const Kernels& kernels) {
     const Case c{n, count, d, k, superblock, form, true, true, true};
     test_case(kernels, c, Inputs(random, c));
   };
-  // Codes beside the edges of a tile, a panel and a chunk; features beside those of a vector, a chain and a slice.
+  // Numbers of codes around the edges of a tile, a panel and a chunk; of features around those of a vector, a chain and
+  // a slice.
   for (int64_t count : Sizes{1, 2, r + 1, p - 1, p, p + 1, 511, 512, 513, 1030}) test(5, count, 3, 2, 5);
   for (int64_t d : Sizes{1, w - 1, w + 1, p, p + 1, 64, 65, 257}) test(r + 1, p + 3, d, 3, r + 1);
   for (int64_t k : Sizes{0, 1, w - 1, w, w + 1, 2 * w + 3}) test(3, 20, 2, k, 3);
-  // Rows beside the edges of a tile, a block, a chain and a slice; in several superblocks.
+  // Numbers of rows around the edges of a tile, a block, a chain and a slice; in several superblocks.
   for (int64_t n : Sizes{0, 1, r, 64, 65, 129, 257}) test(n, 9, 2, 2, 300);
   test(130, 7, 5, 2, 64);
   test(20, 270, 3, 4, 7);
   test(2 * r + 1, p + 1, 5000, 2, 2 * r + 1);
   for (Form form : FORMS) test(r + 3, p + 1, w + 3, 3, 6, form);
-  // Some gradients alone.
+  // Every subset of the gradients.
   for (int needed = 0; needed < 8; ++needed) {
     const Case c{9, p + 3, w + 1, 3, 5, PLAIN, (needed & 1) != 0, (needed & 2) != 0, (needed & 4) != 0};
     test_case(kernels, c, Inputs(random, c));
   }
   const Case c{9, 530, 3, 4, 9, PLAIN, true, true, true};
-  // Logits far apart; codes that are ruled out, in whole chunks too.
+  // Logits that are far apart; codes that are ruled out, also in whole chunks.
   Inputs far(random, c), ruled_out(random, c);
   far.weight = times(far.weight, 60);
   test_case(kernels, c, far);
   std::fill(ruled_out.bias.begin(), ruled_out.bias.begin() + 515, -INFINITY);
   test_case(kernels, c, ruled_out);
-  // Rows without a softmax: the others are as they were.
+  // Rows whose softmax is NaN must not affect the others.
   const Case forward{9, 530, 3, 4, 9, PLAIN, true, false, false};
   Inputs odd(random, forward), none(random, forward);
   odd.x[3] = NAN;

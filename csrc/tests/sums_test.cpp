@@ -1,4 +1,4 @@
-// Sums of rows by code and of atoms, and the passes over rows, against plain loops: sums of whole numbers are exact.
+// Sums of rows by code and of atoms, and elementwise passes, against plain loops. Sums of whole numbers are exact.
 #include <algorithm>
 #include <numeric>
 
@@ -7,10 +7,10 @@
 namespace dlvae {
 namespace {
 
-// Pairs of a row and a code sorted by code, as the library sorts them.
+// Pairs of a row and a code, sorted by code in the same way as in the library.
 struct Pairs {
   Pairs(Random& random, int64_t rows, int64_t per_row, int64_t codes) : of_row(rows * per_row), starts(codes + 1) {
-    // Code 0 and, if there are more than 2, the last have none.
+    // Code 0 has no pairs, and neither has the last of more than 2 codes.
     for (int64_t& code : of_row) code = codes > 2 ? 1 + random.below(codes - 2) : codes - 1;
     for (int64_t code = 0; code < codes; ++code) {
       starts[code] = (int64_t)order.size();
@@ -25,7 +25,7 @@ struct Pairs {
   std::vector<uint32_t> row_numbers;
 };
 
-// The sums of `count` shares, of rows that come `block` at a time, each block in memory of its own.
+// Computes the sums with `count` shares, of rows in blocks of `block` rows, each in memory of its own.
 Numbers sums_of(
     const Kernels& kernels, const Segments& segments, const Numbers& data, int64_t rows, int64_t features,
     int64_t count, int64_t block, int64_t padding, bool is_far) {
@@ -82,7 +82,7 @@ void test_segments(
               (long)(i % features), (long)features, found[i], expected[i]);
       }
   }
-  // The order of a sum is that of the pairs, whoever adds it.
+  // The order of a sum is that of the pairs, for any number of shares.
   const Numbers real = numbers(random, rows * features), factors = numbers(random, count);
   const Segments segments{codes, pairs.starts.data(), pairs.row_numbers.data(), factors.data(), 0};
   const Numbers once = sums_of(kernels, segments, real, rows, features, 1, rows + 1, 0, false);
@@ -125,7 +125,7 @@ void test_atoms(
   }
 }
 
-// A sum of equal rows is as exact as one chain of them, however many there are.
+// A sum of equal rows is as exact as one chain, for any number of rows.
 void test_equal_rows(const Kernels& kernels, int64_t rows) {
   const std::vector<int64_t> starts{0, rows};
   std::vector<uint32_t> numbers(rows);
@@ -198,7 +198,7 @@ void test_subtraction(const Kernels& kernels, Random& random, Form form, Form ot
 
 void test_sums(const Kernels& kernels) {
   Random random;
-  // Features up to the edges of each number of vectors that go together.
+  // Numbers of features around the edges of each number of vectors that are processed together.
   const int64_t w = kernels.panel / 2, most = 2 * kernels.rows * w;
   for (int64_t d : Sizes{1, 2, w - 1, w, w + 1, 2 * w + 3, 4 * w - 1, most / 2 + w + 2, most, most + 7 * w + 1}) {
     test_segments(kernels, random, 0, 1, 3, d);

@@ -1,4 +1,4 @@
-// topk_rows against every score in float64.
+// topk_rows against all scores in float64.
 #include <algorithm>
 #include <cmath>
 #include <tuple>
@@ -12,11 +12,11 @@ struct Case {
   int64_t n, count, features, k;
   bool is_product, has_bias;
   Form form;
-  bool links_equal;  // equal codes are searched for once
+  bool links_equal;  // equal codes are searched only once
   bool is_centred;
 };
 
-// The codes apart from those that are not finite, measured and packed as the library does.
+// Codes without those that are not finite, measured and packed in the same way as in the library.
 struct Packed {
   Packed(const Kernels& kernels, const Case& c, const Numbers& codes, const Numbers& bias) {
     t.codes = codes.data();
@@ -81,7 +81,7 @@ struct Packed {
     others.insert(others.end(), nans.begin(), nans.end());
     ids.shrink_to_fit();
     others.shrink_to_fit();
-    // The first ones, whether they are long or not.
+    // The first codes are treated as far longer than the others, whether they are or not.
     t.apart = ids.size() > 9 ? 3 : 0;
     std::rotate(ids.begin(), ids.begin() + t.apart, ids.end());
     t.packed = (int64_t)ids.size() - t.apart;
@@ -110,12 +110,12 @@ struct Packed {
   Numbers start, panels_, centre, centred;
 };
 
-// In the order that codes have to come: numbers, then what is not finite by index, then codes that hold NaN.
+// The order of codes: finite scores, then scores that are not finite by index, then codes that hold NaN.
 struct Score {
   int kind;
   double score;
   int64_t index;
-  double size;  // of the terms whose sum it is
+  double size;  // size of the terms of the sum
 
   bool operator<(const Score& other) const {
     return std::tie(kind, score, index) < std::tie(other.kind, other.score, other.index);
@@ -143,7 +143,7 @@ double length_of(const float* v, int64_t features) {
   return std::sqrt(square);
 }
 
-// Few rows, without a packed dictionary, the codes in two parts: the same codes as those of topk_rows.
+// A few rows without a packed dictionary, with the codes in two partitions: the same codes as topk_rows finds.
 void test_few(const Kernels& kernels, const Topk& t, const Numbers& x, const std::vector<int64_t>& indices) {
   const int64_t n = std::min(t.x.count, FEW_ROWS), ld = (t.features + 15) / 16 * 16;
   Numbers rows((n + 3) / 4 * 4 * ld);
@@ -196,7 +196,7 @@ void test_case(const Kernels& kernels, const Case& c, const Numbers& rows, const
         continue;
       }
       const Score found = score_of(t, row, index), best = all[j];
-      // Both sums are of float64, in another order.
+      // Both sums are in float64, but in a different order.
       const double difference = std::abs(found.score - best.score), size = found.size + best.size;
       const bool are_numbers = found.kind == 0 && best.kind == 0;
       const bool is_near = are_numbers && difference > 0 && difference <= 1e-15 * (double)c.features * size;
@@ -207,8 +207,8 @@ void test_case(const Kernels& kernels, const Case& c, const Numbers& rows, const
         CHECK(!std::isfinite(value), "the value of what is not finite is %g", value);
         continue;
       }
-      // Values are of float32: products to its rounding of all terms; distances, by differences where they are small,
-      // to some digits of themselves.
+      // Values are in float32: products are exact to the rounding of all terms; distances, which are computed by
+      // differences if they are small, are exact to several digits.
       const double error = 1e-6 * (c.is_product ? length * t.norm / t.scale + 2 * found.size : 40 * found.score);
       const bool is_close = std::abs(value - found.score) <= error + 1e-37 || value == (float)found.score;
       CHECK(is_close, "row %ld: a value of %g, not %g", (long)r, value, found.score);
@@ -233,11 +233,12 @@ void test_topk(const Kernels& kernels) {
     }
   };
   const auto nothing = [](Numbers&, Numbers&, Numbers&, int64_t) {};
-  // Codes beside the edges of a panel and of a chunk, all of them or few.
+  // Numbers of codes around the edges of a panel and of a chunk; all of the codes or few of them.
   for (int64_t count : Sizes{1, p - 1, p, p + 1, 511, 512, 513, 1030})
     for (int64_t k : Sizes{1, p + 1, count})
       if (k <= count) test(3, count, 3, k, nothing);
-  // Features beside the edges of vectors, chains and slices; rows beside those of a tile and of a block.
+  // Numbers of features around the edges of vectors, chains and slices; numbers of rows around those of a tile and of a
+  // block.
   for (int64_t d : Sizes{1, p / 2 - 1, p / 2 + 1, p, 64, 65, 257}) test(r + 1, p + 2, d, 5, nothing);
   for (int64_t n : {0, 1, 128, 129}) test(n, 40, 2, 2, nothing);
   test(2 * r + 1, p + 1, 5000, 3, nothing);
@@ -248,12 +249,12 @@ void test_topk(const Kernels& kernels) {
   } const sizes[] = {{9, 31, 3, 4}, {8, 40, 5, 1}, {6, 1100, 2, 600}, {5, 600, 7, 100}, {12, 3 * p + 1, 17, 3 * p + 1}};
   for (const auto& [n, count, d, k] : sizes) {
     test(n, count, d, k, [&](Numbers& x, Numbers& codes, Numbers& bias, int64_t) {
-      // Exact ties, nearly everywhere.
+      // Nearly all scores tie exactly.
       for (Numbers* values : {&x, &codes, &bias})
         for (float& value : *values) value = std::round(value);
     });
     test(n, count, d, k, [&](Numbers&, Numbers& codes, Numbers& bias, int64_t features) {
-      // Codes that float32 does not tell apart.
+      // Codes that float32 does not distinguish.
       for (int64_t i = (int64_t)codes.size() - 1; i >= 0; --i) codes[i] = codes[i % features] + codes[i] * 0x1p-22f;
       std::fill(bias.begin(), bias.end(), 1.0f);
     });

@@ -1,4 +1,4 @@
-// Products on the matrix tiles of AMX, and with DLVAE_EMULATE_TILES the same in plain code, for tests on any machine.
+// Products on the matrix tiles of AMX. DLVAE_EMULATE_TILES replaces them by plain code, for tests on any machine.
 #pragma once
 
 #include "simd.h"
@@ -6,7 +6,7 @@
 namespace {
 
 constexpr int TILE_ROWS = 16;   // rows of x, or steps of codes
-constexpr int TILE_STEPS = 16;  // words of a row
+constexpr int TILE_STEPS = 16;  // words in a row
 
 #if defined(DLVAE_EMULATE_TILES)
 
@@ -35,7 +35,7 @@ inline void multiply_tiles(Tile& sums, const Tile& x, const Tile& codes) {
       }
 }
 
-// scores[r][.] of 32 rows and the 32 codes of a panel.
+// Computes scores[r][.] of 32 rows and the 32 codes of a panel.
 inline void tile_scores(
     const float* start, const uint32_t* x, int64_t ld, const uint32_t* panel, int64_t steps, float* scores) {
   for (int i = 0; i < 2; ++i)
@@ -53,7 +53,7 @@ inline void tile_scores(
 
 #else
 
-// Eight tiles of 16 rows of 64 bytes; the configuration is a thread's own.
+// Configures eight tiles of 16 rows of 64 bytes. The configuration belongs to the thread.
 DLVAE_INLINE void begin_tiles() {
   struct __attribute__((packed)) {
     uint8_t palette, start_row, reserved[14];
@@ -64,10 +64,10 @@ DLVAE_INLINE void begin_tiles() {
 }
 DLVAE_INLINE void end_tiles() { _tile_release(); }
 
-// scores[r][.] of 32 rows and the 32 codes of a panel.
+// Computes scores[r][.] of 32 rows and the 32 codes of a panel.
 DLVAE_INLINE void tile_scores(
     const float* start, const uint32_t* x, int64_t ld, const uint32_t* panel, int64_t steps, float* scores) {
-  // A stride of zero gives each row the starts of the codes.
+  // A stride of zero loads the starts of the codes into each row.
   _tile_loadd(0, start, 0);
   _tile_loadd(1, start + WIDTH, 0);
   _tile_loadd(2, start, 0);

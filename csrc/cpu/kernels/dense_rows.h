@@ -1,4 +1,4 @@
-// Rows in the form in which the kernels compute: float32 with adjacent features.
+// Rows in the form that the kernels compute with: float32 with adjacent features.
 #pragma once
 
 #include "buffer.h"
@@ -6,10 +6,11 @@
 
 namespace {
 
-// A few rows at a time in float32, `ld` elements apart: the memory of the rows themselves if they are dense, else a copy.
+// A few rows at a time in float32, `ld` elements apart: the memory of the rows themselves if they are dense, else a
+// copy.
 class DenseRows {
  public:
-  // Holds at most `most` rows at a time. If `contiguous`, rows that have gaps between them are copied too.
+  // Holds at most `most` rows at a time. If `contiguous`, rows with gaps between them are copied as well.
   DenseRows(const Rows& rows, int64_t most, bool contiguous = false)
       : rows_(rows),
         in_place_(contiguous ? is_contiguous(rows) : is_dense(rows)),
@@ -17,12 +18,12 @@ class DenseRows {
         copy_(in_place_ ? 0 : most * ld_) {}
   int64_t ld() const { return ld_; }
 
-  // Reads rows [begin, end).
+  // Returns rows [begin, end).
   float* load(int64_t begin, int64_t end) {
     if (!in_place_) load_rows(rows_, begin, end, copy_, ld_);
     return at(begin);
   }
-  // Returns where rows from `begin` on are to be written, before `store`.
+  // Returns the memory for rows [begin, ...), which `store` writes back.
   float* at(int64_t begin) { return in_place_ ? (float*)rows_.data + begin * ld_ : (float*)copy_; }
   void store(int64_t begin, int64_t end) {
     if (!in_place_) store_rows(rows_, begin, end, copy_, ld_);

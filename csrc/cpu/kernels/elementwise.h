@@ -1,4 +1,4 @@
-// Passes over rows in which each element is computed by itself.
+// Elementwise passes over rows.
 #pragma once
 
 #include "dense_rows.h"
@@ -6,10 +6,10 @@
 
 namespace {
 
-// Rows that pass through scratch memory together: whole tiles of those that are turned.
+// The number of rows that pass through scratch memory together: whole tiles of rows that are transposed.
 inline int64_t batch_of(int64_t features) { return features < 256 ? 64 : 16; }
 
-// Rows [begin, end) of to: those of `from` that indices name.
+// Copies the rows of `from` that `indices` select to rows [begin, end) of `to`.
 inline void copy_rows(
     const char* from, int64_t stride, const int64_t* indices, int64_t begin, int64_t end, int64_t row_bytes, char* to) {
   constexpr int64_t STEP = sizeof(Floats), AHEAD = 8;
@@ -42,7 +42,7 @@ inline void ema_rows(
     float* sum = sums.load(first, last);
     const float* add = batch_sums.load(first, last);
     for (int64_t row = first; row < last; ++row, code += codes.ld(), sum += sums.ld(), add += batch_sums.ld()) {
-      // As torch.lerp has it: exact at both ends.
+      // The same formula as torch.lerp, which is exact at both ends.
       if (weight < 0.5f) {
         for (int64_t d = 0; d < features; ++d) sum[d] = sum[d] + weight * (add[d] - sum[d]);
       } else {

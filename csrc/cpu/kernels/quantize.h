@@ -1,11 +1,12 @@
-// Rows replaced by their nearest codes, with half the errors and the sum of squared errors, in the pass that searches.
+// Nearest codes of rows, half the errors and the sum of squared errors, in the same pass as the search.
 #pragma once
 
 #include "search_kernel.h"
 
 namespace {
 
-// to = (c - x) / 2 unless it is null: half of a difference of float16 numbers fits into float16. Returns |c - x|^2.
+// Writes (c - x) / 2 to `to` unless that is null: half of a difference of float16 numbers does not overflow float16.
+// Returns |c - x|^2.
 inline double subtract(const float* c, const float* x, int64_t features, float* to) {
   Floats sums = {};
   float rest = 0;
@@ -21,7 +22,7 @@ inline double subtract(const float* c, const float* x, int64_t features, float* 
     if (to) to[d] = error * 0.5f;
   }
   const float sum = total(sums) + rest;
-  // Squares may overflow float32 where their mean over all rows does not.
+  // The sum of squares may overflow float32 although the mean over all rows does not.
   return is_finite(sum) ? sum : squared_distance(x, c, features);
 }
 

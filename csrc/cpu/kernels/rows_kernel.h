@@ -1,4 +1,4 @@
-// Between rows of any strides and type and blocks of float32 rows.
+// Conversion between rows of any strides and type and blocks of float32 rows.
 #pragma once
 
 #include "../../rows.h"
@@ -40,7 +40,7 @@ DLVAE_INLINE float to_float(Float16 value) {
 DLVAE_INLINE void from_float(float value, float* to) { *to = value; }
 DLVAE_INLINE void from_float(float value, BFloat16* to) {
   const uint32_t bits = as_bits(value);
-  // To the nearest, ties to even; a NaN stays one.
+  // Rounds to nearest, ties to even; NaN stays NaN.
   to->bits = value != value ? 0x7fc0 : (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 DLVAE_INLINE void from_float(float value, Float16* to) {
@@ -49,7 +49,7 @@ DLVAE_INLINE void from_float(float value, Float16* to) {
     to->bits = 0x7e00;
   } else if (rest >= 0x477ff000) {  // rounds beyond 65504
     to->bits = (uint16_t)(sign | 0x7c00);
-  } else if (rest < 0x38800000) {  // subnormal: the sum shifts the digits into place and rounds them
+  } else if (rest < 0x38800000) {  // subnormal: the addition shifts the digits into place and rounds them
     to->bits = (uint16_t)(sign | (as_bits(as_float(rest) + 0.5f) - 0x3f000000));
   } else {
     to->bits = (uint16_t)(sign | (rest - 0x38000000 + 0xfff + (rest >> 13 & 1)) >> 13);
@@ -74,7 +74,7 @@ DLVAE_INLINE void widen_row(const T* from, int64_t count, float* to) {
   for (; d < count; ++d) to[d] = to_float(from[d]);
 }
 
-// Calls f(first row of a run, rows in it, offset of the first, stride of rows) for rows [begin, end).
+// Calls f(first row of a run, number of rows, offset of the first row, stride of the rows) for rows [begin, end).
 template <class F>
 DLVAE_INLINE void for_runs(const Rows& rows, int64_t begin, int64_t end, const F& f) {
   const int last = rows.dims - 1;
@@ -92,7 +92,7 @@ DLVAE_INLINE void for_runs(const Rows& rows, int64_t begin, int64_t end, const F
   }
 }
 
-// WIDTH columns of as many elements, `stride` apart, to rows of float32.
+// Transposes WIDTH columns of WIDTH elements, `stride` apart, into float32 rows.
 template <class T>
 DLVAE_INLINE void turn(const T* from, int64_t stride, float* to, int64_t ld) {
   Floats tile[WIDTH];
@@ -119,7 +119,7 @@ void load_rows_of(const Rows& rows, int64_t begin, int64_t end, float* to, int64
       for (int64_t r = 0; r < count; ++r) widen_row(from + r * row_stride, rows.features, out + r * ld);
       return;
     }
-    // Features of a row lie apart: tiles of both keep the cache lines of either.
+    // The features of a row are not adjacent. Square tiles use whole cache lines on both sides.
     constexpr int64_t TILE = 16;
     for (int64_t r0 = 0; r0 < count; r0 += TILE) {
       const int64_t r1 = r0 + TILE < count ? r0 + TILE : count;
@@ -168,7 +168,7 @@ void store_rows_of(const Rows& rows, int64_t begin, int64_t end, const float* so
   });
 }
 
-// Rows [begin, end) as float32 at to[., ld].
+// Converts rows [begin, end) to float32 at to[., ld].
 inline void load_rows(const Rows& rows, int64_t begin, int64_t end, float* to, int64_t ld) {
   switch (rows.type) {
     case Type::float32: return load_rows_of<float>(rows, begin, end, to, ld);
@@ -177,7 +177,7 @@ inline void load_rows(const Rows& rows, int64_t begin, int64_t end, float* to, i
   }
 }
 
-// Back: source[., ld] to rows [begin, end).
+// Converts source[., ld] back to rows [begin, end).
 inline void store_rows(const Rows& rows, int64_t begin, int64_t end, const float* source, int64_t ld) {
   switch (rows.type) {
     case Type::float32: return store_rows_of<float>(rows, begin, end, source, ld);

@@ -1,9 +1,9 @@
 // The nearest code of each row.
 //
-// All scores are found in a fast arithmetic, of which each lane of a vector keeps the best, the second best and where
-// the best was. A bound on the rounding of that arithmetic tells how far below another score a code may truly lie:
-// where the second best is farther off than that, the best is certain. Other rows go through the scores again, and each
-// code that may be the nearest is compared by its difference from the row in float64.
+// All scores are computed in a fast arithmetic. Each lane of a vector keeps the best score, the second-best score and
+// the position of the best. An error bound of that arithmetic says how close two scores must be for rounding to change
+// their order: if the second-best score is farther from the best than that, the best code is certain. Other rows are
+// scored a second time, and each code that may be the nearest is compared by squared differences in float64.
 #pragma once
 
 #include "../codebook.h"
@@ -17,9 +17,9 @@
 
 namespace {
 
-// Words of packed codes that stay in the second cache while the rows of a block go by.
+// The number of words of packed codes that stay in the second-level cache while the rows of a block use them.
 constexpr int64_t CHUNK_WORDS = 65536;
-// Panels of one group, see `scan`.
+// The number of panels in a group; see `scan`.
 constexpr int64_t GROUP = 8;
 
 inline int64_t panels_of(const Codebook& book) { return (book.count + PANEL - 1) / PANEL; }
@@ -42,11 +42,11 @@ void pack_codes(const Codebook& book, int64_t begin, int64_t end) {
   }
 }
 
-// What is kept of the scores of a row.
+// The running minima of the scores of a row.
 template <class V>
 struct Lanes {
-  V best, second;  // in each lane the smallest score and the smallest but that,
-  Ints where;      // and the vector, or the group, of the smallest
+  V best, second;  // the smallest score of each lane and the second-smallest
+  Ints where;      // the vector, or the group, of the smallest score
 
   DLVAE_INLINE void track(V score, Ints id) {
     second = smaller(second, larger(best, score));
@@ -55,7 +55,7 @@ struct Lanes {
   }
 };
 
-// Rows of a block as the search takes them.
+// A block of rows in packed form.
 template <class A>
 struct Block {
   using Vector = typename A::Vector;
@@ -68,17 +68,18 @@ struct Block {
         lanes(BLOCK),
         centred(book.centre ? BLOCK * book.features : 0) {}
 
-  int64_t count;  // rows, padded with zeros to a multiple of A::BLOCK_ROWS
+  int64_t count;  // number of rows, padded with zeros to a multiple of A::BLOCK_ROWS
   int64_t steps, ld;
   Buffer<uint32_t> words;  // [BLOCK, steps, COPIES]
   Buffer<Lanes<Vector>> lanes;
-  Buffer<float> centred;  // [BLOCK, D]: rows less the centre of the codebook
+  Buffer<float> centred;  // [BLOCK, D]: rows minus the centre of the codebook
   Measure measure;
-  float per_score;       // units of a score that make one in the scale of the codes
-  float margins[BLOCK];  // how far two scores of a row may be off together, in units of a score; or |x|, see IS_BOUND
+  float per_score;  // units of a score that make up 1 in the scale of the codes
+  // Error bound of the difference of two scores of a row, in units of a score; or |x|, see IS_BOUND.
+  float margins[BLOCK];
 };
 
-// Each word `copies` times, side by side.
+// Repeats each word `copies` times, side by side.
 inline void repeat_words(uint32_t* words, int64_t count, int copies) {
   for (int64_t s = count - 1; s >= 0; --s)
     for (int i = copies - 1; i >= 0; --i) words[s * copies + i] = words[s];
@@ -104,7 +105,7 @@ void pack_rows(const Codebook& book, const float* x, int64_t count, Block<A>& bl
       if (A::COPIES > 1) repeat_words(words, block.steps, A::COPIES);
       if (A::IS_BOUND) continue;
       block.margins[r] += rounding_of_distances(book, norm) * block.per_score;
-      // The roundings of a centred row, and twice that of a centred code, in each of two scores.
+      // The roundings of a centred row, and twice the rounding of a centred code, in each of two scores.
       if (book.centre) block.margins[r] += 0x1.1p-22f * (norm + 0.5f * book.norm) * book.norm * block.per_score;
     } else {
       memset(words, 0, block.ld * sizeof(uint32_t));
@@ -112,11 +113,11 @@ void pack_rows(const Codebook& book, const float* x, int64_t count, Block<A>& bl
   }
 }
 
-// Whether telling the codes of a lane apart costs a row less than looking at each vector.
+// Whether finding the best code within one lane of a group costs less per row than examining each vector of scores.
 inline bool prefers_groups(const Codebook& book) { return book.count > 32 * (book.features + 32); }
 
-// Goes through all codes. Each vector of scores is looked at by itself, or, if GROUPED, the smallest scores of a group
-// of panels in each lane: that is less work for each, and leaves the codes of one lane of a group to be told apart.
+// Scores all codes. Each vector of scores updates the minima or, if GROUPED, only the lane-wise minimum of a group of
+// panels does. That is less work per score, but leaves the codes in one lane of a group to be compared.
 template <class A, bool GROUPED>
 void scan(const Codebook& book, Block<A>& block) {
   using Vector = typename A::Vector;
@@ -170,7 +171,7 @@ void scan(const Codebook& book, Block<A>& block) {
   A::end();
 }
 
-// The nearest so far, by float64 distance; codes come in ascending order.
+// The nearest code so far by float64 distance. Codes are compared in ascending order.
 struct Nearest {
   const Codebook& book;
   const float* x;
@@ -185,7 +186,7 @@ struct Nearest {
   }
 };
 
-// Out of line, so that scores stay in registers on the way past it.
+// Not inlined, so that the scores stay in registers in the common case without a call.
 __attribute__((noinline)) inline void compare_lanes(Ints is_close, int64_t first, Nearest& nearest) {
   for (int lane = 0; lane < WIDTH; ++lane)
     if (is_close[lane]) nearest.compare(first + lane);
@@ -196,7 +197,7 @@ template <class A>
 void compare_close(
     const Codebook& book, const Block<A>& block, int64_t row, typename A::Score threshold, Nearest& nearest) {
   using Vector = typename A::Vector;
-  constexpr int64_t STRIDE = 4;  // panels
+  constexpr int64_t STRIDE = 4;  // number of panels
   const int64_t panels = panels_of(book), steps = block.steps;
   Buffer<typename A::Score> converted(STRIDE * PANEL);
   const uint32_t* words = block.words + row * block.ld;
@@ -216,7 +217,7 @@ void compare_close(
   for (; p < panels; ++p) go(Constant<2>{}, p);
 }
 
-// A row that is not finite or too large for any other way, or one of a codebook without finite codes.
+// Searches for a row that is not finite or too large for any arithmetic, or in a codebook without finite codes.
 inline void search_by_differences(const Codebook& book, Nearest& nearest) {
   bool is_finite_row = true, is_nan_row = false;
   float least = InFloat32::LARGEST;
@@ -226,26 +227,27 @@ inline void search_by_differences(const Codebook& book, Nearest& nearest) {
     is_finite_row &= is_finite(value);
     least = value < least ? value : least;
   }
-  // Beside features so large those of the codes vanish, even in float64.
+  // The features of the row are so large that float64 differences do not depend on the code.
   const bool are_equal = !book.centre && (double)least * book.scale > 0x1p54 * book.peak;
   for (int64_t k = 0; k < book.count && !is_nan_row; ++k) {
     const float peak = book.peaks[k];
     if (is_finite_row && book.any_finite ? !is_finite(peak) : peak != peak) continue;
     nearest.compare(k);
-    // Distances that are all infinite, or all the same.
+    // All distances are infinite, or all are equal.
     if (!is_finite_row || !book.any_finite || are_equal) return;
   }
   if (nearest.index < 0) nearest.index = 0;
 }
 
-// Squared distances of rows x [count, D] from the codes that were found.
+// Computes the squared distances of rows x [count, D] from the codes that were found.
 inline void measure_found(
     const Codebook& book, const float* x, int64_t count, const int64_t* indices, float* distances) {
   for (int64_t r = 0; r < count; ++r, x += book.features)
     distances[r] = (float)squared_distance(x, book.codes + indices[r] * book.features, book.features);
 }
 
-// The nearest codes of rows x [count, D], at most BLOCK. Returns how many rows went through the scores again.
+// Finds the nearest codes of rows x [count, D], at most BLOCK. Returns the number of rows that were scored a second
+// time.
 template <class A>
 int64_t search_block(const Codebook& book, const float* x, int64_t count, Block<A>& block, int64_t* indices) {
   const int64_t features = book.features;
@@ -262,11 +264,11 @@ int64_t search_block(const Codebook& book, const float* x, int64_t count, Block<
     } else {
       const Lanes<typename A::Vector> kept = block.lanes[r];
       const auto best = lowest(kept.best);
-      // The place of the best: of equal ones the first.
+      // The place of the best score; ties go to the lowest place.
       const Ints place = kept.best == best ? kept.where * WIDTH + counting() : fill(INT32_MAX);
       const int32_t first = lowest(place);
       const auto second = lowest(place == first ? kept.second : kept.best);
-      // The codes of which one has the best score.
+      // The codes [begin, end), `step` apart, one of which has the best score.
       const int64_t step = is_grouped ? WIDTH : 1;
       const int64_t begin = is_grouped ? first / WIDTH * GROUP * PANEL + first % WIDTH : first;
       const int64_t beyond = begin + (is_grouped ? GROUP * PANEL : 1), end = beyond < book.count ? beyond : book.count;
@@ -275,7 +277,7 @@ int64_t search_block(const Codebook& book, const float* x, int64_t count, Block<
         float norm = 0;
         for (int64_t k = begin; k < end; k += step) {
           const float own = (float)(book.norms[k] * book.scale);
-          // What a score is at least, with room for its error: longer codes cannot have the best one.
+          // A lower bound of the score, with room for its error: longer codes cannot have the best score.
           const bool can_be_best = is_finite(book.peaks[k]) && own * (0.45f * own - 1.1f * margin) <= best;
           if (can_be_best && own > norm) norm = own;
         }
@@ -297,7 +299,7 @@ int64_t search_block(const Codebook& book, const float* x, int64_t count, Block<
   return uncertain;
 }
 
-// Calls f(an arithmetic) with the one in which this codebook is searched.
+// Calls f(arithmetic) with the arithmetic in which this codebook is searched.
 template <class F>
 DLVAE_INLINE void in_arithmetic_of(const Codebook& book, const F& f) {
   if (book.is_spread) return f(LowerBounds{});
@@ -321,7 +323,7 @@ inline void pack_panels(const Codebook& book, int64_t begin, int64_t end) {
   in_arithmetic_of(book, [&](auto arithmetic) { pack_codes<decltype(arithmetic)>(book, begin, end); });
 }
 
-// Calls f(first row, rows, x as adjacent float32) for each block of rows [begin, end), once searched.
+// Calls f(first row, number of rows, contiguous float32 x) for each block of rows [begin, end) after it is searched.
 template <class F>
 DLVAE_INLINE int64_t for_searched_blocks(
     const Codebook& book, const Rows& rows, int64_t begin, int64_t end, int64_t* indices, float* distances,
@@ -355,14 +357,14 @@ DLVAE_INLINE int64_t for_searched_blocks(
   return uncertain;
 }
 
-// Indices and, unless null, squared distances of rows [begin, end); returns how many of them were uncertain.
+// Finds the indices and, unless null, the squared distances of rows [begin, end). Returns the number of uncertain rows.
 inline int64_t search_rows(
     const Codebook& book, const Rows& rows, int64_t begin, int64_t end, int64_t* indices, float* distances) {
   return for_searched_blocks(book, rows, begin, end, indices, distances, [](int64_t, int64_t, const float*) {});
 }
 
-// Scores of the same few rows and codes, which stay in the first cache, again and again; returns how many products of
-// two features that took. For measuring what a core can do at best.
+// Computes scores of the same few rows and codes, which stay in the first-level cache, repeatedly. Returns the number
+// of products of two features. This measures the peak rate of a core.
 inline int64_t repeat_scores(int64_t rounds) {
   constexpr int64_t FEATURES = 128;
   Codebook book{};
@@ -383,7 +385,7 @@ inline int64_t repeat_scores(int64_t rounds) {
       typename A::Vector sums[A::BLOCK_ROWS][2];
       A::scores(start, rows, ld, codes, steps, sums);
       unroll<A::BLOCK_ROWS>([&](auto r) { total += sums[decltype(r)::value][0] + sums[decltype(r)::value][1]; });
-      // The compiler may not know that nothing changes between rounds, nor that nobody reads the sum.
+      // This hides from the compiler that nothing changes between rounds and that nothing reads the sum.
       asm volatile("" ::: "memory");
     }
     A::end();

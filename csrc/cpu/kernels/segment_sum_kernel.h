@@ -26,7 +26,7 @@ inline void sum_segments(
       if (start == stop) memset(sum + from, 0, (to - from) * sizeof(float));
     }
     if (place == stop) continue;
-    // The rows of a code ascend.
+    // The rows of a code are in ascending order.
     int64_t next = place;
     if (segments.rows[stop - 1] < end) {
       next = stop;
@@ -35,7 +35,7 @@ inline void sum_segments(
     }
     if (next == place) continue;
     const float* weights = segments.weights == nullptr ? nullptr : segments.weights + place;
-    // Each branch makes its own, so that the first keeps them in registers.
+    // Each branch constructs its own terms, so that the first branch keeps them in registers.
     const auto terms = [&] {
       return Terms<uint32_t>{
           segments.rows + place, last, weights, segments.weight, next - place, data, begin, end, data_ld, is_far};

@@ -1,7 +1,7 @@
 // softmax(x W^T + b) at the kept codes, and its gradients.
 //
-// Logits are found for a block of rows and a chunk of codes at a time. The backward finds them again, by the same
-// products, and so the same to the bit.
+// Logits are computed for a block of rows and a chunk of codes at a time. The backward pass recomputes them with the
+// same products, so that they are bitwise equal.
 #pragma once
 
 #include "../softmax.h"
@@ -15,7 +15,7 @@ namespace {
 using dlvae::KeptSoftmax;
 using dlvae::KeptSoftmaxBackward;
 
-constexpr int64_t LOGITS = 512;  // codes of one chunk, whole panels and tiles
+constexpr int64_t LOGITS = 512;  // number of codes in a chunk: whole panels and tiles
 
 inline int64_t softmax_block(int64_t features) {
   const int64_t fitting = 65536 / features / ROWS * ROWS;
@@ -51,13 +51,13 @@ DLVAE_INLINE float softmax_of(float logit, float largest, float scale) {
   return exponential(fill(logit - largest))[0] * scale;
 }
 
-// Adds a chunk to the sum of exp(logit - m) for the largest logit m so far.
+// Adds a chunk to the sum of exp(logit - m), where m is the largest logit so far.
 inline void add_exponentials(const float* logits, int64_t n, float& largest, double& sum) {
   Floats most = fill(largest);
   for (int64_t i = 0; i < n; i += WIDTH) most = larger(most, load<Floats>(logits + i));
   float m = most[0];
   for (int i = 1; i < WIDTH; ++i) m = most[i] > m ? most[i] : m;
-  // As long as all are minus infinity there is nothing to add; logits that are NaN make the sum NaN.
+  // While all logits are minus infinity there is nothing to add. Logits that are NaN make the sum NaN.
   const Floats shift = fill(m == -__builtin_inff() ? 0 : m);
   Floats part{};
   for (int64_t i = 0; i < n; i += WIDTH) part += exponential(load<Floats>(logits + i) - shift);
@@ -89,7 +89,7 @@ inline void kept_softmax_rows(const KeptSoftmax& s, int64_t begin, int64_t end) 
       }
     }
     for (int64_t r = 0; r < count; ++r) {
-      // Without a logit above minus infinity the softmax is not a number.
+      // If no logit is above minus infinity, the softmax is NaN.
       const float sum = sums[r] == 0 ? __builtin_nanf("") : (float)sums[r];
       const float m = largest[r], scale = 1 / sum;
       float* values = s.values + (first + r) * s.k;
@@ -102,7 +102,7 @@ inline void kept_softmax_rows(const KeptSoftmax& s, int64_t begin, int64_t end) 
   }
 }
 
-// Rows [begin, end) of the superblock that begins at row `origin`.
+// Processes rows [begin, end) of the superblock that begins at row `origin`.
 inline void kept_softmax_grad_rows(const KeptSoftmaxBackward& b, int64_t origin, int64_t begin, int64_t end) {
   const KeptSoftmax& s = b.forward;
   LogitBlock block(s);
@@ -136,7 +136,7 @@ inline void kept_softmax_grad_rows(const KeptSoftmaxBackward& b, int64_t origin,
         for (int64_t j = row * s.k; j < (row + 1) * s.k; ++j)
           if ((uint64_t)(s.indices[j] - c) < (uint64_t)n) logits[s.indices[j] - c] += b.grad[j] * s.values[j];
         if (!b.needs_weight && !b.needs_bias) continue;
-        // Codes of the last tile beyond K are of no account: whatever is there meets only itself.
+        // The codes of the last tile beyond K may hold anything: nothing else depends on them.
         float* to = b.logits + (c * b.room + (row - origin) * ROWS);
         for (int64_t i = 0; i < n; i += ROWS) memcpy(to + i * b.room, logits + i, ROWS * sizeof(float));
       }
@@ -152,7 +152,7 @@ inline void kept_softmax_grad_rows(const KeptSoftmaxBackward& b, int64_t origin,
 // Adds the superblock of `count` rows to the gradients of tiles [begin, end) of codes.
 inline void kept_softmax_grad_codes(const KeptSoftmaxBackward& b, int64_t count, int64_t begin, int64_t end) {
   const int64_t codes = whole_tiles(b.forward.codes), panels = panels_of(b.forward.features);
-  // What some tiles have of a slice of rows stays in the second cache while all panels meet it.
+  // This many tiles of a slice of rows stay in the second-level cache while all panels use them.
   constexpr int64_t TILES = 256 / ROWS;
   for (int64_t tile = begin; b.needs_weight && tile < end; tile += TILES) {
     const int64_t tiles = tile + TILES < end ? TILES : end - tile;
@@ -178,7 +178,7 @@ inline void kept_softmax_grad_codes(const KeptSoftmaxBackward& b, int64_t count,
   }
 }
 
-// The gradient of the weight, rows [begin, end), out of its panels.
+// Copies rows [begin, end) of the gradient of the weight out of its panels.
 inline void unpack_weight(const KeptSoftmaxBackward& b, int64_t begin, int64_t end, float* weight) {
   const int64_t features = b.forward.features, codes = whole_tiles(b.forward.codes);
   for (int64_t p = 0; p < panels_of(features); ++p) {
@@ -193,7 +193,7 @@ inline void pack_weight(
   pack_transposed(weight, nullptr, codes, features, 1, begin, end, panels);
 }
 
-// Panels [begin, end) of the weight as it is, its features side by side.
+// Packs panels [begin, end) of the weight without transposing it: its features are side by side.
 inline void pack_weight_columns(
     const float* weight, int64_t codes, int64_t features, int64_t begin, int64_t end, float* panels) {
   for (int64_t p = begin; p < end; ++p) {

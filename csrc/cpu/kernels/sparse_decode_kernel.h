@@ -9,7 +9,7 @@ namespace {
 
 using dlvae::Atoms;
 
-// Rows that pass through scratch memory together.
+// The number of rows that pass through scratch memory together.
 constexpr int64_t BATCH = 16;
 
 inline void decode_rows(const Atoms& atoms, const float* values, int64_t begin, int64_t end, const Rows& out) {
@@ -43,7 +43,8 @@ inline void decode_rows(const Atoms& atoms, const float* values, int64_t begin, 
   }
 }
 
-// Of vectors with groups of SIZE elements: groups of half the size, in which those of x, then of y, are halfway summed.
+// x and y hold groups of SIZE elements. Returns groups of half the size, first those of x, then those of y; each
+// element is the sum of two elements of the old group.
 template <int SIZE>
 DLVAE_INLINE Floats halve(Floats x, Floats y) {
   Ints low;
@@ -51,21 +52,22 @@ DLVAE_INLINE Floats halve(Floats x, Floats y) {
   return shuffle(x, y, low) + shuffle(x, y, low + SIZE / 2);
 }
 
-// The sum of each of the vectors, from the COUNT at v.
+// Returns the sum of the elements of each of COUNT vectors, starting at v.
 template <int COUNT>
 DLVAE_INLINE Floats totals(const Floats* v) {
   if constexpr (COUNT == 1) {
     return *v;
   } else {
-    // Of COUNT vectors in one, each has WIDTH / COUNT elements left.
+    // Each of the COUNT vectors has WIDTH / COUNT elements left in the result.
     return halve<2 * WIDTH / COUNT>(totals<COUNT / 2>(v), totals<COUNT / 2>(v + COUNT / 2));
   }
 }
 
-// Atoms that are fetched ahead.
+// The number of atoms that are prefetched.
 constexpr int AHEAD = 4;
 
-// V vectors of a row, or the last `part` floats where V is 0, times those of `count` atoms: added to sums, one an atom.
+// Multiplies V vectors of a row, or its last `part` floats if V is 0, by the same features of `count` atoms, and adds
+// the products to `sums`, one vector per atom.
 template <int V>
 DLVAE_INLINE void add_products(
     const float* row, const float* const* atoms, int64_t count, int64_t feature, int64_t part, bool is_far,
@@ -91,7 +93,8 @@ DLVAE_INLINE void add_products(
   }
 }
 
-// Inner products of a row with `count` atoms, at most WIDTH; after them `atoms` has AHEAD that come later.
+// Returns the inner products of a row with `count` atoms, at most WIDTH. `atoms` is followed by AHEAD atoms to
+// prefetch.
 DLVAE_INLINE Floats
 products(const float* row, const float* const* atoms, int64_t count, int64_t features, bool is_far) {
   Floats sums[WIDTH];

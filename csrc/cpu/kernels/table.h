@@ -1,4 +1,4 @@
-// All kernels, and the table of those that this translation unit compiles.
+// The table of the kernels that this translation unit compiles.
 #pragma once
 
 #include "../kernels.h"

@@ -1,9 +1,9 @@
 // The k best codes of each row.
 //
-// Scores are found in float32, a block of rows and a chunk of codes at a time. Each row keeps the codes whose score may
-// be among its k best: a bound on the rounding says how far above another score that is. They are sorted by score; only
-// where neighbours lie within that bound are they compared in float64, each pair of a row and a code by itself. One
-// code stands for all that equal it, which follow it.
+// Scores are computed in float32, a block of rows and a chunk of codes at a time. Each row keeps the codes whose score
+// may be among its k best according to an error bound. The kept codes are sorted by score. Neighbours within the error
+// bound of each other are compared in float64, each pair of a row and a code separately. Of equal codes only the first
+// is searched; the others follow it in the result. docs/numerics.md, section 8.1, derives the bound.
 #pragma once
 
 #include "../topk.h"
@@ -13,15 +13,15 @@
 
 namespace {
 
-constexpr int64_t CODES = 512;            // of one chunk, whole panels
-constexpr int64_t SORTED_BY_RANKS = 512;  // at most; beyond, digits are faster
+constexpr int64_t CODES = 512;            // number of codes in a chunk: whole panels
+constexpr int64_t SORTED_BY_RANKS = 512;  // above this number, radix sort is faster
 constexpr float LARGEST_SCORE = 0x1p100f;
 
 inline void pack_topk(const Topk& t, int64_t begin, int64_t end, float* panels) {
   pack_transposed(t.centred, t.ids, t.packed, t.features, -t.scale, begin, end, panels);
 }
 
-// Scratch of a thread, and the search of its rows.
+// The scratch memory of a thread, and the search of its rows.
 class TopkSearch {
  public:
   explicit TopkSearch(const Topk& t)
@@ -53,11 +53,11 @@ class TopkSearch {
   struct Kept {
     int64_t count;
     float bound;    // at least k scores are at most this
-    float margin;   // how far the score of a code may be from what it is for the share of the row in it
+    float margin;   // error bound of a score, without the part that is proportional to the score
     double square;  // |x|^2
-    double offset;  // of the distance or the product beside the score
-    bool is_exact;  // compared in float64 with all codes
-    double unit;    // of a score in float64: rows of subnormal numbers are scaled up
+    double offset;  // the distance, or the product, that is added to the value of the score
+    bool is_exact;  // whether all codes are compared in float64
+    double unit;    // unit of a score in float64; rows of subnormal numbers are scaled up
   };
 
   static int64_t rows_of_block(const Topk& t) {
@@ -65,10 +65,10 @@ class TopkSearch {
     return fitting < 2 * ROWS ? 2 * ROWS : fitting > 128 ? 128 : fitting;
   }
 
-  // Beside the margin of a row, a score may err by this much of itself.
+  // The part of the error bound of a score that is proportional to the score.
   static DLVAE_INLINE float own_error(float score) { return 4 * (float)ROUNDING * __builtin_fabsf(score); }
 
-  // A code with a higher score than this is worse than one with the score `bound`.
+  // Returns a limit: a code with a higher score is worse than one with the score `bound`.
   static float reach(float bound, float margin) {
     const float sum = bound + (2 * margin + 2 * own_error(bound));
     return sum + 2 * own_error(sum);
@@ -80,16 +80,16 @@ class TopkSearch {
     row.square = squared_norm(x, t_.features);
     row.is_exact = !(row.square < 0x1p180) || t_.packed == 0;
     const double size = __builtin_sqrt(row.square), longest = 2 * terms * size * (double)t_.scale;
-    // Of a distance from a code far longer than the row the code's square is so much that its own error covers this.
+    // If a code is far longer than the row, the proportional part of the bound covers the error of its square.
     const double norm = !t_.is_product && longest < t_.norm ? longest : t_.norm;
     double margin = 1.01 * ROUNDING * terms * norm * size;
-    // What vanishes below the smallest normal number adds to it; and codes beside which the row is so long that float64
-    // does not tell the distances apart have to tie.
+    // Products below the smallest normal number add to the error. If the row is so long that float64 does not
+    // distinguish two distances, their codes must tie.
     margin += (double)t_.features * 0x1p-120;
     if (!t_.is_product) margin += (double)(t_.features + 2) * 0x1p-53 * row.square * (double)t_.scale;
-    // The roundings of a centred row and a centred code, and its square.
+    // The roundings of a centred row, of a centred code, and of its square.
     if (t_.centre) margin += 0x1.1p-23 * t_.norm * (size + t_.norm / (double)t_.scale / 2);
-    // Products with the centre are part of those that float64 rounds.
+    // Products with the centre are among the terms that float64 rounds.
     if (t_.is_product) margin += (double)(t_.features + 2) * 0x1p-53 * centre_norm_ * size * (double)t_.scale;
     row.margin = (float)margin;
     row.count = 0;
@@ -112,7 +112,7 @@ class TopkSearch {
       scale_up(x_ + r * features, kept_[r]);
       measure(scored + r * features, kept_[r]);
       kept_[r].offset = t_.is_product ? 0 : kept_[r].square;
-      // Of the row as it is, which differs from the rounded one.
+      // Uses the row itself, which differs from the rounded centred row.
       if (t_.centre) kept_[r].offset = (t_.is_product ? product_of : squared_distance)(x, t_.centre, features);
     }
     for (int64_t c = 0; c < t_.packed; c += CODES) {
@@ -136,7 +136,7 @@ class TopkSearch {
     }
   }
 
-  // Products of tiny rows would vanish below the smallest normal number.
+  // Products of tiny rows would be below the smallest normal number.
   void scale_up(float* x, Kept& row) const {
     row.unit = 1;
     if (!t_.is_product || t_.bias) return;
@@ -154,7 +154,7 @@ class TopkSearch {
     const float limit = reach(row.bound, row.margin);
     row.count += keep_within<false>(scores, nullptr, first, n, limit, found + row.count, places + row.count);
     if (row.count > room_) tighten(row, found, places);
-    // So many tie that all are compared.
+    // Too many codes tie, so all are compared in float64.
     row.is_exact = row.count > room_;
   }
 
@@ -195,9 +195,9 @@ class TopkSearch {
     for (int64_t i = 0; i < wanted_; ++i) indices[i] = sorted_places_[i];
     if (t_.ids != nullptr)
       for (int64_t i = 0; i < wanted_; ++i) indices[i] = t_.ids[indices[i]];
-    // Where little is left of |x|^2 and the score, the distance is found by differences.
+    // If |x|^2 and the score cancel, the distance is computed by differences.
     if (!t_.is_product) {
-      // A centre may lie far from the row and the code, whose distance its rounding must not show in.
+      // The centre may be far from the row and the code; its rounding must not show in their distance.
       const double factor = t_.centre == nullptr ? 0x1p12 : 0x1p22;
       const double certain = factor * unit * ((double)kept.margin + (double)own_error(scores[0]));
       for (int64_t i = 0; i < wanted_ && !((double)values[i] > certain); ++i)
@@ -208,13 +208,13 @@ class TopkSearch {
     complete(kept, x, indices, values);
   }
 
-  // Lets the codes that equal those found follow them, and then those that are not finite.
+  // Inserts the codes that equal a code that was found, and appends codes that are not finite.
   void complete(const Kept& kept, const float* x, int64_t* indices, float* values) {
     const int64_t n = t_.next ? repeat(indices, values) : wanted_;
     for (int64_t i = n; i < t_.k; ++i) set_exactly(kept, x, t_.others[i - n], indices + i, values + i);
   }
 
-  // Returns how many codes there are then. Of distinct codes with the same score all equal ones go by index together.
+  // Returns the new number of codes. All copies of distinct codes with the same score are sorted by index together.
   int64_t repeat(int64_t* indices, float* values) {
     for (int64_t i = 0; i < wanted_; ++i) firsts_[i] = {values[i], (int32_t)indices[i]};
     int64_t n = 0;
@@ -236,7 +236,7 @@ class TopkSearch {
     return n;
   }
 
-  // Runs of codes, each within the reach of the next, go by exact scores.
+  // Sorts runs of codes, in which each score is within the error bound of the next, by exact scores.
   void compare_near(const Kept& kept, const float* x, int64_t n, int64_t* indices, float* values) {
     float* scores = sorted_;
     const float last = reach(scores[wanted_ - 1], kept.margin);
@@ -256,7 +256,7 @@ class TopkSearch {
     }
   }
 
-  // The run that begins there; returns its end.
+  // Sorts the run that begins at `begin`; returns its end.
   int64_t compare_run(const Kept& kept, const float* x, int64_t begin, int64_t n, int64_t* indices, float* values) {
     const float* scores = sorted_;
     const auto is_near = [&](int64_t i) {
@@ -279,7 +279,7 @@ class TopkSearch {
 
   float value_of(const Kept& kept, double score) const { return (float)(t_.is_product ? -score * kept.unit : score); }
 
-  // All scores in float64, of which a heap keeps the best, the worst of these on top.
+  // Computes all scores in float64; a heap keeps the best codes, the worst of them on top.
   void search_exactly(int64_t row, const Kept& kept, const float* x) {
     int64_t* indices = t_.indices + row * t_.k;
     float* values = t_.values + row * t_.k;
@@ -291,8 +291,8 @@ class TopkSearch {
     if (square - square != 0) return search_by_index(kept, x, indices, values);
     float least = __builtin_inff();
     for (int64_t d = 0; d < t_.features; ++d) least = __builtin_fabsf(x[d]) < least ? __builtin_fabsf(x[d]) : least;
-    // Beside features so large those of the codes vanish, even in float64: all distances are the same. The codes come in
-    // ascending order where none is apart.
+    // The features of the row are so large that float64 differences do not depend on the code. Codes are in ascending
+    // order unless some are apart.
     const bool vanish = !t_.is_product && !t_.centre && (double)least > 0x1p54 * t_.peak;
     const bool are_equal = vanish && t_.apart == 0;
     int64_t n = 0;
@@ -311,7 +311,7 @@ class TopkSearch {
     complete(kept, x, indices, values);
   }
 
-  // No score of a row that holds an infinity is finite: codes go by index, those that hold NaN last.
+  // If a row holds an infinity no score is finite: codes are sorted by index, those that hold NaN last.
   void search_by_index(const Kept& kept, const float* x, int64_t* indices, float* values) const {
     const int32_t* nans = t_.others + t_.infinite;
     int64_t n = 0, passed = 0;
@@ -331,13 +331,13 @@ class TopkSearch {
   }
 
   const Topk& t_;
-  const int64_t wanted_;    // of distinct finite codes
-  const int64_t room_;      // of candidates that a row carries on to the next chunk
-  const int64_t capacity_;  // with all of one chunk, and what vectors touch beyond
+  const int64_t wanted_;    // number of distinct finite codes to find
+  const int64_t room_;      // number of candidates that a row carries to the next chunk
+  const int64_t capacity_;  // `room_` plus a whole chunk and padding to vectors
   const bool is_one_chunk_;
   const int64_t block_;
   Buffer<float> x_;        // [block, D]
-  Buffer<float> centred_;  // the same less the centre
+  Buffer<float> centred_;  // x_ minus the centre
   Buffer<float> scores_;   // [block, CODES]
   Buffer<Kept> kept_;
   Buffer<float> found_;  // [block or 1, capacity]
@@ -346,8 +346,8 @@ class TopkSearch {
   Buffer<int32_t> sorted_places_;
   const double centre_norm_;
   Buffer<Exact> exact_, merged_;  // [K]
-  // Where codes are repeated: the scores in float64 of those found, NaN where that is not known and differs from all
-  // others; and those found, with their values.
+  // If codes are repeated: the float64 scores of the codes that were found, or NaN if that is unknown and differs from
+  // all others; and these codes with their values.
   Buffer<double> known_;  // [wanted]
   Buffer<Exact> firsts_;  // [wanted]
 };

@@ -1,4 +1,4 @@
-// The instructions of csrc/cuda/ptx.cuh, by the layouts of fragments in NVIDIA's PTX ISA, section 9.7.14.5.
+// The instructions of csrc/cuda/ptx.cuh, with the fragment layouts of NVIDIA's PTX ISA, section 9.7.14.5.
 #pragma once
 
 #include <cstdint>
@@ -19,8 +19,8 @@ struct Matrices {
   uint32_t to[4];
 };
 
-// Lane i names row i % 8 of matrix i / 8, and gets elements 2 * (i % 4) and the next of row i / 4 of each matrix;
-// transposed: of column i / 4.
+// Lane i gives the address of row i % 8 of matrix i / 8, and receives elements 2 * (i % 4) and the next one of row i /
+// 4 of each matrix or, transposed, of column i / 4.
 template <int COUNT, bool IS_TRANSPOSED>
 void load_matrices(void* const* lanes, uint32_t present) {
   if (present != 0xffffffff) fail("ldmatrix: not all lanes are there");
@@ -56,7 +56,7 @@ struct Product {
 inline float as_float(__half value) { return __half2float(value); }
 inline float as_float(__nv_bfloat16 value) { return __bfloat162float(value); }
 
-// Element i of a fragment, of which each register holds two.
+// Returns element i of a fragment, whose registers hold two elements each.
 template <class T>
 float element(const uint32_t* fragment, int i) {
   return as_float(T{static_cast<uint16_t>(fragment[i / 2] >> (i % 2 * 16))});
@@ -94,7 +94,7 @@ void mma(float (&sums)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
 
 namespace dlvae {
 
-// What is read before the wait is poison: the bytes come then.
+// The bytes arrive at the wait; until then, the memory holds poison.
 inline void cp_async16(void* to, const void* from, int bytes) {
   emulator::check_aligned("cp_async16", to);
   emulator::check_aligned("cp_async16", from);

@@ -7,7 +7,8 @@
 #define __device__
 #define __host__
 #define __forceinline__ inline __attribute__((always_inline))
-// All of it together, so that each block finds what no other has written; the address sanitizer would not look there.
+// All __shared__ variables are in one section, so that each block starts with poison in all of them. The address
+// sanitizer would not check that section, so they are plain variables there.
 #if defined(__SANITIZE_ADDRESS__)
 #define __shared__ static
 #else
