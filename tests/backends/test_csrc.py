@@ -39,7 +39,7 @@ def test_kernels_use_nothing_that_instruction_sets_would_share():
 @pytest.mark.skipif(shutil.which("clang++") is None, reason="no clang++")
 @pytest.mark.parametrize("source", sorted((ROOT / "csrc/cpu/isa").glob("*.cpp")), ids=lambda source: source.stem)
 def test_clang_compiles_each_instruction_set_without_warnings(source):
-    """To machine code: no earlier does Clang reject an intrinsic that is not of the instruction set."""
+    """Clang rejects an intrinsic of another instruction set only when it generates machine code."""
     clang(["-O0", "-c", "-o", "/dev/null", str(source)])
 
 
