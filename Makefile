@@ -6,22 +6,22 @@ WHEEL_PYTHON ?= 3.12
 TEST_PROCESSES ?= 2
 STAMP := $(VENV)/.installed
 LIBRARY := dlvae_kernels/native_cpu.abi3.so
-# Address and bounds of every access, and what C++ leaves undefined; the first fault ends the program. The warnings that are
-# off see parameters for other instruction sets, and registers that the compiler's own headers leave without a value.
-# Few machines have the tiles of AMX: here they are arrays.
+# The address and undefined-behaviour sanitizers; the first fault ends the program. Two warnings are off: parameters are
+# unused on some instruction sets, and the compiler's own headers read uninitialised registers. The tiles of AMX, which few
+# machines have, are emulated.
 ASAN := -std=c++17 -O1 -g -Wall -Wextra -Werror -Wno-unused-parameter -Wno-maybe-uninitialized -DDLVAE_EMULATE_TILES -fsanitize=address,undefined -fno-sanitize-recover=all
 ASAN_OBJECTS := $(patsubst %.cpp,build/asan/%.o,$(wildcard csrc/tests/*.cpp csrc/cpu/isa/*.cpp) csrc/cpu/dispatch.cpp)
 
 setup: $(LIBRARY)
 
-# Again only when what is to be installed changed.
+# Installation runs again only when the requirements changed.
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(PYTHON) || python3 -m venv $(VENV)
 	$(PYTHON) -m pip install --quiet --constraint constraints.txt "setuptools>=77"
 	DLVAE_BUILD_EXT=0 $(PYTHON) -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable ".[viz,bench,dev]"
 	touch $@
 
-# And the library again when csrc changed, which takes no installation.
+# The library is rebuilt when csrc changed, without a new installation.
 $(LIBRARY): $(STAMP) setup.py $(shell find csrc -name '*.cpp' -o -name '*.h')
 	$(PYTHON) setup.py --quiet build_ext --inplace
 	touch $@
@@ -37,7 +37,7 @@ smoke: setup
 test: setup
 	OMP_WAIT_POLICY=passive $(PYTHON) -m pytest -n $(TEST_PROCESSES) $(ARGS)
 
-# The C++ kernels without torch, on every instruction set that this processor has.
+# Tests of the C++ kernels without torch, on every instruction set that this processor supports.
 test-asan: build/asan/tests
 	$<
 
@@ -50,9 +50,8 @@ build/asan/%.o: %.cpp Makefile
 
 -include $(ASAN_OBJECTS:.o=.d)
 
-# The CUDA kernels, for the GPUs that DLVAE_CUDA_ARCHS names, or "all" that there are kernels for; nvcc alone is needed,
-# and no GPU. A register that is spilled to memory is an error, as is any warning; build/cuda/*/*.ptxas.txt tells what
-# each kernel takes.
+# The CUDA kernels, for the architectures in DLVAE_CUDA_ARCHS or, if that is "all", for all supported ones. This needs nvcc,
+# but no GPU. Register spills and warnings are errors; build/cuda/*/*.ptxas.txt lists the resources of each kernel.
 DLVAE_CUDA_ARCHS ?= 80 90
 CUDA_ARCHS := $(if $(filter all,$(DLVAE_CUDA_ARCHS)),80 86 89 90 100 120,$(DLVAE_CUDA_ARCHS))
 NVCC ?= nvcc
@@ -63,7 +62,7 @@ space := $(subst ,, )
 CUDA_BUILD := build/cuda/$(subst $(space),-,$(strip $(CUDA_ARCHS)))
 CUDA_SOURCES := $(wildcard csrc/cuda/*.cu csrc/cuda/*.cpp)
 CUDA_OBJECTS := $(CUDA_SOURCES:csrc/cuda/%=$(CUDA_BUILD)/%.o)
-# And PTX of the newest, for GPUs to come.
+# PTX of the newest architecture runs on future GPUs.
 CUDA_NEWEST := $(lastword $(CUDA_ARCHS))
 GENCODE := $(foreach arch,$(CUDA_ARCHS),-gencode arch=compute_$(arch),code=sm_$(arch)) \
 	-gencode arch=compute_$(CUDA_NEWEST),code=compute_$(CUDA_NEWEST)
@@ -73,7 +72,7 @@ NVCC_FLAGS = -O3 $(TORCH_FLAGS) $(GENCODE) -Werror all-warnings -Xcompiler -fPIC
 cuda: $(CUDA_BUILD)/native_cuda.abi3.so
 	cp $< dlvae_kernels/native_cuda.abi3.so
 
-# libtorch brings libtorch_cuda along, where there is one.
+# libtorch loads libtorch_cuda if there is one.
 $(CUDA_BUILD)/native_cuda.abi3.so: $(CUDA_OBJECTS)
 	$(NVCC) $(GENCODE) -shared $^ -o $@ -Xlinker --no-as-needed $(TORCH_LIBRARIES)
 
@@ -83,11 +82,11 @@ $(CUDA_BUILD)/%.o: csrc/cuda/% Makefile
 
 -include $(CUDA_OBJECTS:.o=.d)
 
-# The same kernels as functions of the CPU, to see their values without a GPU: csrc/tests/cuda/emulator.h.
+# The same kernels compiled for the CPU, to test them without a GPU: csrc/tests/cuda/emulator.h.
 EMULATED_BUILD := build/cuda-emulated$(if $(SANITIZE),-sanitized)
 EMULATED_SOURCES := $(CUDA_SOURCES) $(wildcard csrc/tests/cuda/*.cpp)
 EMULATED_OBJECTS := $(EMULATED_SOURCES:%=$(EMULATED_BUILD)/%.o)
-# What is of the GPU alone, and what is not of the library.
+# The library without the code for GPUs only, and without tests.
 EMULATED_LIBRARY := $(filter-out %/device.cu.o %_test.cpp.o,$(EMULATED_OBJECTS))
 EMULATED_TESTS := $(filter %_test.cpp.o %/block.cpp.o %/fiber.cpp.o,$(EMULATED_OBJECTS))
 EMULATED_FLAGS = -O2 -g $(TORCH_FLAGS) -DDLVAE_EMULATE_CUDA -fPIC -fvisibility=hidden -ffp-contract=off \
@@ -98,7 +97,7 @@ cuda-emulated: $(EMULATED_BUILD)/native_cuda_emulated.so
 $(EMULATED_BUILD)/native_cuda_emulated.so: $(EMULATED_LIBRARY)
 	$(CXX) $(EMULATED_FLAGS) -shared $^ -o $@ $(TORCH_LIBRARIES)
 
-# The emulator itself.
+# Tests of the emulator itself.
 test-cuda-emulator: $(EMULATED_BUILD)/tests
 	$<
 
@@ -115,6 +114,7 @@ lint: setup
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+	$(VENV)/bin/clang-format --dry-run --Werror $$(find csrc -type f)
 
 bench: setup
 	$(PYTHON) -m benchmarks standard

@@ -1,7 +1,7 @@
-"""Builds csrc where torch and a C++ compiler are at hand; without them the package is pure Python, and says why.
+"""Build csrc if torch and a C++ compiler are available; otherwise the package is pure Python and contains the reason.
 
-csrc/cuda is built where a CUDA torch and nvcc are at hand too, for the GPUs that are there or that DLVAE_CUDA_ARCHS
-names ("80 90", or "all"). DLVAE_BUILD_EXT=1 makes a failure fatal, DLVAE_BUILD_EXT=0 builds nothing.
+csrc/cuda is built if a CUDA build of torch and nvcc are available too, for the GPUs of this machine or those that
+DLVAE_CUDA_ARCHS names ("80 90", or "all"). DLVAE_BUILD_EXT=1 makes a failure fatal, DLVAE_BUILD_EXT=0 builds nothing.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ ALL_ARCHS = ["80", "86", "89", "90", "100", "120"]
 WANTED = os.environ.get("DLVAE_BUILD_EXT", "")
 TARGET = "0x020a000000000000"
 COMPILERS = ("c++", "g++", "clang++")
-# Parameters are unused in torch's headers and on some instruction sets; registers lack a value in GCC's own headers.
+# Parameters are unused in torch's headers and on some instruction sets; GCC's own headers read uninitialised registers.
 WARNINGS = ("-Wall", "-Wextra", "-Wno-unused-parameter", "-Wno-maybe-uninitialized", "-Wno-unknown-warning-option")
 
 
@@ -56,8 +56,8 @@ def native_cpu() -> CppExtension:
     )
 
 
-def why_not() -> str | None:
-    """Why csrc cannot be built here, or None."""
+def unavailable_reason() -> str | None:
+    """The reason why csrc cannot be built here, or None."""
     if WANTED == "0":
         return "DLVAE_BUILD_EXT=0 was set"
     if NO_TORCH is not None:
@@ -68,7 +68,7 @@ def why_not() -> str | None:
     found = [name for name in names if shutil.which(shlex.split(name)[0])]
     if not found:
         return f"no C++ compiler (looked for {', '.join(names)})"
-    # torch compiles by this name, setuptools links by it.
+    # torch compiles with this compiler, setuptools links with it.
     os.environ["CXX"] = found[0]
     return None
 
@@ -79,15 +79,15 @@ def nvcc() -> str | None:
 
 
 def cuda_archs() -> list[str]:
-    """Those that were asked for, or those of the GPUs of this machine."""
+    """The architectures in DLVAE_CUDA_ARCHS, or those of the GPUs of this machine."""
     if named := os.environ.get("DLVAE_CUDA_ARCHS", "").split():
         return ALL_ARCHS if named == ["all"] else named
     found = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
     return [f"{major}{minor}" for major, minor in sorted(found) if major >= 8]
 
 
-def why_not_cuda() -> str | None:
-    """Why csrc/cuda cannot be built where csrc/cpu can, or None."""
+def cuda_unavailable_reason() -> str | None:
+    """The reason why csrc/cuda cannot be built although csrc/cpu can, or None."""
     if torch.version.cuda is None:
         return f"torch {torch.__version__} was installed, which has no CUDA"
     if nvcc() is None:
@@ -98,7 +98,7 @@ def why_not_cuda() -> str | None:
 
 
 def build_cuda(library: Path) -> None:
-    """One library for every torch: its CUDA runtime is its own, and libtorch brings libtorch_cuda along."""
+    """Build one library for all versions of torch: its CUDA runtime is its own, and libtorch loads libtorch_cuda."""
     archs, folder = cuda_archs(), Path(torch.__file__).parent
     words = [nvcc(), "-O3", "-std=c++17", "--threads=0", "-shared", f"-DTORCH_TARGET_VERSION={TARGET}"]
     words += [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
@@ -111,7 +111,7 @@ def build_cuda(library: Path) -> None:
 
 @contextmanager
 def overheard() -> Iterator[list[str]]:
-    """The lines that this process and its children print, which are printed all the same."""
+    """Collect the lines that this process and its children print, and print them as usual."""
     lines: list[str] = []
     sys.stdout.flush()
     streams = {number: os.dup(number) for number in (1, 2)}
@@ -141,19 +141,19 @@ def overheard() -> Iterator[list[str]]:
 
 
 def attempt(build: Callable[[], None]) -> str | None:
-    """Why the compiler failed, or None."""
+    """Run a build; return the reason of its failure, or None."""
     try:
         with overheard() as lines:
             build()
     except (Exception, SystemExit) as error:
-        # Without commands, which are long.
+        # This leaves out commands, which are long.
         last = [line for line in lines if line and len(line) < 300][-8:] or [str(error)]
         return "\n  ".join(["the compiler failed (`pip install -v` shows all that it says):", *last])
     return None
 
 
 def leave(folder: Path, name: str, reason: str | None) -> None:
-    """In a package: the reason in place of the library, or no reason."""
+    """Write the reason in place of a library that was not built, or remove the old reason."""
     if reason is None:
         (folder / f"{name}.reason.txt").unlink(missing_ok=True)
     else:
@@ -163,12 +163,12 @@ def leave(folder: Path, name: str, reason: str | None) -> None:
 
 
 class BuildOrSayWhy(BuildExtension):
-    """Leaves of each library either itself or the reason why it isn't there."""
+    """Leaves either each library or the reason why it is missing."""
 
     def run(self) -> None:
-        # Before setuptools changes its mind about --inplace.
+        # setuptools resets `inplace` during the build.
         folders = [folder / "dlvae_kernels" for folder in (Path(self.build_lib), *([ROOT] if self.inplace else []))]
-        reason = why_not() or attempt(super().run)
+        reason = unavailable_reason() or attempt(super().run)
         if reason is not None and WANTED == "1":
             sys.exit(f"error: DLVAE_BUILD_EXT=1, and the C++ library was not built: {reason}")
         cuda_reason = reason or self._build_cuda(folders)
@@ -181,7 +181,7 @@ class BuildOrSayWhy(BuildExtension):
 
     def _build_cuda(self, folders: list[Path]) -> str | None:
         library, *copies = [folder / f"{CUDA}.abi3.so" for folder in folders]
-        reason = why_not_cuda() or attempt(lambda: build_cuda(library))
+        reason = cuda_unavailable_reason() or attempt(lambda: build_cuda(library))
         if reason is not None and WANTED == "1" and os.environ.get("DLVAE_CUDA_ARCHS"):
             sys.exit(f"error: DLVAE_BUILD_EXT=1, and the CUDA library was not built: {reason}")
         for copy in copies if reason is None else []:
@@ -190,7 +190,7 @@ class BuildOrSayWhy(BuildExtension):
 
 
 class Wheel(bdist_wheel):
-    """A wheel without the library is one for any machine."""
+    """A wheel without the library is pure Python, for any machine."""
 
     def run_command(self, command: str) -> None:
         super().run_command(command)

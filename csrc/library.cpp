@@ -1,8 +1,7 @@
-// The private operations dlvae_native::, one for each dlvae:: operation that the compiled kernels can run.
+// The private operations dlvae_native::, one for each operation in dlvae::, and queries about the CPU library.
 #include <torch/csrc/stable/library.h>
 
-#include "cpu/operations.h"
-#include "schemas.h"
+#include "cpu/operations_cpu.h"
 
 STABLE_TORCH_LIBRARY(dlvae_native, m) {
   dlvae::define_operations(m);

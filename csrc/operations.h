@@ -1,5 +1,4 @@
-// The operations that schemas.h defines, a file each; arguments and results are those of dlvae:: in ops.py. Each
-// library has functions of its own by these names, for its device.
+// The operations of the compiled libraries. Each library implements them for its device, in one file per operation.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -12,57 +11,88 @@
 
 namespace dlvae {
 
-// How many rows `nearest_code` searches a second time, since rounding might have hidden the nearest code: for tests.
-int64_t uncertain_rows(const Tensor& x, const Tensor& codebook);
+using Tensors2 = std::tuple<Tensor, Tensor>;
+using Tensors3 = std::tuple<Tensor, Tensor, Tensor>;
+using Tensors6 = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+using OptionalTensor = std::optional<Tensor>;
 
-std::tuple<Tensor, Tensor> nearest_code(
-    const Tensor& x, const Tensor& codebook, bool return_distance, std::string precision);
+// The table of operations: OPERATION(name, result type, parameters, schema). Arguments and results are those of the
+// operation of the same name in dlvae_kernels/ops.py. Only `uncertain_rows`, which is for tests, is not in that table:
+// it returns the number of rows that `nearest_code` searches a second time because rounding might have hidden the
+// nearest code.
+#define DLVAE_OPERATIONS(OPERATION) \
+  OPERATION(uncertain_rows, int64_t, (const Tensor& x, const Tensor& codebook), "(Tensor x, Tensor codebook) -> int") \
+  OPERATION( \
+      nearest_code, Tensors2, (const Tensor& x, const Tensor& codebook, bool return_distance, std::string precision), \
+      "(Tensor x, Tensor codebook, bool return_distance, str precision) -> (Tensor, Tensor)") \
+  OPERATION( \
+      topk_codes, Tensors2, \
+      (const Tensor& x, const Tensor& dictionary, int64_t k, std::string metric, OptionalTensor bias), \
+      "(Tensor x, Tensor dictionary, int k, str metric, Tensor? bias) -> (Tensor, Tensor)") \
+  OPERATION( \
+      one_hot, Tensor, (const Tensor& indices, int64_t num_codes, ScalarType dtype), \
+      "(Tensor indices, int num_codes, ScalarType dtype) -> Tensor") \
+  OPERATION( \
+      gather_codes_fwd, Tensor, (const Tensor& codebook, const Tensor& indices), \
+      "(Tensor codebook, Tensor indices) -> Tensor") \
+  OPERATION( \
+      gather_codes_bwd, Tensor, (const Tensor& grad, const Tensor& indices, int64_t num_codes), \
+      "(Tensor grad, Tensor indices, int num_codes) -> Tensor") \
+  OPERATION( \
+      vector_quantize_fwd, Tensors6, \
+      (const Tensor& x, const Tensor& codebook, bool need_error, std::string precision), \
+      "(Tensor x, Tensor codebook, bool need_error, str precision)" \
+      " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)") \
+  OPERATION( \
+      vector_quantize_bwd, Tensors2, \
+      (const Tensor& grad_quantized, const Tensor& grad_codebook_loss, const Tensor& grad_commitment_loss, \
+       const Tensor& half_error, const Tensor& indices, int64_t num_codes, bool need_x, bool need_codebook), \
+      "(Tensor grad_quantized, Tensor grad_codebook_loss, Tensor grad_commitment_loss, Tensor half_error," \
+      " Tensor indices, int num_codes, bool need_x, bool need_codebook) -> (Tensor, Tensor)") \
+  OPERATION( \
+      ema_statistics, Tensor, (const Tensor& x, const Tensor& indices, int64_t num_codes), \
+      "(Tensor x, Tensor indices, int num_codes) -> Tensor") \
+  OPERATION( \
+      ema_step, void, \
+      (const Tensor& codebook, const Tensor& cluster_size, const Tensor& embed_sum, const Tensor& statistics, \
+       double decay, double epsilon), \
+      "(Tensor(a!) codebook, Tensor(b!) cluster_size, Tensor(c!) embed_sum, Tensor statistics, float decay," \
+      " float epsilon) -> ()") \
+  OPERATION( \
+      sparse_decode_fwd, Tensor, (const Tensor& values, const Tensor& indices, const Tensor& dictionary), \
+      "(Tensor values, Tensor indices, Tensor dictionary) -> Tensor") \
+  OPERATION( \
+      sparse_decode_bwd, Tensors2, \
+      (const Tensor& grad, const Tensor& values, const Tensor& indices, const Tensor& dictionary, bool need_values, \
+       bool need_dictionary), \
+      "(Tensor grad, Tensor values, Tensor indices, Tensor dictionary, bool need_values, bool need_dictionary)" \
+      " -> (Tensor, Tensor)") \
+  OPERATION( \
+      kept_softmax_fwd, Tensors2, (const Tensor& x, const Tensor& weight, OptionalTensor bias, const Tensor& indices), \
+      "(Tensor x, Tensor weight, Tensor? bias, Tensor indices) -> (Tensor, Tensor)") \
+  OPERATION( \
+      kept_softmax_bwd, Tensors3, \
+      (const Tensor& grad, const Tensor& values, const Tensor& sums, const Tensor& x, const Tensor& weight, \
+       OptionalTensor bias, const Tensor& indices, bool need_x, bool need_weight, bool need_bias), \
+      "(Tensor grad, Tensor values, Tensor sums, Tensor x, Tensor weight, Tensor? bias, Tensor indices, bool need_x," \
+      " bool need_weight, bool need_bias) -> (Tensor, Tensor, Tensor)")
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> vector_quantize_fwd(
-    const Tensor& x, const Tensor& codebook, bool need_error, std::string precision);
-std::tuple<Tensor, Tensor> vector_quantize_bwd(
-    const Tensor& grad_quantized, const Tensor& grad_codebook_loss, const Tensor& grad_commitment_loss,
-    const Tensor& half_error, const Tensor& indices, int64_t num_codes, bool need_x, bool need_codebook);
+#define DLVAE_DECLARE(name, result, parameters, schema) result name parameters;
+DLVAE_OPERATIONS(DLVAE_DECLARE)
+#undef DLVAE_DECLARE
 
-Tensor one_hot(const Tensor& indices, int64_t num_codes, ScalarType dtype);
+// Defines the schema of each operation in the namespace of a library.
+inline void define_operations(torch::stable::detail::StableLibrary& m) {
+#define DLVAE_DEFINE(name, result, parameters, schema) m.def(#name schema);
+  DLVAE_OPERATIONS(DLVAE_DEFINE)
+#undef DLVAE_DEFINE
+}
 
-Tensor gather_codes_fwd(const Tensor& codebook, const Tensor& indices);
-Tensor gather_codes_bwd(const Tensor& grad, const Tensor& indices, int64_t num_codes);
-
-Tensor ema_statistics(const Tensor& x, const Tensor& indices, int64_t num_codes);
-void ema_step(
-    const Tensor& codebook, const Tensor& cluster_size, const Tensor& embed_sum, const Tensor& statistics, double decay,
-    double epsilon);
-
-Tensor sparse_decode_fwd(const Tensor& values, const Tensor& indices, const Tensor& dictionary);
-std::tuple<Tensor, Tensor> sparse_decode_bwd(
-    const Tensor& grad, const Tensor& values, const Tensor& indices, const Tensor& dictionary, bool need_values,
-    bool need_dictionary);
-
-std::tuple<Tensor, Tensor> topk_codes(
-    const Tensor& x, const Tensor& dictionary, int64_t k, std::string metric, std::optional<Tensor> bias);
-
-std::tuple<Tensor, Tensor> kept_softmax_fwd(
-    const Tensor& x, const Tensor& weight, std::optional<Tensor> bias, const Tensor& indices);
-std::tuple<Tensor, Tensor, Tensor> kept_softmax_bwd(
-    const Tensor& grad, const Tensor& values, const Tensor& sums, const Tensor& x, const Tensor& weight,
-    std::optional<Tensor> bias, const Tensor& indices, bool need_x, bool need_weight, bool need_bias);
-
+// Registers the function that implements each operation, for the dispatch key of a library.
 inline void implement_operations(torch::stable::detail::StableLibrary& m) {
-  m.impl("nearest_code", TORCH_BOX(&nearest_code));
-  m.impl("uncertain_rows", TORCH_BOX(&uncertain_rows));
-  m.impl("topk_codes", TORCH_BOX(&topk_codes));
-  m.impl("one_hot", TORCH_BOX(&one_hot));
-  m.impl("gather_codes_fwd", TORCH_BOX(&gather_codes_fwd));
-  m.impl("gather_codes_bwd", TORCH_BOX(&gather_codes_bwd));
-  m.impl("vector_quantize_fwd", TORCH_BOX(&vector_quantize_fwd));
-  m.impl("vector_quantize_bwd", TORCH_BOX(&vector_quantize_bwd));
-  m.impl("ema_statistics", TORCH_BOX(&ema_statistics));
-  m.impl("ema_step", TORCH_BOX(&ema_step));
-  m.impl("sparse_decode_fwd", TORCH_BOX(&sparse_decode_fwd));
-  m.impl("sparse_decode_bwd", TORCH_BOX(&sparse_decode_bwd));
-  m.impl("kept_softmax_fwd", TORCH_BOX(&kept_softmax_fwd));
-  m.impl("kept_softmax_bwd", TORCH_BOX(&kept_softmax_bwd));
+#define DLVAE_IMPLEMENT(name, result, parameters, schema) m.impl(#name, TORCH_BOX(&name));
+  DLVAE_OPERATIONS(DLVAE_IMPLEMENT)
+#undef DLVAE_IMPLEMENT
 }
 
 }  // namespace dlvae

@@ -1,4 +1,5 @@
-// Rows of a tensor [..., D] with any strides, in plain numbers.
+// A matrix of rows from a tensor [..., D] with any strides, in plain numbers. A row is one vector of the batch, or one
+// code.
 #pragma once
 
 #include <stdint.h>
@@ -8,23 +9,28 @@ namespace dlvae {
 enum class Type : int { float32, bfloat16, float16 };
 
 struct Rows {
-  // More dimensions of at least two elements than memory can hold.
+  // More dimensions of at least two elements do not fit into any memory.
   static constexpr int MAX_DIMS = 36;
 
   void* data;
   Type type;
   int64_t count;     // N
   int64_t features;  // D
-  int64_t stride;    // from one feature to the next, in elements
-  // The dimensions of rows, from the outermost; such as are one in memory are joined.
+  int64_t stride;    // stride of features, in elements
+  // The dimensions of rows, the outermost first. Dimensions that can be merged into one are merged.
   int dims;
   int64_t sizes[MAX_DIMS];
   int64_t strides[MAX_DIMS];
 };
 
-// Whether they are float32 with adjacent features and one stride from row to row.
+// Whether the rows are float32 with adjacent features and one stride from row to row.
 static inline bool is_dense(const Rows& rows) {
   return rows.type == Type::float32 && rows.stride == 1 && rows.dims == 1;
+}
+
+// Whether the rows are dense and follow one another without gaps.
+static inline bool is_contiguous(const Rows& rows) {
+  return is_dense(rows) && (rows.count == 1 || rows.strides[0] == rows.features);
 }
 
 }  // namespace dlvae

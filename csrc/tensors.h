@@ -1,4 +1,4 @@
-// What the wrappers of all operations say about tensors, wherever these are.
+// Helpers for tensors on any device that the wrappers of all operations use.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -16,6 +16,11 @@ namespace dlvae {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
+template <class T>
+T* data_of(const Tensor& tensor) {
+  return static_cast<T*>(tensor.data_ptr());
+}
+
 inline Type type_of(const char* name, const Tensor& tensor) {
   switch (tensor.scalar_type()) {
     case ScalarType::Float: return Type::float32;
@@ -26,10 +31,10 @@ inline Type type_of(const char* name, const Tensor& tensor) {
   STD_TORCH_CHECK(false, name, " has a dtype that is not float32, bfloat16 or float16");
 }
 
-// Throws unless it is where the kernels of this library run.
+// Throws unless the tensor is on the device of this library.
 void check_device(const char* name, const Tensor& tensor);
 
-// x [..., D], whatever its strides; its dimensions are taken in that order, the features last.
+// Returns the rows of x [..., D] with any strides. The dimensions are taken in the given order, the features last.
 inline Rows rows_of(const char* name, const Tensor& x, const std::vector<int64_t>& order) {
   check_device(name, x);
   STD_TORCH_CHECK(x.dim() >= 1, name, " has no dimensions; it needs [..., D]");
@@ -38,7 +43,7 @@ inline Rows rows_of(const char* name, const Tensor& x, const std::vector<int64_t
   rows.data = x.data_ptr();
   rows.type = type_of(name, x);
   rows.features = x.size(last);
-  // A single feature is adjacent to itself.
+  // A single feature is adjacent by definition.
   rows.stride = rows.features == 1 ? 1 : x.stride(last);
   rows.count = 1;
   rows.dims = 0;
@@ -76,7 +81,7 @@ inline std::vector<int64_t> shape_of(const Tensor& tensor) {
   return std::vector<int64_t>(sizes.begin(), sizes.end());
 }
 
-// The coefficients and numbers of the atoms that each row keeps.
+// Checks the coefficients and indices of the atoms of each row.
 inline void check_atoms(const Tensor& values, const Tensor& indices, const Tensor& dictionary) {
   STD_TORCH_CHECK(
       values.dim() >= 1 && shape_of(values) == shape_of(indices), "values and indices need one shape [..., k]");
@@ -85,7 +90,7 @@ inline void check_atoms(const Tensor& values, const Tensor& indices, const Tenso
       "dictionary needs [K, D] with K >= 1 and D >= 1");
 }
 
-// [..., last] with the leading dimensions of x [..., D].
+// Returns the shape [..., last] with the leading dimensions of x [..., D].
 inline std::vector<int64_t> shape_with(const Tensor& x, std::initializer_list<int64_t> last) {
   std::vector<int64_t> shape = shape_of(x);
   shape.pop_back();

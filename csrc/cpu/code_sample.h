@@ -1,29 +1,31 @@
-// What a few codes tell of all: whether they lie around a centre far from zero, and whether any is repeated.
+// Properties of all codes, estimated from a sample: whether they lie around a centre far from zero, and whether any
+// code is repeated.
 #pragma once
 
 #include <algorithm>
 #include <cmath>
 #include <vector>
 
-#include "tensors.h"
+#include "tensors_cpu.h"
 
 namespace dlvae {
 
-// Codes of a sample.
+// The number of codes in a sample.
 constexpr int64_t SAMPLE = 64;
 
-// Calls f(k) for all codes, or for as many as a sample has, spread over them without a period.
+// Calls f(k) for all codes or, if there are more than SAMPLE, for SAMPLE of them, spread aperiodically.
 template <class F>
 void for_sample(int64_t count, const F& f) {
   for (uint64_t i = 0; i < (uint64_t)std::min(count, SAMPLE); ++i)
     f(count <= SAMPLE ? (int64_t)i : (int64_t)((uint32_t)(i * 0x9e3779b1) * (uint64_t)count >> 32));
 }
 
-// The mean of the codes [K, D] where it takes codes to less than half their lengths, or else null. The sample decides,
-// without codes that are far longer than most. norm_of(k) is |c|, or NaN where code k does not count.
+// Returns the mean of the codes [K, D] if subtracting it makes codes shorter than half their lengths, else null. The
+// sample decides; it leaves out codes that are far longer than most. norm_of(k) is |c|, or NaN if code k does not
+// count.
 template <class F>
 Array<float> centre_of(const float* codes, int64_t count, int64_t features, const F& norm_of) {
-  // The centre of longer codes might take finite codes beyond float32.
+  // Subtracting a longer centre might overflow float32.
   constexpr double LARGEST = 0x1p100;
   std::vector<std::pair<double, int64_t>> sample;  // |c|, k
   for_sample(count, [&](int64_t k) {
@@ -53,12 +55,12 @@ Array<float> centre_of(const float* codes, int64_t count, int64_t features, cons
   return centre;
 }
 
-// Codes [K, D] less their centre, rounded to float32.
+// Returns the codes [K, D] minus their centre, rounded to float32.
 Array<float> without_centre(const float* codes, int64_t count, int64_t features, const float* centre);
 
-// Calls f(k, first) for each code that equals an earlier one, `first` the first of them, in ascending order; for none
-// where no code of the sample has another with its hash: so few are repeated, then, that it does not matter.
-// counts(k): whether code k is compared; are_equal(k, other): whether codes of one hash are the same.
+// Calls f(k, first) in ascending order for each code k that equals an earlier one, where `first` is the first of them.
+// Does nothing if no code of the sample shares its hash with another code: then repeated codes are too few to matter.
+// counts(k): whether code k is compared; are_equal(k, other): whether two codes with the same hash are equal.
 template <class Counts, class Equal, class F>
 void for_repeated(int64_t count, const uint32_t* hashes, const Counts& counts, const Equal& are_equal, const F& f) {
   int64_t ids[SAMPLE + 1], size = 0;

@@ -1,4 +1,4 @@
-#include "operations.h"
+#include "operations_cpu.h"
 
 namespace dlvae {
 

@@ -10,8 +10,10 @@
 
 #include "kernels.h"
 
-#if defined(DLVAE_X86) && defined(__linux__)
+#if defined(DLVAE_X86)
 #include <cpuid.h>
+#endif
+#if defined(DLVAE_X86) && defined(__linux__)
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
@@ -20,7 +22,13 @@ namespace dlvae {
 namespace {
 
 #if defined(DLVAE_X86)
-// Whether there are tiles for bfloat16, and the system lets this process have them: it must be asked.
+// Clang's __builtin_cpu_supports does not know this name.
+bool has_f16c() {
+  unsigned a, b, c, d;
+  return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C) != 0;
+}
+
+// Whether the processor has bfloat16 tiles and the operating system grants them to this process on request.
 bool has_tiles() {
 #if defined(DLVAE_EMULATE_TILES)
   return __builtin_cpu_supports("avx512bf16");
@@ -42,18 +50,14 @@ bool has_tiles() {
 const InstructionSet* instruction_sets(int* count) {
 #if defined(DLVAE_X86)
   __builtin_cpu_init();
-  static const bool avx2 =
-      __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  static const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c();
   static const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                              __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   static const bool vnni = avx512 && __builtin_cpu_supports("avx512vnni");
   static const bool amx = vnni && has_tiles();
   static const InstructionSet all[] = {
-      {"amx", amx, amx_kernels},
-      {"vnni", vnni, vnni_kernels},
-      {"avx512", avx512, avx512_kernels},
-      {"avx2", avx2, avx2_kernels},
-      {"portable", true, portable_kernels},
+      {"amx", amx, amx_kernels},    {"vnni", vnni, vnni_kernels},         {"avx512", avx512, avx512_kernels},
+      {"avx2", avx2, avx2_kernels}, {"portable", true, portable_kernels},
   };
 #else
   static const InstructionSet all[] = {{"portable", true, portable_kernels}};
@@ -65,7 +69,7 @@ const InstructionSet* instruction_sets(int* count) {
 const Kernels& kernels() {
   int count;
   const InstructionSet* all = instruction_sets(&count);
-  // Read at each call, as DLVAE_BACKEND is.
+  // The variable is read at each call, as DLVAE_BACKEND is.
   const char* name = std::getenv("DLVAE_CPU");
   std::string known;
   for (int i = 0; i < count; ++i) {
@@ -82,7 +86,7 @@ const Kernels& kernels() {
 
 void* allocate(int64_t bytes) {
   void* memory = nullptr;
-  // Of just that size, so that the address sanitizer sees a byte beyond.
+  // The size is exact, so that the address sanitizer detects an access one byte beyond it.
   if (posix_memalign(&memory, 64, (size_t)bytes) != 0) throw std::bad_alloc();
   prefer_large_pages(memory, bytes);
   return memory;
@@ -96,7 +100,7 @@ void prefer_large_pages(void* memory, int64_t bytes) {
   if (bytes < static_cast<int64_t>(2 * PAGE)) return;
   const uintptr_t begin = (reinterpret_cast<uintptr_t>(memory) + PAGE - 1) / PAGE * PAGE;
   const uintptr_t end = (reinterpret_cast<uintptr_t>(memory) + bytes) / PAGE * PAGE;
-  // A wish: where the system grants it to nobody, all is as it was.
+  // This is a hint: the result is the same if the system does not follow it.
   if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
 #endif
 }

@@ -1,23 +1,23 @@
-// Indices that a caller gives, and numbers that go with them.
+// Indices that come from the caller.
 #pragma once
 
-#include "tensors.h"
+#include "tensors_cpu.h"
 
 namespace dlvae {
 
-// As adjacent numbers, in the order of the tensor's dimensions.
+// The indices as contiguous int64, in the order of the tensor's dimensions.
 class Indices {
  public:
   Indices(const char* name, const Tensor& tensor) : name_(name), tensor_(adjacent(name, tensor)) {
-    data = static_cast<const int64_t*>(tensor_.data_ptr());
+    data = data_of<const int64_t>(tensor_);
     count = tensor_.numel();
   }
   const int64_t* data;
   int64_t count;
 
-  // Those at [begin, end) need to lie in [0, size).
+  // Throws unless all indices at [begin, end) lie in [0, size).
   void check(int64_t begin, int64_t end, int64_t size) const {
-    // Of an index below 0, or of the last one less an index beyond it, the first bit is set.
+    // The sign bit of `index` is set below 0, the sign bit of `last - index` is set beyond `last`.
     const uint64_t last = static_cast<uint64_t>(size - 1);
     uint64_t bits = 0;
     for (int64_t i = begin; i < end; ++i) {

@@ -7,13 +7,14 @@
 namespace dlvae {
 namespace {
 
-// About so many features are measured or packed at a time.
+// Each task measures or packs about this many features.
 constexpr int64_t GRAIN = 32768;
 
-// Codes within these need no scaling: nor do rows about as long.
+// Codes with a largest feature in this range need no scaling, and neither do rows of similar length.
 constexpr float LEAST = 0x1p-20f, MOST = 0x1p20f;
 
-// The longest code, in lengths that all but an eighth of the codes exceed, from which on each has its own error bound.
+// If the longest code is this many times longer than the code at the lowest eighth of lengths, each code gets its own
+// error bound.
 constexpr double SPREAD = 16;
 
 float scale_of(double peak) {
@@ -42,8 +43,8 @@ PackedCodebook::PackedCodebook(const Kernels& kernels, const Tensor& codebook, c
     : codes_("codebook", codebook) {
   const int64_t count = codes_.rows, features = codes_.features;
   STD_TORCH_CHECK(
-      count >= 1 && features >= 1,
-      "codebook has shape [", count, ", ", features, "]; it needs [K, D] with K >= 1 and D >= 1");
+      count >= 1 && features >= 1, "codebook has shape [", count, ", ", features,
+      "]; it needs [K, D] with K >= 1 and D >= 1");
   STD_TORCH_CHECK(
       count < INT32_MAX - kernels.panel, "codebook has ", count, " codes; the compiled search takes fewer than 2^31");
   book_.codes = book_.centred = codes_.data;
@@ -81,7 +82,7 @@ void PackedCodebook::find(const Kernels& kernels, const Rows& x) {
   };
   for (int64_t r = 0; r < x.count; ++r) {
     int64_t& index = found_[r].index;
-    // A row that holds an infinity has the first code without NaN.
+    // A row that holds an infinity is assigned to the first code without NaN.
     const int64_t end = has_nan(&rows[r * ld]) ? 0 : count;
     for (int64_t k = 0; k < end && index < 0; ++k)
       if (!has_nan(book_.codes + k * features)) index = k;
@@ -89,12 +90,11 @@ void PackedCodebook::find(const Kernels& kernels, const Rows& x) {
   }
 }
 
-// Takes a centre off codes that lie around it.
+// Subtracts the centre if the codes lie around one. Returns whether they do.
 bool PackedCodebook::centre() {
   const int64_t count = book_.count, features = book_.features;
-  centre_ = centre_of(book_.codes, count, features, [&](int64_t k) {
-    return std::isfinite(peaks_[k]) ? norms_[k] : NAN;
-  });
+  centre_ =
+      centre_of(book_.codes, count, features, [&](int64_t k) { return std::isfinite(peaks_[k]) ? norms_[k] : NAN; });
   if (!centre_) return false;
   centred_ = without_centre(book_.codes, count, features, centre_.get());
   book_.centre = centre_.get();
@@ -102,7 +102,7 @@ bool PackedCodebook::centre() {
   return true;
 }
 
-// A code that equals an earlier one is never the nearest.
+// Marks the codes that equal an earlier one: they are never the nearest.
 void PackedCodebook::leave_out_repeated() {
   const int64_t features = book_.features;
   const auto are_equal = [&](int64_t k, int64_t other) {
@@ -121,9 +121,8 @@ void PackedCodebook::measure(const Kernels& kernels) {
   book_.peaks = peaks_.get();
   book_.norms = norms_.get();
   book_.hashes = hashes_.get();
-  parallel(count, 1 + GRAIN / book_.features, [&](int64_t begin, int64_t end) {
-    kernels.measure_codes(book_, begin, end);
-  });
+  parallel(
+      count, 1 + GRAIN / book_.features, [&](int64_t begin, int64_t end) { kernels.measure_codes(book_, begin, end); });
 }
 
 void PackedCodebook::pack(const Kernels& kernels) {

@@ -1,14 +1,14 @@
 #pragma once
 
-#include "tensors.h"
+#include "tensors_cpu.h"
 
 namespace dlvae {
 
-// That a codebook is [K, D] with the D of rows x.
+// Throws unless the codebook is [K, D] with the D of rows x.
 void check_codebook(const Tensor& codebook, const Rows& x);
 
-// A codebook [K, D], measured and packed for the searches of one call; for few rows x, whose nearest codes are found at
-// once in one pass over the codes as they are.
+// A codebook [K, D], measured and packed for the searches of one call. For at most FEW_ROWS rows x, it holds their
+// nearest codes instead, which one pass over the unpacked codes finds.
 class PackedCodebook {
  public:
   PackedCodebook(const Kernels& kernels, const Tensor& codebook, const Rows& x);

@@ -1,8 +1,8 @@
-// How fast scores can be had at best, for benchmarks to compare with.
+// The peak rate of score computation, as a reference for benchmarks.
 #include <atomic>
 #include <chrono>
 
-#include "operations.h"
+#include "operations_cpu.h"
 
 double dlvae::search_rate() {
   const Kernels& k = kernels();

@@ -6,7 +6,7 @@
 
 #include "launch.h"
 
-// Of torch's CUDA library alone, and declared only where torch's headers are of a CUDA build.
+// Exported by torch's CUDA library. The headers declare it only in a CUDA build of torch.
 extern "C" AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** ret_stream);
 
 namespace dlvae {
@@ -17,13 +17,13 @@ void check_device(const char* name, const Tensor& tensor) {
 
 namespace {
 
-// A block has these without asking for more.
+// The shared memory that a block may use without opting in to more.
 constexpr int64_t SHARED_BYTES = 48 * 1024;
 constexpr int MAX_DEVICES = 64;
 
 void check(cudaError_t error, const char* what) {
   if (error == cudaSuccess) return;
-  // So that the next call doesn't tell of it.
+  // Clears the error, so that the next call does not report it.
   cudaGetLastError();
   STD_TORCH_CHECK(false, what, ": CUDA error: ", cudaGetErrorString(error));
 }
@@ -56,7 +56,7 @@ const Properties& properties(int device) {
 Device::Device(const Tensor& tensor) {
   const int device = tensor.get_device_index();
   guard_ = std::make_shared<torch::stable::accelerator::DeviceGuard>(device);
-  // The CUDA runtime of this library is not torch's.
+  // This library has a CUDA runtime of its own, whose current device is not torch's.
   check(cudaSetDevice(device), "the device of a tensor");
   void* current;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &current));

@@ -1,4 +1,4 @@
-// What kernels are made of. Blocks have one dimension, of whole warps.
+// Building blocks of kernels. Blocks have one dimension and consist of whole warps.
 #pragma once
 
 #include "../rows.h"
@@ -25,7 +25,7 @@ inline __device__ void from_float(float value, float* to) { *to = value; }
 inline __device__ void from_float(float value, __half* to) { *to = __float2half_rn(value); }
 inline __device__ void from_float(float value, __nv_bfloat16* to) { *to = __float2bfloat16_rn(value); }
 
-// COUNT values that one load or store moves, of 16 bytes at most, at a multiple of their size.
+// COUNT elements that one load or store moves: at most 16 bytes, aligned to their size.
 template <class T, int COUNT>
 struct alignas(sizeof(T) * COUNT) Vector {
   static_assert(sizeof(T) * COUNT <= 16);
@@ -35,7 +35,7 @@ struct alignas(sizeof(T) * COUNT) Vector {
 template <class T, int COUNT>
 constexpr int VECTOR = COUNT * sizeof(T) <= 16 ? COUNT : static_cast<int>(16 / sizeof(T));
 
-// COUNT values as float32, by loads of 16 bytes or of all at once.
+// Reads COUNT elements of type T as float32, by loads of at most 16 bytes.
 template <int COUNT, class T>
 __device__ void load_floats(const T* from, float (&to)[COUNT]) {
   constexpr int STEP = VECTOR<T, COUNT>;
@@ -80,7 +80,8 @@ struct Greatest {
   }
 };
 
-// Of WIDTH adjacent lanes, a power of two, in a butterfly; all of them get it. T: what a shuffle takes.
+// Reduces over WIDTH adjacent lanes, a power of two, with butterfly shuffles; all lanes get the result. T: a type that
+// shuffles support.
 template <int WIDTH = WARP, class T, class Op>
 __device__ T warp_reduce(T value, const Op& op) {
 #pragma unroll
@@ -88,7 +89,8 @@ __device__ T warp_reduce(T value, const Op& op) {
   return value;
 }
 
-// Of all threads of a block, warp by warp in their order; all get it. scratch: shared, one element a warp.
+// Reduces over all threads of a block, in the order of the warps; all threads get the result. scratch: shared memory,
+// one element per warp.
 template <class T, class Op>
 __device__ T block_reduce(T value, const Op& op, T* scratch) {
   value = warp_reduce(value, op);
@@ -96,15 +98,15 @@ __device__ T block_reduce(T value, const Op& op, T* scratch) {
   __syncthreads();
   value = scratch[0];
   for (int warp = 1; warp < warps_in_block(); ++warp) value = op(value, scratch[warp]);
-  // Before anyone writes there again.
+  // All threads have read `scratch` before it is reused.
   __syncthreads();
   return value;
 }
 
-// Of this lane among those of a ballot: how many are below it.
+// Returns how many lanes of a ballot are below this lane.
 inline __device__ int rank_in(uint32_t ballot) { return __popc(ballot & ((1u << lane_index()) - 1)); }
 
-// From the first element of all rows to the first of this one.
+// Returns the offset of a row from the first row, in elements.
 inline __host__ __device__ int64_t row_offset(const Rows& rows, int64_t row) {
   int64_t offset = 0;
   for (int dim = rows.dims - 1; dim > 0; --dim) {

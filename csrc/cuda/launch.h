@@ -1,4 +1,4 @@
-// Where and how kernels are launched.
+// Devices and kernel launches.
 #pragma once
 
 #include <algorithm>
@@ -6,20 +6,21 @@
 #include <memory>
 
 #include "device.cuh"
-#include "tensors.h"
+#include "tensors_cuda.h"
 
 namespace dlvae {
 
-// The GPU of a tensor: the current one while this lives. Nothing here waits for it.
+// The GPU of a tensor, which is the current device during the life of this object. Nothing here waits for the GPU.
 class Device {
  public:
   explicit Device(const Tensor& tensor);
 
-  cudaStream_t stream;  // torch's current one
-  int capability;       // 90: 9.0
+  cudaStream_t stream;  // torch's current stream
+  int capability;       // 10 * major + minor
   int multiprocessors;
-  int64_t shared_bytes;  // of a block, at most
-  // Elements of scratch memory that rows are worth at a time: enough to fill the device, few beside what it holds.
+  int64_t shared_bytes;  // most shared memory of a block
+  // The number of elements of scratch memory to use at a time: enough to fill the device, but small compared with its
+  // memory.
   int64_t chunk_elements;
 
  private:
@@ -37,7 +38,7 @@ void launch_pointer(
     void** args);
 #endif
 
-// kernel<<<grid, block, shared_bytes, stream>>>(args...), where grid is not empty; an error tells the name.
+// Launches kernel<<<grid, block, shared_bytes, stream>>>(args...) unless the grid is empty. An error names the kernel.
 template <class... Parameters>
 void launch(
     const char* name, void (*kernel)(Parameters...), dim3 grid, dim3 block, int64_t shared_bytes, cudaStream_t stream,
@@ -51,7 +52,7 @@ void launch(
 #endif
 }
 
-// f(value of the C++ type).
+// Calls f with a value of the C++ type that corresponds to `type`.
 template <class F>
 void with_type(Type type, const F& f) {
   switch (type) {
@@ -63,13 +64,13 @@ void with_type(Type type, const F& f) {
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// As an extent of a grid, of which the first may have as many.
+// Converts a count to the first extent of a grid, which may be as large.
 inline unsigned blocks(int64_t count) {
   STD_TORCH_CHECK(count <= INT32_MAX, "a kernel needs ", count, " blocks; a grid has at most 2147483647");
   return static_cast<unsigned>(count);
 }
 
-// The largest power of two, up to 16, that divides all of them.
+// Returns the largest power of two, up to 16, that divides all of `bytes`.
 inline int widest_unit(std::initializer_list<int64_t> bytes) {
   int64_t all = 16;
   for (const int64_t each : bytes) all |= each;

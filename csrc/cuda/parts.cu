@@ -2,12 +2,12 @@
 
 #include "launch.h"
 #include "parts.cuh"
-#include "rows.cuh"
+#include "rows_cuda.cuh"
 
 namespace dlvae {
 namespace {
 
-constexpr int STEP = 32;  // features
+constexpr int STEP = 32;  // number of features
 
 __global__ void __launch_bounds__(RowBlock::THREADS) largest_element_kernel(Rows codes, float* extent) {
   __shared__ int64_t offsets[RowBlock::ROWS];
@@ -24,8 +24,8 @@ __global__ void __launch_bounds__(RowBlock::THREADS) largest_element_kernel(Rows
   if (lane_index() == 0) raise(extent, most);
 }
 
-// Rows [begin, end) to parts, padding included. IS_CODES: by the scale of the codebook, with half norms to `numbers`;
-// else each by its own, with `inverse` and then `lengths` to `numbers`.
+// Packs rows [begin, end) including padding. If IS_CODES, the scale is that of the codebook and the half norms go to
+// `numbers`; otherwise each row has a scale of its own, and `inverse` followed by `lengths` goes to `numbers`.
 template <class Half, int PARTS, bool IS_CODES>
 __global__ void __launch_bounds__(RowBlock::THREADS, 2) pack_kernel(
     Rows rows, int64_t begin, int64_t end, Half* parts, int64_t count, int depth, float* numbers, float* extent) {
@@ -34,7 +34,7 @@ __global__ void __launch_bounds__(RowBlock::THREADS, 2) pack_kernel(
   const int64_t first = (int64_t)blockIdx.x * RowBlock::ROWS;
   const RowBlock block(rows, begin + first, end, offsets);
   constexpr int OWN = RowBlock::ROWS_OF_WARP;
-  // Of rows warp_index() * OWN + i: features lane_index(), lane_index() + 32, ...
+  // The largest magnitudes of rows warp_index() * OWN + i, over features lane_index(), lane_index() + 32, ...
   float largest[OWN] = {};
   double squares[OWN] = {};
   const int common = PARTS == 1 ? 0 : exponent_for(extent[0]);
@@ -53,7 +53,7 @@ __global__ void __launch_bounds__(RowBlock::THREADS, 2) pack_kernel(
     }
   };
   for_tiles([&](int i, int64_t, float value) {
-    // NaN as infinity, which a maximum keeps.
+    // NaN becomes infinity, which a maximum keeps.
     largest[i] = fmaxf(largest[i], value - value == 0 ? fabsf(value) : INFINITY);
     const double scaled = value * unit;
     squares[i] += scaled * scaled;
@@ -72,16 +72,17 @@ __global__ void __launch_bounds__(RowBlock::THREADS, 2) pack_kernel(
     if (IS_CODES) {
       is_held = is_finite && squares[i] / 2 < FAR;
       if (is_first) numbers[to] = is_there && is_held ? (float)(squares[i] / 2) : FAR;
-      // What is lost of small elements is a share of the largest, which may be of a code that is not finite.
+      // The rounding error of small elements is proportional to the largest element, which may belong to a code that is
+      // not finite.
       if (is_first && is_there && is_finite) raise(extent + 1, PARTS == 1 ? length : fmaxf(length, ldexpf(1, TOP)));
     } else {
       const float inverse = ldexpf(1.0f, common - exponents[i]);
-      // Beyond the range of float32 a row is too long or too short for these codes.
+      // The row is too long or too short for the scale of these codes.
       is_held = is_finite && inverse < INFINITY && inverse >= 0x1p-126f && length < LONG;
       if (is_first) numbers[to] = is_held ? inverse : 0;
       if (is_first) numbers[count + to] = is_held || !is_there ? length : INFINITY;
     }
-    // The parts of what they do not hold are zeros.
+    // Rows and codes that the terms cannot hold get terms of zero.
     if (!is_held) largest[i] = INFINITY;
   }
   const auto write = [&](int i, int64_t feature, float value) {
@@ -100,7 +101,7 @@ __global__ void __launch_bounds__(RowBlock::THREADS, 2) pack_kernel(
 }
 
 int64_t in_tiles(int64_t count) { return ceil_div(count, TILE) * TILE; }
-// What a step of the tiles is: 16 features, or whole steps of 32.
+// Returns the padded number of features: 16, or a multiple of 32.
 int depth_of(int64_t features) { return features <= 16 ? 16 : (int)(ceil_div(features, STEP) * STEP); }
 
 template <bool IS_CODES>
@@ -137,8 +138,15 @@ PackedCodes pack_codes(const Tensor& like, const Rows& codes, Arithmetic arithme
   const int64_t count = in_tiles(codes.count);
   const int depth = depth_of(codes.features);
   const int parts = parts_of(arithmetic);
-  PackedCodes packed{arithmetic, codes.count, {nullptr, count, depth}, nullptr, nullptr,
-      new_tensor(like, {parts, count, depth}, ScalarType::Half), new_tensor(like, {count}), new_zeroed(like, {2})};
+  PackedCodes packed{
+      arithmetic,
+      codes.count,
+      {nullptr, count, depth},
+      nullptr,
+      nullptr,
+      new_tensor(like, {parts, count, depth}, ScalarType::Half),
+      new_tensor(like, {count}),
+      new_zeroed(like, {2})};
   packed.parts.data = packed.parts_data.data_ptr();
   packed.half_norms = data_of<float>(packed.numbers);
   packed.extent = data_of<float>(packed.extent_data);
@@ -158,8 +166,12 @@ PackedRows pack_rows(
   const int64_t count = in_tiles(end - begin);
   const int depth = codes.parts.depth;
   const int parts = parts_of(codes.arithmetic);
-  PackedRows packed{{nullptr, count, depth}, nullptr, nullptr,
-      new_tensor(like, {parts, count, depth}, ScalarType::Half), new_tensor(like, {2, count})};
+  PackedRows packed{
+      {nullptr, count, depth},
+      nullptr,
+      nullptr,
+      new_tensor(like, {parts, count, depth}, ScalarType::Half),
+      new_tensor(like, {2, count})};
   packed.parts.data = packed.parts_data.data_ptr();
   packed.inverse = data_of<float>(packed.numbers);
   packed.lengths = packed.inverse + count;

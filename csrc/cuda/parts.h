@@ -1,37 +1,37 @@
-// Rows and codes as tensor cores take them: in half precision, padded with zeros to whole tiles.
+// Rows and codes in the form that tensor cores read: in half precision, padded with zeros to whole tiles.
 //
-// A float32 number is the sum of two float16 ones, high and low, to 22 bits. Products of two such are summed as
-// high * low + low * high + high * high; what is left out is below 2^-20 of them. So that no part falls out of the
-// range of float16, both factors are scaled by powers of two: the codebook by one, each row by its own. Half-precision
-// numbers are taken as they are: their products are exact in float32.
+// A float32 number is the sum of a high and a low float16 term, to 22 bits. Products of two such numbers are summed as
+// high * low + low * high + high * high; the omitted products are below 2^-20 of the result. Both factors are scaled by
+// powers of two, so that all terms stay in the range of float16: the codebook by one factor, each row by its own.
+// Half-precision inputs are used as they are: their products are exact in float32.
 #pragma once
 
 #include "launch.h"
 
 namespace dlvae {
 
-constexpr int TILE = 128;  // rows or codes of one tile
-// The half norm of what can never be nearest: padding, or a code that holds NaN. Sums with it are finite.
+constexpr int TILE = 128;  // number of rows or codes in a tile
+// The half norm of a code that is never the nearest: padding, or a code that holds NaN. Sums with it are finite.
 constexpr float FAR = 3e38f;
-// Rows so long that sums over them might be no number.
+// Sums over longer rows might overflow.
 constexpr float LONG = 0x1p100f;
 
 enum class Arithmetic { split, float16, bfloat16 };
 Arithmetic arithmetic_of(const Rows& x, const Rows& codes);
 
 struct Parts {
-  const void* data;  // [parts][count][depth]
-  int64_t count;     // rows or codes, in whole tiles
-  int depth;         // features, in whole steps
+  const void* data;  // [terms][count][depth]
+  int64_t count;     // number of rows or codes, padded to whole tiles
+  int depth;         // number of features, padded to whole steps
 };
 
-// The tensors hold the memory.
+// A packed codebook. The tensors own the memory.
 struct PackedCodes {
   Arithmetic arithmetic;
   int64_t codes;  // K
   Parts parts;
-  float* half_norms;  // [count]: |c|^2 / 2 of the scaled code; from FAR on its parts are zeros
-  // [2]: the largest finite element; and the largest length of a scaled code that is finite, or 2^TOP.
+  float* half_norms;  // [count]: |c|^2 / 2 of the scaled code; if at least FAR, the terms of the code are zeros
+  // [2]: the largest finite element; the largest length of a scaled finite code, at least 2^TOP.
   float* extent;
   Tensor parts_data, numbers, extent_data;
 };
@@ -39,16 +39,17 @@ PackedCodes pack_codes(const Tensor& like, const Rows& codes, Arithmetic arithme
 
 struct PackedRows {
   Parts parts;
-  // A sum of products times `inverse` is the product of the row and a code, both scaled as the codebook is. [count]
+  // [count]: a sum of products times `inverse` is the product of the row and a code, both in the scale of the codebook.
   float* inverse;
-  float* lengths;  // [count]: |x|, scaled so; infinite where that is LONG or not finite, and the parts are zeros
+  // [count]: |x| in the same scale; infinite, with terms of zero, if that is at least LONG or not finite.
+  float* lengths;
   Tensor parts_data, numbers;
 };
-// Rows [begin, end) of x for those codes.
+// Packs rows [begin, end) of x for products with the packed codes.
 PackedRows pack_rows(
     const Tensor& like, const Rows& x, int64_t begin, int64_t end, const PackedCodes& codes, const Device& device);
 
-// How many rows to take at a time, in whole tiles, where each takes so many elements of scratch memory.
+// Returns the number of rows to process at a time, in whole tiles, if each uses `elements` of scratch memory.
 int64_t rows_of_chunk(int64_t elements, const Device& device);
 
 }  // namespace dlvae

@@ -2,13 +2,13 @@
 
 #include "launch.h"
 #include "parts.cuh"
-#include "rows.cuh"
+#include "rows_cuda.cuh"
 #include "tiles.cuh"
 
 namespace dlvae {
 namespace {
 
-// Features that one chain of additions goes through: what tensor cores cut off adds up along it.
+// The number of features in one chain of additions, along which the truncation errors of tensor cores add up.
 constexpr int CHAIN = 1024;
 constexpr int THREADS = 256;
 
@@ -16,11 +16,11 @@ struct Output {
   Affine affine;
   int64_t rows, codes;
   const float *inverse, *lengths, *half_norms, *extent;
-  bool is_split;  // what was packed was scaled
+  bool is_split;  // whether packing scaled the data
   float* data;
   int64_t ld;
 
-  // Of a sum over parts.
+  // Returns the product that belongs to a sum over terms.
   __device__ float product_of(float sum, int64_t row) const {
     const float unit = unit_of(extent, is_split && !affine.is_scaled);
     return sum * inverse[row] * unit * unit;
@@ -33,10 +33,10 @@ struct Output {
 };
 
 template <class Tiles>
-__global__ void __launch_bounds__(Tiles::THREADS, 1) products_kernel(
-    Parts rows, Parts codes, Output out, float* shares) {
+__global__ void __launch_bounds__(Tiles::THREADS, 1)
+    products_kernel(Parts rows, Parts codes, Output out, float* shares) {
   char* const shared = dynamic_shared<char>();
-  // The second extent of a grid is too small for any number of tiles.
+  // The second extent of a grid may be too small for the number of tiles.
   const int row_tiles = (int)(rows.count / TILE), row_tile = blockIdx.x % row_tiles, code_tile = blockIdx.x / row_tiles;
   const int first = blockIdx.y * (CHAIN / Tiles::DEPTH), steps = rows.depth / Tiles::DEPTH;
   Tiles::run_steps(
@@ -73,7 +73,8 @@ __global__ void add_shares_kernel(const float* shares, int count, Output out) {
   out.put(i / out.codes, i % out.codes, out.product_of(sum, i / out.codes));
 }
 
-// Rows and codes that the parts do not hold: so few that looking for them costs more.
+// Computes products of rows and codes that the terms cannot hold. These are so few that searching for them would cost
+// more.
 __global__ void __launch_bounds__(THREADS) repair_kernel(Rows x, int64_t begin, Rows codes, Output out) {
   const auto is_unfit = [&](int64_t row) { return !(out.lengths[row] < INFINITY); };
   const int64_t items = out.rows + out.codes;
@@ -87,7 +88,7 @@ __global__ void __launch_bounds__(THREADS) repair_kernel(Rows x, int64_t begin, 
       float sum = 0;
       for (int64_t d = 0; d < x.features; ++d)
         sum += load_element(x, row_at + d * x.stride) * load_element(codes, code_at + d * codes.stride);
-      // Whose parts are zeros has had none added.
+      // A row or code with terms of zero has contributed nothing yet.
       out.data[row * out.ld + code] += out.affine.sign * sum;
     }
   }
@@ -95,8 +96,11 @@ __global__ void __launch_bounds__(THREADS) repair_kernel(Rows x, int64_t begin, 
 
 Output output_of(
     int64_t rows, const PackedRows& x, const PackedCodes& codes, const Affine& affine, float* out, int64_t ld) {
-  return {affine, rows, codes.codes, x.inverse, x.lengths, codes.half_norms, codes.extent,
-      codes.arithmetic == Arithmetic::split, out, ld};
+  return {affine,       rows,
+          codes.codes,  x.inverse,
+          x.lengths,    codes.half_norms,
+          codes.extent, codes.arithmetic == Arithmetic::split,
+          out,          ld};
 }
 
 }  // namespace
@@ -113,8 +117,9 @@ PackedRows products(
   with_tiles<0>(packed.arithmetic, packed.parts.depth, [&](auto tiles) {
     using Kind = decltype(tiles);
     const unsigned tiles_of_both = blocks(rows.parts.count / TILE * (packed.parts.count / TILE));
-    launch("products", products_kernel<Kind>, dim3(tiles_of_both, shares), Kind::THREADS,
-        Kind::shared_bytes(Kind::STAGES), device.stream, rows.parts, packed.parts, output, of_shares);
+    launch(
+        "products", products_kernel<Kind>, dim3(tiles_of_both, shares), Kind::THREADS, Kind::shared_bytes(Kind::STAGES),
+        device.stream, rows.parts, packed.parts, output, of_shares);
   });
   if (shares > 1)
     launch(

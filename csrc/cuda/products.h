@@ -7,18 +7,18 @@ namespace dlvae {
 
 // out[i * ld + j] = start[j] + sign * x[i] . codes[j], in float32.
 struct Affine {
-  const float* start;  // [count of packed codes], or null for zeros
+  const float* start;  // [count of packed codes]; null for zeros
   float sign;
-  bool is_scaled;  // products of x and the codes as they were scaled when packed
-  bool adds;       // to what is there, in place of start
+  bool is_scaled;  // products in the scale of the packed codes
+  bool adds;       // adds to the previous value instead of `start`
 };
 
-// Rows [begin, end) of x and all codes; returns the packed rows. Of rows and codes that the parts do not hold, those
-// with infinite elements say, nothing is added.
+// Computes rows [begin, end) of x times all codes; returns the packed rows. Rows and codes that the terms cannot hold,
+// such as those with infinite elements, contribute nothing.
 PackedRows products(
     const Tensor& like, const Rows& x, int64_t begin, int64_t end, const PackedCodes& packed, const Affine& affine,
     float* out, int64_t ld, const Device& device);
-// Adds what was left out, from the elements themselves.
+// Adds the products that `products` omits, computed from the elements themselves.
 void repair_products(
     const Rows& x, int64_t begin, const PackedRows& rows, const Rows& codes, const PackedCodes& packed,
     const Affine& affine, float* out, int64_t ld, const Device& device);

@@ -5,7 +5,7 @@
 
 namespace dlvae {
 
-// Sorts `count` keys below 2^bits, and with them the numbers 0, 1, ... of their places; equal keys keep their order.
+// Sorts `count` keys below 2^bits together with their places 0, 1, ...; equal keys keep their order.
 void sort_places(
     const Tensor& like, const uint32_t* keys, int64_t count, int bits, uint32_t* sorted, uint32_t* places,
     const Device& device);

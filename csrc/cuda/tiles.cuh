@@ -1,7 +1,7 @@
-// Products of a tile of rows with tiles of codes, on tensor cores: what every search goes through.
+// Products of a tile of rows with tiles of codes on tensor cores, for all searches.
 //
-// A block of 8 warps holds the sums of 128 rows and 128 codes in registers, 64 rows and 32 codes a warp. Both factors
-// come to shared memory in steps of DEPTH features, several steps ahead; rows that fit stay there for all codes.
+// A block of 8 warps holds the sums of 128 rows and 128 codes in registers, 64 rows and 32 codes per warp. Both factors
+// are copied to shared memory in steps of DEPTH features, several steps ahead. Rows that fit stay there for all codes.
 #pragma once
 
 #include "device.cuh"
@@ -9,31 +9,32 @@
 
 namespace dlvae {
 
-// LEAST_TERM: 1 leaves out low * low, which is below 2^-22 of high * high.
+// LEAST_TERM = 1 omits low * low, which is below 2^-22 of high * high.
 template <class Half_, int PARTS_, int DEPTH_, int LEAST_TERM>
 struct Tiles {
   using Half = Half_;
   static constexpr int PARTS = PARTS_, DEPTH = DEPTH_;
   static constexpr int THREADS = 256, STAGES = 3;
   static constexpr int WARP_ROWS = 64, WARP_CODES = 32, WARPS_OF_CODES = TILE / WARP_CODES;
-  static constexpr int UNITS = DEPTH / 8;  // of 16 bytes, in a row of one step
-  static constexpr int STEP = PARTS * TILE * DEPTH;  // elements of a tile in one step
-  // What every architecture from 8.0 on gives one block.
+  static constexpr int UNITS = DEPTH / 8;            // units of 16 bytes in one row of a step
+  static constexpr int STEP = PARTS * TILE * DEPTH;  // number of elements of a tile in one step
+  // Every architecture from 8.0 on supports this size of a block's shared memory.
   static constexpr int SHARED = 96 << 10;
   static constexpr int MOST_RESIDENT = SHARED / (STEP * (int)sizeof(Half)) - STAGES;
 
-  // Slots of shared memory for rows: one a step where they stay, else one a stage.
+  // The number of slots of shared memory for rows: one per step if the rows stay there, else one per stage.
   static constexpr __host__ __device__ int row_slots(int steps) { return steps <= MOST_RESIDENT ? steps : STAGES; }
   static int shared_bytes(int slots) { return (slots + STAGES) * STEP * (int)sizeof(Half); }
 
-  // Sums of row row_of(i, h) and code code_of(j, e) are at [i][j][2 * h + e].
+  // The sum of row row_of(i, h) and code code_of(j, e) is at [i][j][2 * h + e].
   using Sums = float[WARP_ROWS / 16][WARP_CODES / 8][4];
   static __device__ int first_row() { return warp_index() / WARPS_OF_CODES * WARP_ROWS; }
   static __device__ int first_code() { return warp_index() % WARPS_OF_CODES * WARP_CODES; }
   static __device__ int row_of(int i, int h) { return first_row() + i * 16 + h * 8 + lane_index() / 4; }
   static __device__ int code_of(int j, int e) { return first_code() + j * 8 + lane_index() % 4 * 2 + e; }
 
-  // use(tile, sums) for each tile of codes in [begin, end), with the tile `row_tile` of rows; sums are in packed units.
+  // Calls use(tile, sums) for each tile of codes in [begin, end) and the tile `row_tile` of rows. Sums are in packed
+  // units.
   template <class Use>
   static __device__ void run(
       const Parts& rows, int64_t row_tile, const Parts& codes, int begin, int end, char* shared, const Use& use) {
@@ -41,7 +42,7 @@ struct Tiles {
     run_turns(rows, row_tile, codes, begin, 0, steps, (end - begin) * steps, row_slots(steps), shared, use);
   }
 
-  // use(sums) of one tile of rows and one of codes, over features of steps [first, last).
+  // Calls use(sums) for one tile of rows and one tile of codes, over the features of steps [first, last).
   template <class Use>
   static __device__ void run_steps(
       const Parts& rows, int64_t row_tile, const Parts& codes, int code_tile, int first, int last, char* shared,
@@ -52,7 +53,7 @@ struct Tiles {
   }
 
  private:
-  // Turn t takes step first + t % steps of tile begin + t / steps.
+  // Turn t processes step first + t % steps of tile begin + t / steps.
   template <class Use>
   static __device__ void run_turns(
       const Parts& rows, int64_t row_tile, const Parts& codes, int begin, int first, int steps, int turns, int slots,
@@ -73,7 +74,7 @@ struct Tiles {
     Sums sums = {};
     for (int turn = 0; turn < turns; ++turn) {
       cp_async_wait<STAGES - 2>();
-      // All have what this turn needs, and are through with the slot that is loaded next.
+      // All threads see the data of this turn, and have finished reading the slot that is loaded next.
       __syncthreads();
       load(turn + STAGES - 1);
       multiply(row_slot(turn), code_slot(turn), sums);
@@ -85,7 +86,7 @@ struct Tiles {
     __syncthreads();
   }
 
-  // Where 16 bytes of a row lie: eight rows that are read at once must not meet in the banks.
+  // Returns where 16 bytes of a row are stored: eight rows that are read together must not conflict in the banks.
   static __device__ int place(int row, int unit) {
     constexpr int ROWS_OF_LINE = 8 / UNITS;
     return (row * UNITS + (unit ^ (row / ROWS_OF_LINE % UNITS))) * 8;
@@ -114,26 +115,27 @@ struct Tiles {
           ldmatrix_x4(
               row[part][i],
               rows + part * TILE * DEPTH + place(first_row() + i * 16 + lane_index() % 16, unit + lane_index() / 16));
-        // Two fragments at once, of 8 codes each.
+        // Loads two fragments at once, of 8 codes each.
 #pragma unroll
         for (int j = 0; j < WARP_CODES / 8; j += 2) {
           uint32_t both[4];
           ldmatrix_x4(
-              both, codes + part * TILE * DEPTH +
+              both,
+              codes + part * TILE * DEPTH +
                   place(first_code() + j * 8 + lane_index() % 8 + lane_index() / 16 * 8, unit + lane_index() / 8 % 2));
           code[part][j][0] = both[0], code[part][j][1] = both[1];
           code[part][j + 1][0] = both[2], code[part][j + 1][1] = both[3];
         }
       }
-      // The smallest products first: low * low, low * high, high * low, high * high; of one part there is but the last.
+      // The smallest products come first: low * low, low * high, high * low, high * high. With one term there is only
+      // the last.
 #pragma unroll
       for (int term = PARTS == 1 ? 3 : LEAST_TERM; term < 4; ++term) {
         const int of_row = term < 2 ? PARTS - 1 : 0, of_code = term % 2 == 0 ? PARTS - 1 : 0;
 #pragma unroll
         for (int i = 0; i < WARP_ROWS / 16; ++i)
 #pragma unroll
-          for (int j = 0; j < WARP_CODES / 8; ++j)
-            mma_m16n8k16<Half>(sums[i][j], row[of_row][i], code[of_code][j]);
+          for (int j = 0; j < WARP_CODES / 8; ++j) mma_m16n8k16<Half>(sums[i][j], row[of_row][i], code[of_code][j]);
       }
     }
   }
@@ -148,7 +150,7 @@ struct Tiles {
   }
 };
 
-// f(Tiles<...>{}) for the tiles that suit the arithmetic and the depth.
+// Calls f(Tiles<...>{}) with the tiles for the arithmetic and the depth.
 template <int LEAST_TERM, class F>
 void with_tiles(Arithmetic arithmetic, int depth, const F& f) {
   const auto of_depth = [&](auto half, auto parts) {

@@ -1,5 +1,5 @@
-// What the tests of the kernels share. A std::vector made with its size is an allocation of just that size, so that the
-// address sanitizer sees a byte beyond either end.
+// Helpers for the tests of the kernels. A std::vector constructed with its size has an allocation of exactly that size,
+// so that the address sanitizer detects an access one element beyond either end.
 #pragma once
 
 #include <cmath>
@@ -12,19 +12,19 @@
 
 #include "../cpu/kernels.h"
 
-#define CHECK(condition, ...)                                                   \
-  do {                                                                          \
-    if (!(condition)) {                                                         \
-      std::fprintf(stderr, "%s:%d: not %s: ", __FILE__, __LINE__, #condition);  \
-      std::fprintf(stderr, __VA_ARGS__);                                        \
-      std::fprintf(stderr, "\n");                                               \
-      std::exit(1);                                                             \
-    }                                                                           \
+#define CHECK(condition, ...) \
+  do { \
+    if (!(condition)) { \
+      std::fprintf(stderr, "%s:%d: not %s: ", __FILE__, __LINE__, #condition); \
+      std::fprintf(stderr, __VA_ARGS__); \
+      std::fprintf(stderr, "\n"); \
+      std::exit(1); \
+    } \
   } while (0)
 
 namespace dlvae {
 
-// The same numbers at every run, on every machine.
+// A generator of the same numbers at every run on every machine.
 class Random {
  public:
   uint32_t bits() {
@@ -32,7 +32,7 @@ class Random {
     return (uint32_t)(state_ >> 33) << 1 ^ (uint32_t)(state_ >> 40);
   }
   int64_t below(int64_t bound) { return bits() % bound; }
-  // In (-1, 1).
+  // A number in (-1, 1).
   float number() { return (float)(int32_t)bits() * 0x1p-31f; }
 
  private:
@@ -48,7 +48,7 @@ inline Numbers numbers(Random& random, int64_t count) {
   return values;
 }
 
-// Sums of such products are exact, in whatever order.
+// Products of whole numbers and their sums are exact in any order.
 inline Numbers whole_numbers(Random& random, int64_t count, int64_t most) {
   Numbers values(count);
   for (float& value : values) value = (float)(random.below(2 * most + 1) - most);
@@ -60,7 +60,7 @@ inline Numbers times(Numbers values, float factor) {
   return values;
 }
 
-// Some rows that are not finite, or far larger than all others.
+// Replaces some rows by rows that are not finite, or far larger than the others.
 inline void spoil(Random& random, Numbers& values, int64_t features) {
   const float odd[] = {NAN, INFINITY, -INFINITY, 1e30f, 3e38f, 1e-45f};
   const int64_t count = (int64_t)values.size() / features;
@@ -71,7 +71,7 @@ inline bool are_same(const Numbers& a, const Numbers& b) {
   return a.size() == b.size() && (a.empty() || std::memcmp(a.data(), b.data(), a.size() * sizeof(float)) == 0);
 }
 
-// Rows [count, features] that lie side by side.
+// Returns contiguous rows [count, features].
 inline Rows adjacent_rows(Numbers& values, int64_t count, int64_t features) {
   Rows rows{};
   rows.data = values.data();
@@ -85,23 +85,24 @@ inline Rows adjacent_rows(Numbers& values, int64_t count, int64_t features) {
   return rows;
 }
 
-// How a tensor of rows lies in memory.
+// The memory layout of a tensor of rows.
 struct Form {
   Type type;
   int64_t padding;  // elements between rows
-  bool is_turned;   // the rows of each feature side by side
+  bool is_turned;   // the rows of each feature are adjacent
 };
 constexpr Form PLAIN{Type::float32, 0, false};
 constexpr Form FORMS[] = {
     PLAIN, {Type::float32, 3, false}, {Type::float32, 0, true}, {Type::bfloat16, 3, false}, {Type::float16, 0, true}};
 
-// How far a number may be from what it is stored as. Below its smallest normal number float16 has steps of 2^-24.
+// Returns the largest rounding error of storing a number. float16 has steps of 2^-24 below its smallest normal number.
 inline double rounding_of(Form form, double value) {
   if (form.type == Type::float16) return 0x1.02p-11 * std::abs(value) + 0x1p-24;
   return form.type == Type::bfloat16 ? 0x1.02p-8 * std::abs(value) : 0;
 }
 
-// A tensor [count, features] whose memory begins and ends with its elements. load_rows and store_rows are tested first.
+// A tensor [count, features] whose allocation begins and ends with its elements. It relies on load_rows and store_rows,
+// which are tested first.
 class Tensor {
  public:
   Tensor(const Kernels& kernels, Form form, const Numbers& values, int64_t count, int64_t features)
@@ -116,7 +117,7 @@ class Tensor {
   Tensor(const Tensor&) = delete;
   Rows rows;
 
-  // As they are stored; what lies between the rows must not have changed.
+  // Returns the stored values after checking that the gaps between rows have not changed.
   Numbers values() const {
     const int64_t count = rows.count, features = rows.features;
     for (int64_t row = 0; row + 1 < count && !form_.is_turned && features > 0; ++row)

@@ -1,7 +1,7 @@
-// Runs the kernels of every instruction set that this processor has against plain loops; see `make test-asan`.
+// Compares the kernels of every instruction set that this processor supports with plain loops; see `make test-asan`.
 #include "check.h"
 
-// Memory without initial values is NaN, so that results that take any of it are seen.
+// Uninitialised memory is NaN, which shows in results that depend on it.
 extern "C" const char* __asan_default_options() { return "malloc_fill_byte=255:max_malloc_fill_size=1000000000"; }
 
 int main() {

@@ -15,7 +15,7 @@ _REASON = _LIBRARY.with_name("native_cpu.reason.txt")
 _CUDA_LIBRARY, _CUDA_REASON = _LIBRARY.with_name("native_cuda.abi3.so"), _LIBRARY.with_name("native_cuda.reason.txt")
 _OLDEST_TORCH = (2, 10)
 _OLDEST_GPU = (8, 0)
-# The limit of k of topk_codes on CUDA, MOST_K in csrc/cuda/topk_codes.cu.
+# The limit of k of topk_codes on CUDA, MOST_K in csrc/cuda/topk_codes_cuda.cu.
 _MOST_SELECTED = 1024
 # Operations whose kernels on the CPU check the range of the caller's indices as they read them.
 CHECKS_INDICES = ("gather_codes_fwd", "one_hot", "ema_statistics", "sparse_decode_fwd")

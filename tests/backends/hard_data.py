@@ -16,6 +16,12 @@ def _diverged(x: Tensor, codes: Tensor) -> Case:
     return x, codes
 
 
+def _diverged_and_offset(x: Tensor, codes: Tensor) -> Case:
+    codes += 1000
+    codes[len(codes) // 2] *= 1e6
+    return x + 1000, codes
+
+
 def _two_lengths(x: Tensor, codes: Tensor) -> Case:
     codes = torch.nn.functional.normalize(codes)
     codes[::2] *= 1e4
@@ -38,6 +44,7 @@ CASES: dict[str, Callable[[Tensor, Tensor], Case]] = {
     "two_lengths": _two_lengths,
     "lognormal_lengths": lambda x, codes: (x, codes * (2 * torch.randn(len(codes), 1)).exp()),
     "common_offset": lambda x, codes: (x + 1000, codes + 1000),
+    "common_offset_and_diverged_code": _diverged_and_offset,
     "collapsed_codes": lambda x, codes: (x, torch.randn(codes.shape[1]) + 1e-4 * codes),
     "codes_1e-20": lambda x, codes: (x, codes * 1e-20),
     "long_rows": lambda x, codes: (x * 1e6, codes),

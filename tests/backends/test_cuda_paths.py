@@ -13,7 +13,7 @@ from dlvae_kernels.testing import assert_accurate, assert_same_topk, exact_dista
 
 from .test_native_fuzz import THREADED
 
-# These are the limits of the emulated device, csrc/tests/cuda/device.cpp.
+# These are the limits of the emulated device, csrc/tests/cuda/device_emulated.cpp.
 MULTIPROCESSORS, CHUNK_ELEMENTS = 3, 1 << 15
 TILE = 128
 

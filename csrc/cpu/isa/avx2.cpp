@@ -2,8 +2,14 @@
 #include "../kernels.h"
 
 #if defined(DLVAE_X86)
+#if defined(__clang__)
+// The intrinsics declare their own targets, so Clang needs the header before the attribute.
+#include <immintrin.h>
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
+#else
 #pragma GCC target("avx2,fma,f16c")
-// The compiler defines its own macros from options alone.
+#endif
+// A target in the source does not define macros such as __AVX2__; only compiler options do.
 #define DLVAE_AVX2
 #include "../kernels/table.h"
 
@@ -11,4 +17,8 @@ const dlvae::Kernels& dlvae::avx2_kernels() {
   static const Kernels table = make_table("avx2");
   return table;
 }
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
 #endif

@@ -1,9 +1,16 @@
-// AVX-512 as every server has it.
+// The AVX-512 subsets that every server processor with AVX-512 has.
 #include "../kernels.h"
 
 #if defined(DLVAE_X86)
+#if defined(__clang__)
+// The intrinsics declare their own targets, so Clang needs the header before the attribute.
+#include <immintrin.h>
+#pragma clang attribute push( \
+    __attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl"))), apply_to = function)
+#else
 #pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl")
-// The compiler defines its own macros from options alone.
+#endif
+// A target in the source does not define macros such as __AVX2__; only compiler options do.
 #define DLVAE_AVX2
 #define DLVAE_AVX512
 #include "../kernels/table.h"
@@ -12,4 +19,8 @@ const dlvae::Kernels& dlvae::avx512_kernels() {
   static const Kernels table = make_table("avx512");
   return table;
 }
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
 #endif

@@ -1,4 +1,4 @@
-// What the compiler's own target has: SSE2 on x86-64, NEON on 64-bit ARM.
+// The compiler's default target: SSE2 on x86-64, NEON on 64-bit ARM.
 #include "../kernels/table.h"
 
 const dlvae::Kernels& dlvae::portable_kernels() {

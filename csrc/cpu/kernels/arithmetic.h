@@ -1,10 +1,11 @@
-// The arithmetics in which scores |c|^2 / 2 - x.c are found. A packed row is `steps` words of 32 bits; a score, in
-// whatever unit, is the start of its code plus the products of the words of both. Each arithmetic says how a code and a
-// row are packed, and how far two scores may be off.
+// The arithmetics that compute scores |c|^2 / 2 - x.c. A packed row has `steps` words of 32 bits. A score is the start
+// of its code plus the products of the words of both, in a unit that the arithmetic chooses. Each arithmetic defines
+// how a code and a row are packed, and a bound on the error of the difference of two scores. docs/numerics.md, section
+// 5, derives the bounds.
 #pragma once
 
 #include "../codebook.h"
-#include "rows.h"
+#include "rows_kernel.h"
 #include "simd.h"
 #include "transpose.h"
 
@@ -13,18 +14,18 @@ namespace {
 using dlvae::BLOCK;
 using dlvae::Codebook;
 
-// Longer codes are never nearest to a row that has scores, see LARGEST_FEATURE; in the scale of the codes.
+// In the scale of the codes. Longer codes are never nearest to a row that has scores; see LARGEST_FEATURE.
 constexpr double LARGEST_NORM = 0x1p42;
 
-// What is known of the rows of a block, in the scale of the codes, before they are packed.
+// Properties of the rows of a block before they are packed, in the scale of the codes.
 struct Measure {
   float peak = 0, norm = 0;  // the largest of all rows that are not slow
-  float norms[BLOCK];        // |x|, or more; 0 of a slow row
-  bool is_slow[BLOCK];       // not finite, or too large for anything but differences
+  float norms[BLOCK];        // |x| or more; 0 for a slow row
+  bool is_slow[BLOCK];       // not finite, or too large for scores: searched by differences
 };
 
-// Calls f(first feature, features, tile) for each WIDTH features of WIDTH codes, of which null ones are zero: vector i
-// of a tile holds feature i of all. Beyond the last feature it holds zeros.
+// Calls f(first feature, number of features, tile) for every WIDTH features of WIDTH codes, where null stands for a
+// code of zeros. Vector i of a tile holds feature i of all codes. Beyond the last feature the tile holds zeros.
 template <class F>
 DLVAE_INLINE void for_tiles(const float* const (&codes)[WIDTH], int64_t features, const F& f) {
   for (int64_t d = 0; d < features; d += WIDTH) {
@@ -37,45 +38,46 @@ DLVAE_INLINE void for_tiles(const float* const (&codes)[WIDTH], int64_t features
   }
 }
 
-// A word is one feature in float32.
+// float32. A word is one feature.
 struct InFloat32 {
   using Vector = Floats;
   using Score = float;
   static constexpr Score LARGEST = 3e38f;
-  // Whether a score is a lower bound that takes in the error of its own code, and not one with an error for all codes.
+  // Whether a score is a lower bound that includes the error of its own code, instead of a score with one error bound
+  // for all codes.
   static constexpr bool IS_BOUND = false;
   static constexpr int BLOCK_ROWS = ROWS;
-  // Fewer, so that what is kept of a group has room in registers.
+  // Fewer rows, so that the running minima of a group fit into registers.
   static constexpr int GROUPED_ROWS = 4;
 
   static int64_t steps(int64_t features) { return features; }
 
-  // How often each word of a packed row stands there side by side.
+  // The number of copies of each word of a packed row, side by side.
   static constexpr int COPIES = 1;
   static DLVAE_INLINE Vector spread(const uint32_t* word) { return fill(load<float>(word)); }
   static DLVAE_INLINE Vector add_product(Vector sum, Vector a, Vector b) { return sum + a * b; }
   static DLVAE_INLINE Score sum(Score score, float margin) { return score + margin; }
 
-  // Packs the negatives of codes, null ones as zeros, to steps that lie PANEL apart; returns |c - what is packed| of
-  // each, or more.
+  // Packs negated codes, where null stands for zeros, into steps PANEL words apart. Returns an upper bound of |c -
+  // packed c| for each code.
   static Floats pack_codes(const Codebook& book, const float* const (&codes)[WIDTH], uint32_t* words) {
-    for_tiles(codes, book.features, [&](int64_t d, int64_t n, const Floats (&tile)[WIDTH]) {
+    for_tiles(codes, book.features, [&](int64_t d, int64_t n, const Floats(&tile)[WIDTH]) {
       for (int64_t i = 0; i < n; ++i) store(words + (d + i) * PANEL, -tile[i] * book.scale);
     });
     return Floats{};
   }
-  // The unit of the rows of a block.
+  // Returns the unit of the rows of a block.
   static float row_unit(const Codebook&, const Measure&) { return 1; }
-  // How many units of a score make one in the scale of the codes.
+  // Returns the number of units of a score that make up 1 in the scale of the codes.
   static float per_score(const Codebook&, float) { return 1; }
-  // Packs a row; returns how far two of its scores may be off together.
+  // Packs a row. Returns the error bound of the difference of two of its scores.
   static float pack_row(const Codebook& book, const float* x, float, float norm, uint32_t* words) {
     float* to = (float*)words;
     for (int64_t d = 0; d < book.features; ++d) to[d] = x[d] * book.scale;
     // D + 2 roundings of partial sums.
     return (book.features + 2) * 0x1.2p-23f * (0.5f * book.norm * book.norm + norm * book.norm) + 0x1p-120f;
   }
-  // Starts of codes, in the unit of scores.
+  // Returns the starts of codes in the unit of scores.
   static const Score* starts(const float* start, int64_t, float, Score*) { return start; }
 
   static DLVAE_INLINE void begin() {}
@@ -119,22 +121,23 @@ DLVAE_INLINE void InFloat32::scores(
   vector_scores<InFloat32>(start, x, ld, panel, steps, sums);
 }
 
-// How far float64 rounds two distances of a row apart, halved as scores are, where codes are no longer than the row:
-// codes that it does not tell apart have to tie.
+// Returns how much the float64 rounding of two distances of a row may differ, halved as scores are, if codes are no
+// longer than the row: codes that float64 does not distinguish must tie.
 inline float rounding_of_distances(const Codebook& book, float row_norm) {
   return (float)(book.features + 2) * 0x1p-51f * row_norm * row_norm;
 }
 
-// The same for codes of very different lengths. A score errs by at most `relative_error` times |c|^2 / 2 + |x| |c|,
-// which is taken off it: |c|^2 / 2 in its start, and |x| |c| as one more feature, |x| of a row.
+// The same for codes of very different lengths. The error of a score is at most `relative_error` times (|c|^2 / 2 + |x|
+// |c|). It is subtracted from the score: |c|^2 / 2 in the start of the code, and |x| |c| as an additional feature whose
+// value in a row is |x|.
 struct LowerBounds : InFloat32 {
   static constexpr bool IS_BOUND = true;
-  // Shorter codes err as if they were as long as this: what is below the smallest normal number may be lost.
+  // Shorter codes use the error of this length, because products below the smallest normal number may be lost.
   static constexpr float LEAST_NORM = 0x1p-90f;
 
   static int64_t steps(int64_t features) { return features + 1; }
 
-  // D + 4 roundings of partial sums and of the bound itself, and those of the centred row and code.
+  // D + 4 roundings of partial sums and of the bound itself, plus those of the centred row and code.
   static float relative_error(const Codebook& book) {
     return (float)(book.features + (book.centre ? 6 : 4)) * 0x1.2p-24f;
   }

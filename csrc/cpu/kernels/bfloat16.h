@@ -1,12 +1,12 @@
-// Scores of bfloat16 parts on the matrix tiles of AMX. A feature is the sum of a high and a low part, and a product of
-// three of them: [x_high, x_high, x_low] . [c_high, c_low, c_high], one long row of 3 D columns, so that few features
-// fill one step of a tile.
+// Scores of bfloat16 terms on the matrix tiles of AMX. A feature is the sum of a high and a low term, and a product is
+// the sum of three products: [x_high, x_high, x_low] . [c_high, c_low, c_high]. They form one long row of 3 D columns,
+// so that few features fill one step of a tile.
 #pragma once
 
 #include "arithmetic.h"
 
 #if defined(DLVAE_AMX)
-#include "tiles.h"
+#include "amx_tiles.h"
 
 namespace {
 
@@ -16,7 +16,7 @@ struct InBFloat16 {
   using Score = float;
   static constexpr Score LARGEST = 3e38f;
   static constexpr bool IS_BOUND = false;
-  // Two tiles of rows by two of codes.
+  // Two tiles of rows by two tiles of codes.
   static constexpr int COPIES = 1;
   static constexpr int BLOCK_ROWS = 2 * TILE_ROWS;
   static constexpr int GROUPED_ROWS = BLOCK_ROWS;
@@ -63,7 +63,7 @@ struct InBFloat16 {
       to[d] = to[features + d] = high;
     }
     memset(to + 3 * features, 0, (2 * book.steps - 3 * features) * sizeof(BFloat16));
-    // docs/numerics.md, 4.2 and 5.4: the terms miss at most 2^-17 of a feature, in both factors, and the product of the
+    // docs/numerics.md, 4.2 and 5.4: the terms omit at most 2^-17 of a feature in each factor, and the product of the
     // low terms is at most 2^-16; sums of 3 D products round, and flush subnormal numbers to zero.
     const float product = norm * book.norm, largest = 0.5f * book.norm * book.norm + 1.02f * product;
     return 2.1f * (0x1p-15f * product + (3 * features + 8) * (0x1p-24f * largest + 0x1p-120f));
@@ -73,7 +73,7 @@ struct InBFloat16 {
   static DLVAE_INLINE void begin() { begin_tiles(); }
   static DLVAE_INLINE void end() { end_tiles(); }
 
-  // A block on the tiles; fewer rows, which go through the codes again, on vectors.
+  // A full block runs on the tiles. Fewer rows, which are searched a second time, run on vectors.
   template <int R, int V>
   static DLVAE_INLINE void scores(
       const Score* start, const uint32_t* x, int64_t ld, const uint32_t* panel, int64_t steps, Vector (&sums)[R][V]) {

@@ -1,12 +1,12 @@
-// Comparisons of floats as bits, one an element, and what is built from them.
+// Comparisons of floats as bit masks, one bit per element, and functions built from them.
 #pragma once
 
-#include "rows.h"
+#include "rows_kernel.h"
 #include "simd.h"
 
 namespace {
 
-// Bits of the elements where the comparison of `is` holds.
+// Returns one bit per element: whether the comparison `is` holds.
 DLVAE_INLINE uint32_t bits_of(Ints is) {
 #if defined(DLVAE_AVX512)
   return _mm512_movepi32_mask((__m512i)is);
@@ -29,7 +29,7 @@ DLVAE_INLINE uint32_t not_above(Floats a, Floats b) {
 #endif
 }
 
-// counts + 1 where a <= b, or a < b.
+// Returns counts + 1 where a <= b, respectively a < b, else counts.
 DLVAE_INLINE Ints count_not_above(Ints counts, Floats a, Floats b) {
 #if defined(DLVAE_AVX512)
   const __mmask16 is = _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_LE_OQ);
@@ -47,7 +47,8 @@ DLVAE_INLINE Ints count_below(Ints counts, Floats a, Floats b) {
 #endif
 }
 
-// The same where element `lane`, which is `a`, comes before those of b: of equal ones the first comes first.
+// The same for element `lane`, whose value is `a`: it counts where it comes before an element of b. Ties go to the
+// lower place.
 DLVAE_INLINE Ints count_before(Ints counts, Floats a, Floats b, int lane) {
 #if defined(DLVAE_AVX512)
   const __mmask16 is_below = _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_LT_OQ);
@@ -63,14 +64,14 @@ DLVAE_INLINE Floats magnitude(Floats v) { return (Floats)((Ints)v & 0x7fffffff);
 
 DLVAE_INLINE float highest(Floats v) { return -lowest(-v); }
 
-// Integers in the order of the floats, and back.
+// Converts floats to integers in the same order, and back.
 DLVAE_INLINE int32_t ordered(float value) {
   const int32_t bits = (int32_t)as_bits(value);
   return bits ^ (bits >> 31 & 0x7fffffff);
 }
 DLVAE_INLINE float from_ordered(int32_t order) { return as_float((uint32_t)(order ^ (order >> 31 & 0x7fffffff))); }
 
-// How many of n scores are at most `bound`; what follows them to a whole vector is above it.
+// Returns how many of n scores are at most `bound`. The padding to a whole vector must be above the bound.
 DLVAE_INLINE int64_t count_within(const float* scores, int64_t n, float bound) {
   const Floats limit = fill(bound);
 #if defined(DLVAE_AVX512)
@@ -87,7 +88,7 @@ DLVAE_INLINE int64_t count_within(const float* scores, int64_t n, float bound) {
 }
 
 // Appends those of n scores that are at most `bound`, with their places: `places`, or first, first + 1, ... without.
-// Returns how many; writes up to a vector more. What it reads may be where it writes.
+// Returns their number; may write up to one vector beyond them. Input and output may overlap.
 template <bool HAS_PLACES>
 DLVAE_INLINE int64_t keep_within(
     const float* scores, const int32_t* places, int32_t first, int64_t n, float bound, float* to, int32_t* to_places) {

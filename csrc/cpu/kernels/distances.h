@@ -7,7 +7,7 @@ namespace {
 
 DLVAE_INLINE bool is_finite(float value) { return value - value == 0; }
 
-// The sum of term(x, c) over features, of vectors and of single numbers.
+// Returns the sum of term(x, c) over all features. `term` takes SIMD vectors and scalars.
 template <class F>
 DLVAE_INLINE double sum_terms(const float* x, const float* c, int64_t features, const F& term) {
   constexpr int64_t STEP = WIDTH / 2;
@@ -28,7 +28,7 @@ DLVAE_INLINE double sum_terms(const float* x, const float* c, int64_t features, 
   return total(sums[0] + sums[1]) + rest;
 }
 
-// |x - c|^2.
+// Returns |x - c|^2.
 inline double squared_distance(const float* x, const float* c, int64_t features) {
   return sum_terms(x, c, features, [](auto a, auto b) {
     const auto difference = a - b;
@@ -36,12 +36,12 @@ inline double squared_distance(const float* x, const float* c, int64_t features)
   });
 }
 
-// x.c.
+// Returns x.c.
 inline double product_of(const float* x, const float* c, int64_t features) {
   return sum_terms(x, c, features, [](auto a, auto b) { return a * b; });
 }
 
-// |v|^2.
+// Returns |v|^2.
 inline double squared_norm(const float* v, int64_t features) { return product_of(v, v, features); }
 
 }  // namespace

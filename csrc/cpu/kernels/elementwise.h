@@ -1,41 +1,15 @@
-// Passes over rows in which each element is computed by itself.
+// Elementwise passes over rows.
 #pragma once
 
-#include "buffer.h"
-#include "rows.h"
+#include "dense_rows.h"
 #include "weighted_sum.h"
 
 namespace {
 
-// Some rows in float32: their own memory, or a copy.
-class Batch {
- public:
-  Batch(const Rows& rows, int64_t most)
-      : ld(is_dense(rows) ? rows.strides[0] : rows.features),
-        rows_(rows),
-        in_place_(is_dense(rows)),
-        copy_(in_place_ ? 0 : most * ld) {}
-  const int64_t ld;
-
-  float* load(int64_t begin, int64_t end) {
-    if (!in_place_) load_rows(rows_, begin, end, copy_, ld);
-    return at(begin);
-  }
-  float* at(int64_t begin) { return in_place_ ? (float*)rows_.data + begin * ld : (float*)copy_; }
-  void keep(int64_t begin, int64_t end) {
-    if (!in_place_) store_rows(rows_, begin, end, copy_, ld);
-  }
-
- private:
-  const Rows& rows_;
-  const bool in_place_;
-  Buffer<float> copy_;
-};
-
-// Rows that pass through scratch memory together: whole tiles of those that are turned.
+// The number of rows that pass through scratch memory together: whole tiles of rows that are transposed.
 inline int64_t batch_of(int64_t features) { return features < 256 ? 64 : 16; }
 
-// Rows [begin, end) of to: those of `from` that indices name.
+// Copies the rows of `from` that `indices` select to rows [begin, end) of `to`.
 inline void copy_rows(
     const char* from, int64_t stride, const int64_t* indices, int64_t begin, int64_t end, int64_t row_bytes, char* to) {
   constexpr int64_t STEP = sizeof(Floats), AHEAD = 8;
@@ -61,14 +35,14 @@ inline void ema_rows(
     const Rows& codebook, const Rows& embed_sum, const Rows& statistics, const float* sizes, float weight,
     int64_t begin, int64_t end) {
   const int64_t features = codebook.features, batch = batch_of(features);
-  Batch codes(codebook, batch), sums(embed_sum, batch), batch_sums(statistics, batch);
+  DenseRows codes(codebook, batch), sums(embed_sum, batch), batch_sums(statistics, batch);
   for (int64_t first = begin; first < end; first += batch) {
     const int64_t last = first + batch < end ? first + batch : end;
     float* code = codes.load(first, last);
     float* sum = sums.load(first, last);
     const float* add = batch_sums.load(first, last);
-    for (int64_t row = first; row < last; ++row, code += codes.ld, sum += sums.ld, add += batch_sums.ld) {
-      // As torch.lerp has it: exact at both ends.
+    for (int64_t row = first; row < last; ++row, code += codes.ld(), sum += sums.ld(), add += batch_sums.ld()) {
+      // The same formula as torch.lerp, which is exact at both ends.
       if (weight < 0.5f) {
         for (int64_t d = 0; d < features; ++d) sum[d] = sum[d] + weight * (add[d] - sum[d]);
       } else {
@@ -77,23 +51,22 @@ inline void ema_rows(
       if (sizes[row] > 0)
         for (int64_t d = 0; d < features; ++d) code[d] = sum[d] / sizes[row];
     }
-    codes.keep(first, last);
-    sums.keep(first, last);
+    codes.store(first, last);
+    sums.store(first, last);
   }
 }
 
-inline void subtract_scaled(
-    const Rows& a, const Rows& b, float scale, const Rows& out, int64_t begin, int64_t end) {
+inline void subtract_scaled(const Rows& a, const Rows& b, float scale, const Rows& out, int64_t begin, int64_t end) {
   const int64_t features = out.features, batch = batch_of(features);
-  Batch from(a, batch), less(b, batch), to(out, batch);
+  DenseRows from(a, batch), less(b, batch), to(out, batch);
   for (int64_t first = begin; first < end; first += batch) {
     const int64_t last = first + batch < end ? first + batch : end;
     const float* x = from.load(first, last);
     const float* y = less.load(first, last);
     float* z = to.at(first);
-    for (int64_t row = first; row < last; ++row, x += from.ld, y += less.ld, z += to.ld)
+    for (int64_t row = first; row < last; ++row, x += from.ld(), y += less.ld(), z += to.ld())
       for (int64_t d = 0; d < features; ++d) z[d] = x[d] - scale * y[d];
-    to.keep(first, last);
+    to.store(first, last);
   }
 }
 

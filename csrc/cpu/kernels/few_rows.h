@@ -1,7 +1,7 @@
-// The nearest codes of rows so few that packing the codebook would take longer than the search.
+// The nearest codes of so few rows that packing the codebook would take longer than the search.
 //
-// Squared differences are summed in float32. That errs by a small part of the sum itself, so that a code whose sum is
-// above a limit cannot be the nearest; each of the few others is compared in float64.
+// Squared differences are summed in float32. The error is a small fraction of the sum itself, so a code whose sum is
+// above a limit cannot be the nearest. Each of the few remaining codes is compared in float64.
 #pragma once
 
 #include "../codebook.h"
@@ -12,7 +12,7 @@ namespace {
 using dlvae::Codebook;
 using dlvae::Found;
 
-// Element i is the sum of the elements of vector i.
+// Returns a vector whose element i is the sum of the elements of vector i.
 DLVAE_INLINE Floats totals(Floats (&v)[WIDTH]) {
   const Ints even = 2 * counting(), odd = even + 1;
   unroll<4>([&](auto step) {
@@ -25,7 +25,7 @@ DLVAE_INLINE Floats totals(Floats (&v)[WIDTH]) {
   return v[0];
 }
 
-// Element r * C + c is the sum of term(sum, x, code) over the features of row r and code c.
+// Returns a vector whose element r * C + c is the sum of term(sum, x, code) over the features of row r and code c.
 template <int R, class F>
 DLVAE_INLINE Floats pair_sums(const float* x, int64_t ld, const float* codes, int64_t features, const F& term) {
   constexpr int C = WIDTH / R;
@@ -62,18 +62,19 @@ struct AddSquare {
 struct FewRow {
   const float* x;
   Found nearest;
-  float limit;  // Sums of codes that may be nearer are not above it. Below zero: the row is not searched.
+  float limit;  // Sums of codes that may be nearer are at most this. Below zero: the row is not searched
 };
 
-// Out of line, so that sums stay in registers on the way past it.
+// Not inlined, so that the sums stay in registers in the common case without a call.
 __attribute__((noinline)) inline void compare_few(
     const Codebook& book, const float* sums, int64_t first, int64_t count, FewRow& row) {
-  // Roundings: of a difference, twice in its square, and of the square; of the sums; of the limit.
+  // Roundings: one of a difference, which counts twice in its square, one of the square; those of the sums; one of the
+  // limit.
   const double error = 1.01 * 0x1p-24 * (double)(book.features / WIDTH + 12);
   for (int64_t i = 0; i < count; ++i) {
     if (!(sums[i] <= row.limit)) continue;
     const float* code = book.codes + (first + i) * book.features;
-    // Of equal codes the first is nearest; many of them would be compared again and again.
+    // The first of equal codes is the nearest. This skips the repeated comparison of many equal codes.
     const float* best = book.codes + row.nearest.index * book.features;
     if (row.nearest.index >= 0 && memcmp(code, best, book.features * sizeof(float)) == 0) continue;
     const double found = squared_distance(row.x, code, book.features);
@@ -90,7 +91,7 @@ DLVAE_INLINE void search_few_rows(const Codebook& book, int64_t ld, int64_t code
   if (n == C) {
     sums = pair_sums<R>(rows->x, ld, book.codes + code * book.features, book.features, AddSquare{});
   } else {
-    // Fewer than C: one at a time.
+    // Fewer than C codes are computed one at a time.
     float each[WIDTH];
     for (int64_t c = 0; c < n; ++c)
       for (int r = 0; r < R; ++r)
@@ -106,11 +107,26 @@ DLVAE_INLINE void search_few_rows(const Codebook& book, int64_t ld, int64_t code
   for (int r = 0; r < R; ++r) compare_few(book, each + r * C, code, C, rows[r]);
 }
 
-// Rows that are searched together, if there are more than two.
+// The number of rows that are searched together if there are more than two.
 constexpr int FEW_GROUP = 4;
 
-// The nearest of codes [begin, end) to each of the rows x [count, ld], which are padded with zeros to whole vectors and
-// to a multiple of FEW_GROUP rows; to found. A code with NaN is never found, nor any for a row that is not finite.
+// Calls f(Constant<R>, first row, first code, number of codes) for each group of R rows and at most WIDTH / R of the
+// codes [begin, end). The last group of rows may extend beyond `count`.
+template <class F>
+DLVAE_INLINE void for_few_groups(int64_t count, int64_t begin, int64_t end, const F& f) {
+  const auto go = [&](auto group) {
+    constexpr int R = decltype(group)::value, C = WIDTH / R;
+    for (int64_t k = begin; k < end; k += C)
+      for (int64_t r = 0; r < count; r += R) f(group, r, k, end - k < C ? end - k : C);
+  };
+  if (count == 1) return go(Constant<1>{});
+  if (count == 2) return go(Constant<2>{});
+  go(Constant<FEW_GROUP>{});
+}
+
+// Finds the nearest of codes [begin, end) for each of the rows x [count, ld] and writes it to `found`. The rows are
+// padded with zeros to whole vectors, and to a multiple of FEW_GROUP rows. A code with NaN is never found, and nothing
+// is found for a row that is not finite.
 inline void search_few(
     const Codebook& book, const float* x, int64_t ld, int64_t count, int64_t begin, int64_t end, Found* found) {
   FewRow rows[dlvae::FEW_ROWS];
@@ -120,18 +136,9 @@ inline void search_few(
     for (int64_t d = 0; d < book.features; ++d) is_searched &= is_finite(x[r * ld + d]);
     rows[r] = {x + r * ld, {0, -1}, is_searched ? __builtin_inff() : -1.0f};
   }
-  const auto go = [&](auto group) {
-    constexpr int R = decltype(group)::value, C = WIDTH / R;
-    for (int64_t k = begin; k < end; k += C)
-      for (int64_t r = 0; r < whole; r += R) search_few_rows<R>(book, ld, k, end - k < C ? end - k : C, rows + r);
-  };
-  if (count == 1) {
-    go(Constant<1>{});
-  } else if (count == 2) {
-    go(Constant<2>{});
-  } else {
-    go(Constant<FEW_GROUP>{});
-  }
+  for_few_groups(count, begin, end, [&](auto group, int64_t r, int64_t k, int64_t n) {
+    search_few_rows<decltype(group)::value>(book, ld, k, n, rows + r);
+  });
   for (int64_t r = 0; r < count; ++r) found[r] = rows[r].nearest;
 }
 

@@ -1,7 +1,7 @@
-// The k best codes of rows so few that packing the dictionary would take longer than the search; see few_rows.h.
+// The k best codes of so few rows that packing the dictionary would take longer than the search; see few_rows.h.
 //
-// A lower bound of each score follows from its float32 sum and the error of that. Only codes whose bound is not above
-// the worst of the k best so far are compared in float64.
+// A lower bound of each score follows from its float32 sum and the error bound of that sum. Only codes whose lower
+// bound is not above the worst of the k best so far are compared in float64.
 #pragma once
 
 #include "../topk.h"
@@ -14,7 +14,7 @@ using dlvae::Topk;
 
 constexpr double ROUNDING = 0x1p-24;
 
-// The squared distance or, the lower the better too, the negative product: in float64, equal for equal codes.
+// Returns the squared distance or the negated product in float64, lower is better. Equal codes get equal scores.
 inline double exact_score(const Topk& t, const float* x, int64_t code) {
   const float* c = t.codes + code * t.features;
   if (!t.is_product) return squared_distance(x, c, t.features);
@@ -22,15 +22,15 @@ inline double exact_score(const Topk& t, const float* x, int64_t code) {
   return -(t.bias == nullptr ? product : product + (double)t.bias[code]);
 }
 
-// A row, and its best codes so far: a heap, null for a row of padding, in which a score that is not finite is the largest number, or infinite where
-// the code or its bias holds NaN.
+// A row and the heap of its best codes so far, which is null for padding. A score that is not finite is stored as the
+// largest number, or as infinity if the code or its bias holds NaN.
 struct FewTopkRow {
   const float* x;
   Exact* heap;
   int64_t count;
-  float limit;   // Lower bounds of codes that may be among the best are not above it.
-  int32_t last;  // compared in float64, or -1
-  double score;  // of the last
+  float limit;   // Lower bounds of codes that may be among the best are at most this
+  int32_t last;  // the last code that was compared in float64, or -1
+  double score;  // the score of `last`
 };
 
 struct AddProduct {
@@ -46,7 +46,8 @@ DLVAE_INLINE Floats square_root(Floats v) {
 #endif
 }
 
-// Element c is the length of code c < C, or a little more, where squares vanish below the smallest normal number.
+// Returns a vector whose element c is the length of code c < C. The length is rounded up, because squares below the
+// smallest normal number are lost.
 template <int C>
 DLVAE_INLINE Floats lengths(const float* codes, int64_t features) {
   Floats sums[WIDTH] = {};
@@ -61,7 +62,7 @@ DLVAE_INLINE Floats lengths(const float* codes, int64_t features) {
   return square_root(totals(sums)) + 0x1p-60f;
 }
 
-// Out of line, so that sums stay in registers on the way past it.
+// Not inlined, so that the sums stay in registers in the common case without a call.
 __attribute__((noinline)) inline void compare_few_topk(
     const Topk& t, const float* bounds, int64_t first, int64_t count, FewTopkRow& row) {
   if (row.heap == nullptr) return;
@@ -99,7 +100,8 @@ DLVAE_INLINE void search_few_topk(
     return;
   }
   const float* codes = t.codes + code * t.features;
-  // Roundings: of a difference, twice in its square, and of the square; of the sums, and of the bound itself.
+  // Roundings: one of a difference, which counts twice in its square, one of the square; those of the sums and of the
+  // bound itself.
   const float error = (float)(1.02 * ROUNDING * (double)(t.features / WIDTH + 14));
   Floats bounds;
   if (t.is_product) {
@@ -119,14 +121,15 @@ DLVAE_INLINE void search_few_topk(
   }
   Floats limits;
   for (int i = 0; i < WIDTH; ++i) limits[i] = rows[i / C].limit;
-  // A bound that is NaN is not above anything.
+  // A bound that is NaN does not exclude its code.
   if (!any((Ints)(bounds <= limits) | (Ints)(bounds != bounds))) return;
   store(each, bounds);
   for (int r = 0; r < R; ++r) compare_few_topk(t, each + r * C, code, C, rows[r]);
 }
 
-// The best of codes [begin, end) for each of the rows x [count, ld], which are padded with zeros to whole vectors and to
-// a multiple of FEW_GROUP rows; to found [count, k], in any order, beyond the last code with the place -1.
+// Finds the k best of codes [begin, end) for each of the rows x [count, ld] and writes them to found [count, k] in any
+// order; unused entries have the place -1. The rows are padded with zeros to whole vectors, and to a multiple of
+// FEW_GROUP rows.
 inline void topk_few(
     const Topk& t, const float* x, int64_t ld, int64_t count, int64_t begin, int64_t end, Exact* found) {
   const int64_t whole = count <= 2 ? count : (count + FEW_GROUP - 1) / FEW_GROUP * FEW_GROUP;
@@ -138,19 +141,9 @@ inline void topk_few(
     norms[r] = (float)(__builtin_sqrt(squared_norm(x + r * ld, t.features)) * 1.0001);
     for (int64_t i = 0; is_row && i < t.k; ++i) rows[r].heap[i].place = -1;
   }
-  const auto go = [&](auto group) {
-    constexpr int R = decltype(group)::value, C = WIDTH / R;
-    for (int64_t k = begin; k < end; k += C)
-      for (int64_t r = 0; r < whole; r += R)
-        search_few_topk<R>(t, ld, k, end - k < C ? end - k : C, norms + r, rows + r);
-  };
-  if (count == 1) {
-    go(Constant<1>{});
-  } else if (count == 2) {
-    go(Constant<2>{});
-  } else {
-    go(Constant<FEW_GROUP>{});
-  }
+  for_few_groups(count, begin, end, [&](auto group, int64_t r, int64_t k, int64_t n) {
+    search_few_topk<decltype(group)::value>(t, ld, k, n, norms + r, rows + r);
+  });
 }
 
 }  // namespace

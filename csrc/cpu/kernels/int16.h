@@ -1,9 +1,9 @@
-// Scores of 16-bit integers, by instructions that add two products to each 32-bit sum: twice as many as in float32.
+// Scores of 16-bit integers. One instruction adds two products to each 32-bit sum: twice as many as in float32.
 #pragma once
 
 #include "arithmetic.h"
 
-// Beside AVX2 and AVX-512 without such sums a product and an addition do no more than two of float32.
+// With AVX2, or AVX-512 without VNNI, a product and an addition take two instructions, which is no faster than float32.
 #if defined(DLVAE_VNNI) || (defined(__SSE2__) && !defined(DLVAE_AVX2))
 #define DLVAE_INT16
 namespace {
@@ -15,7 +15,7 @@ DLVAE_INLINE Ints add_pairs(Ints sum, Ints a, Ints b) {
   return sum + (Ints)_mm_madd_epi16((__m128i)a, (__m128i)b);
 #endif
 }
-// To the nearest, of halfway ones the even.
+// Rounds to the nearest integer, ties to even.
 DLVAE_INLINE Ints rounded(Floats v) {
 #if defined(DLVAE_VNNI)
   return (Ints)_mm512_cvtps_epi32(v);
@@ -31,16 +31,16 @@ DLVAE_INLINE void store_narrow(int16_t* to, Ints v) {
 #endif
 }
 
-// A word is two features. Scores are whole, and exact but for the rounding of features to integers.
+// 16-bit integers. A word is two features. Scores are integers, and exact except for the rounding of features.
 struct InInt16 {
   using Vector = Ints;
   using Score = int32_t;
   static constexpr Score LARGEST = INT32_MAX;
   static constexpr bool IS_BOUND = false;
   static constexpr int BLOCK_ROWS = ROWS;
-  // Fewer, so that what is kept of a group has room in registers.
+  // Fewer rows, so that the running minima of a group fit into registers.
   static constexpr int GROUPED_ROWS = 4;
-  // Of longer rows the sums of what is rounded off might overflow.
+  // With more features, the sums of the rounding errors might overflow.
   static constexpr int64_t MOST_FEATURES = 8192;
 
   static int64_t steps(int64_t features) { return (features + 1) / 2; }
@@ -49,20 +49,19 @@ struct InInt16 {
   static constexpr int COPIES = 1;
   static DLVAE_INLINE Vector spread(const uint32_t* word) { return fill(load<int32_t>(word)); }
 #else
-  // SSE2 takes an instruction to spread a word: here once, and not again for each code.
+  // SSE2 needs an instruction to broadcast a word. Copies broadcast it once per row instead of once per code.
   static constexpr int COPIES = WIDTH;
   static DLVAE_INLINE Vector spread(const uint32_t* word) { return load<Ints>(word); }
 #endif
-  static DLVAE_INLINE Vector add_product(Vector sum, Vector a, Vector b) {
-    return add_pairs(sum, a, b);
-  }
-  // Never that of a code that does not count.
+  static DLVAE_INLINE Vector add_product(Vector sum, Vector a, Vector b) { return add_pairs(sum, a, b); }
+  // The result is always below the score of a code that does not count.
   static DLVAE_INLINE Score sum(Score score, float margin) {
     const double threshold = (double)score + margin;
     return threshold < LARGEST - 1 ? (Score)threshold : LARGEST - 1;
   }
 
-  // As large a part of a code as the unit of a row is of a row as long, if their product is to stay below 2^31.
+  // The unit of a code relative to its length equals the unit of a row relative to its length, so that a product stays
+  // below 2^31.
   static float code_unit(const Codebook& book) {
     const float unit = book.norm * 2.9e-5f, least = book.peak / 32767;
     return unit > least ? unit : least > 0 ? least : 1;
@@ -85,7 +84,7 @@ struct InInt16 {
       lost += difference * difference;
       return -whole;
     };
-    for_tiles(codes, book.features, [&](int64_t d, int64_t n, const Floats (&tile)[WIDTH]) {
+    for_tiles(codes, book.features, [&](int64_t d, int64_t n, const Floats(&tile)[WIDTH]) {
       for (int64_t i = 0; i < n; i += 2) {
         const Ints low = negative(tile[i]) & 0xffff, high = negative(tile[i + 1]) << 16;
         store(words + (d + i) / 2 * PANEL, low | high);

@@ -1,4 +1,4 @@
-// Lengths of codes and rows, before they are packed.
+// Lengths of codes and rows before packing.
 #pragma once
 
 #include "arithmetic.h"
@@ -11,9 +11,10 @@ constexpr float LARGEST_FEATURE = 0x1p40f;
 
 typedef uint32_t Words __attribute__((vector_size(WIDTH * 4)));
 
-// The peaks, norms and hashes of codes [begin, end), before any scaling.
+// Computes the peaks, norms and hashes of codes [begin, end) before scaling.
 inline void measure_codes(const Codebook& book, int64_t begin, int64_t end) {
-  // A hash is the sum of all features, each mixed and times an odd factor of its own. Adding zero turns -0 into 0.
+  // The hash is the sum of all features, each mixed and multiplied by an odd factor of its own. Adding zero turns -0
+  // into 0.
   constexpr uint32_t FACTOR = 0x9e3779b1, STEP = 0x7feb352c;
   for (int64_t k = begin; k < end; ++k) {
     const float* code = book.centred + k * book.features;
@@ -30,7 +31,7 @@ inline void measure_codes(const Codebook& book, int64_t begin, int64_t end) {
     uint32_t hash = 0;
     for (int i = 0; i < WIDTH; ++i) hash += sums[i];
     book.hashes[k] = hash;
-    // In the square NaN and infinity show for certain.
+    // The square is not finite if any feature is NaN or infinite.
     const double square = squared_norm(code, book.features);
     const bool is_whole = square - square == 0;
     book.peaks[k] = is_whole ? -lowest(-highs) : (float)square;
@@ -38,7 +39,7 @@ inline void measure_codes(const Codebook& book, int64_t begin, int64_t end) {
   }
 }
 
-// The same of rows x [count, D], in the scale of the codes.
+// Computes the same properties of rows x [count, D], in the scale of the codes.
 inline void measure_rows(const Codebook& book, const float* x, int64_t count, Measure& measure) {
   const int64_t features = book.features;
   Floats peaks = {};
@@ -57,7 +58,7 @@ inline void measure_rows(const Codebook& book, const float* x, int64_t count, Me
       high = value > high ? value : high;
     }
     sum += total(sums);
-    // NaN and infinity show in the sum alone.
+    // The sum alone shows whether a feature is NaN or infinite.
     measure.is_slow[r] = !(sum < LARGEST_FEATURE * LARGEST_FEATURE);
     measure.norms[r] = measure.is_slow[r] ? 0 : __builtin_sqrtf(sum) * 1.0005f + 0x1p-60f;
     if (measure.is_slow[r]) continue;

@@ -1,4 +1,4 @@
-// Few scores out of many, and their order: by (score, place).
+// Selection of a few of many scores, and sorting by (score, place).
 #pragma once
 
 #include "buffer.h"
@@ -6,8 +6,8 @@
 
 namespace {
 
-// A bound that at least k of n scores do not exceed, and few more do; `limit` where fewer than k are that low. What
-// follows the n scores to a whole vector is NO_CODE.
+// Returns a bound that at least k of n scores do not exceed, and few more than k; or `limit` if fewer than k scores are
+// that low. The scores are padded with NO_CODE to a whole vector.
 inline float bound_of(const float* scores, int64_t n, int64_t k, float limit) {
   Floats low[2] = {fill(dlvae::NO_CODE), fill(dlvae::NO_CODE)}, high = fill(-limit);
   for (int64_t i = 0; i < n; i += WIDTH) {
@@ -19,15 +19,16 @@ inline float bound_of(const float* scores, int64_t n, int64_t k, float limit) {
   }
   const float least = lowest(smaller(low[0], low[1]));
   float most = highest(larger(low[0], low[1]));
-  // At least as many scores as there are lanes do not exceed the largest of what is the lowest in its lane.
+  // Each lane has a lowest score; at least PANEL scores do not exceed the largest of these.
   if (k > PANEL || most > limit) most = highest(high);
-  // Below: fewer than k scores. Above: at least k.
+  // Invariant: fewer than k scores are at most `below`, at least k are at most `above`.
   int32_t below = ordered(least) - 1, above = ordered(most);
   int64_t count_below = 0, count_above = count_within(scores, n, most);
   if (count_above < k) return limit;
   const int64_t enough = k + k / 8 + 12;
   for (int step = 0; count_above > enough && above - (int64_t)below > 1; ++step) {
-    // Between them as if the scores were spread evenly, but each third time in the middle, so that it ends soon.
+    // Interpolates as if the scores were uniformly distributed; every third step bisects, which limits the number of
+    // steps.
     const float from = from_ordered(below), to = from_ordered(above);
     const float share = ((float)(k - count_below) + (float)(enough - k) / 2) / (float)(count_above - count_below);
     int32_t middle = ordered(from + (to - from) * share);
@@ -42,7 +43,8 @@ inline float bound_of(const float* scores, int64_t n, int64_t k, float limit) {
   return from_ordered(above);
 }
 
-// Sorts n scores, followed to a whole block of 4 vectors by any others, by how many come before each. Places ascend.
+// Sorts n scores by counting for each how many come before it. Any values may pad the scores to a block of 4 vectors.
+// Places ascend.
 inline void sort_by_ranks(
     const float* scores, const int32_t* places, int64_t n, float* sorted, int32_t* sorted_places) {
   constexpr int64_t GROUP_SIZE = 4 * WIDTH;
@@ -54,7 +56,7 @@ inline void sort_by_ranks(
       own[decltype(v)::value] = load<Floats>(scores + i + decltype(v)::value * WIDTH);
       counts[decltype(v)::value] = Ints{};
     });
-    // Of equal scores those before come first.
+    // Ties: the scores at lower positions come first.
     for (int64_t j = 0; j < i; ++j) {
       const Floats other = fill(scores[j]);
       unroll<4>([&](auto v) {
@@ -88,7 +90,7 @@ inline void sort_by_ranks(
   }
 }
 
-// The same digit by digit, for many scores; what it takes is overwritten.
+// Radix sort of the same data, for many scores. The input is overwritten.
 inline void sort_by_digits(float* scores, int32_t* places, int64_t n, float* sorted, int32_t* sorted_places) {
   constexpr int DIGIT = 8;
   for (int shift = 0; shift < 32; shift += DIGIT) {
@@ -119,7 +121,7 @@ DLVAE_INLINE bool comes_before(const Exact& a, const Exact& b) {
   return a.score < b.score || (a.score == b.score && a.place < b.place);
 }
 
-// Lets the element at `top` of a heap sink until none below it comes after it.
+// Moves the element at `top` of a heap down until no element below it comes after it.
 inline void sink(Exact* heap, int64_t n, int64_t top) {
   for (int64_t child = 2 * top + 1; child < n; child = 2 * top + 1) {
     if (child + 1 < n && comes_before(heap[child], heap[child + 1])) ++child;
@@ -130,7 +132,7 @@ inline void sink(Exact* heap, int64_t n, int64_t top) {
   }
 }
 
-// Keeps the best `most` of all that are added, the worst of these on top once there are so many; returns how many.
+// Adds an element to a heap that keeps the best `most` elements, the worst of them on top. Returns the new size.
 DLVAE_INLINE int64_t add_to_heap(Exact* heap, int64_t n, int64_t most, Exact added) {
   if (n < most) {
     heap[n++] = added;
@@ -142,7 +144,7 @@ DLVAE_INLINE int64_t add_to_heap(Exact* heap, int64_t n, int64_t most, Exact add
   return n;
 }
 
-// Sorts n by (score, place): runs that double in length are merged between `all` and `other`, of n each.
+// Merge sort of n elements by (score, place), between `all` and `other`, which hold n each.
 inline void sort_exact(Exact* all, Exact* other, int64_t n) {
   Exact *from = all, *to = other;
   for (int64_t length = 1; length < n; length *= 2) {

@@ -1,7 +1,7 @@
 // Products of blocks of rows with a matrix in panels [panels][steps][PANEL].
 //
-// Sums are kept in parts: a register sums CHAIN products, and what it holds is added to the sum in memory. So the error
-// of a sum grows with CHAIN + steps / CHAIN, not with steps.
+// A register sums CHAIN products, and is then added to the sum in memory. The error of a sum therefore grows with CHAIN
+// + steps / CHAIN, not with steps.
 #pragma once
 
 #include "simd.h"
@@ -9,13 +9,14 @@
 namespace {
 
 constexpr int64_t CHAIN = 64;
-// Steps of a panel that stay in the first cache while all rows of a block meet them.
+// The number of steps of a panel that stay in the first-level cache while all rows of a block use them.
 constexpr int64_t SLICE = 4 * CHAIN;
 
 inline int64_t panels_of(int64_t columns) { return (columns + PANEL - 1) / PANEL; }
 inline int64_t whole_tiles(int64_t rows) { return (rows + ROWS - 1) / ROWS * ROWS; }
 
-// Where the left factor has its rows: one after another, ld apart; or ROWS side by side, `ld` steps to each such tile.
+// The layout of the left factor: rows one after another, `ld` elements apart; or tiles of ROWS interleaved rows, `ld`
+// steps apart.
 struct RowMajor {
   int64_t ld;
   DLVAE_INLINE int64_t tile() const { return ROWS * ld; }
@@ -29,7 +30,7 @@ struct Tiled {
   DLVAE_INLINE int64_t step() const { return ROWS; }
 };
 
-// One tile of ROWS x PANEL; `start` (or null) is added after the last step.
+// Computes one tile of ROWS x PANEL. `start`, unless null, is added after the last step.
 template <class Layout>
 DLVAE_INLINE void multiply_tile(
     const float* x, Layout layout, const float* panel, int64_t steps, float* out, int64_t ld, const float* start,
@@ -63,8 +64,8 @@ DLVAE_INLINE void multiply_tile(
   }
 }
 
-// out[r][p * PANEL + i] = sum over s of x[r][s] * panels[p][s][i], plus start[p * PANEL + i] where there is one, plus
-// what is there where it adds. All tiles are whole: of x and out there are whole_tiles(rows) rows.
+// out[r][p * PANEL + i] = sum over s of x[r][s] * panels[p][s][i], plus start[p * PANEL + i] unless `start` is null,
+// plus the previous value if it adds. All tiles are whole: x and out have whole_tiles(rows) rows.
 template <class Layout>
 inline void multiply(
     const float* x, Layout layout, int64_t rows, const float* panels, int64_t panel_stride, int64_t count,
@@ -83,8 +84,8 @@ inline void multiply(
   }
 }
 
-// Panels [begin, end) of the transpose of rows [count, features] times factor: the columns are the rows, all or those
-// of `ids`. Columns beyond the last are zero.
+// Packs panels [begin, end) of the transpose of rows [count, features] times factor. The columns are all rows, or those
+// that `ids` lists. Columns beyond the last are zero.
 inline void pack_transposed(
     const float* rows, const int32_t* ids, int64_t count, int64_t features, float factor, int64_t begin, int64_t end,
     float* panels) {
@@ -102,7 +103,7 @@ inline void pack_transposed(
   }
 }
 
-// Columns [first, first + n) of rows [count, ld] to a panel [count][PANEL]; zeros beyond n.
+// Packs columns [first, first + n) of rows [count, ld] into a panel [count][PANEL], with zeros beyond n.
 inline void pack_columns(const float* rows, int64_t ld, int64_t count, int64_t n, float* panel) {
   for (int64_t r = 0; r < count; ++r) {
     const float* from = rows + r * ld;

@@ -1,11 +1,12 @@
-// Rows replaced by their nearest codes, with half the errors and the sum of squared errors, in the pass that searches.
+// Nearest codes of rows, half the errors and the sum of squared errors, in the same pass as the search.
 #pragma once
 
-#include "search.h"
+#include "search_kernel.h"
 
 namespace {
 
-// to = (c - x) / 2 unless it is null: half of a difference of float16 numbers fits into float16. Returns |c - x|^2.
+// Writes (c - x) / 2 to `to` unless that is null: half of a difference of float16 numbers does not overflow float16.
+// Returns |c - x|^2.
 inline double subtract(const float* c, const float* x, int64_t features, float* to) {
   Floats sums = {};
   float rest = 0;
@@ -21,7 +22,7 @@ inline double subtract(const float* c, const float* x, int64_t features, float* 
     if (to) to[d] = error * 0.5f;
   }
   const float sum = total(sums) + rest;
-  // Squares may overflow float32 where their mean over all rows does not.
+  // The sum of squares may overflow float32 although the mean over all rows does not.
   return is_finite(sum) ? sum : squared_distance(x, c, features);
 }
 
@@ -29,21 +30,20 @@ inline void quantize_rows(
     const Codebook& book, const Rows& x, int64_t begin, int64_t end, int64_t* indices, const Rows& quantized,
     const Rows& half_error, double* losses) {
   const int64_t features = book.features;
-  // Where a result is adjacent float32 it is written in place, else by way of a block.
-  const bool in_place = adjacent_rows(quantized, 0), error_in_place = half_error.data && adjacent_rows(half_error, 0);
-  Buffer<float> codes(in_place ? 0 : BLOCK * features), errors(half_error.data && !error_in_place ? BLOCK * features : 0);
-  for_searched_blocks(book, x, begin, end, indices, nullptr, [&](int64_t first, int64_t count, const float* block) {
-    float* code_rows = in_place ? (float*)adjacent_rows(quantized, first) : codes;
-    float* error_rows = error_in_place ? (float*)adjacent_rows(half_error, first) : half_error.data ? (float*)errors : nullptr;
+  DenseRows codes(quantized, BLOCK), errors(half_error, BLOCK);
+  for_searched_blocks(book, x, begin, end, indices, nullptr, [&](int64_t first, int64_t count, const float* row) {
+    float* to = codes.at(first);
+    float* error = half_error.data ? errors.at(first) : nullptr;
     double loss = 0;
-    for (int64_t r = 0; r < count; ++r) {
+    for (int64_t r = 0; r < count; ++r, row += features, to += codes.ld()) {
       const float* code = book.codes + indices[first + r] * features;
-      memcpy(code_rows + r * features, code, features * sizeof(float));
-      loss += subtract(code, block + r * features, features, error_rows ? error_rows + r * features : nullptr);
+      memcpy(to, code, features * sizeof(float));
+      loss += subtract(code, row, features, error);
+      if (error) error += errors.ld();
     }
     losses[first / BLOCK] = loss;
-    if (!in_place) store_rows(quantized, first, first + count, codes, features);
-    if (error_rows && !error_in_place) store_rows(half_error, first, first + count, errors, features);
+    codes.store(first, first + count);
+    if (error) errors.store(first, first + count);
   });
 }
 

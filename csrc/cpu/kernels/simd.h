@@ -1,14 +1,15 @@
-// Vectors of whatever instruction set this translation unit is compiled for, and the few operations that kernels use.
+// Vectors of the instruction set that this translation unit is compiled for, and the operations that kernels use.
 //
-// Everything under kernels/ is compiled once for each instruction set. It lies in an anonymous namespace and uses no
-// standard containers or algorithms: the linker keeps one copy of an inline function, and it might be the wrong one.
+// Everything under kernels/ is compiled once for each instruction set. It is in an anonymous namespace and uses no
+// standard containers or algorithms, because the linker keeps one copy of an inline function, possibly one that this
+// processor cannot execute.
 #pragma once
 
 #include <stdint.h>
 #include <string.h>
 
 #if defined(__x86_64__)
-// Its undefined registers are meant to be.
+// The intrinsics for undefined registers read uninitialised variables on purpose.
 #pragma GCC diagnostic push
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #pragma GCC diagnostic ignored "-Wuninitialized"
@@ -22,7 +23,7 @@ namespace {
 
 #if defined(DLVAE_AVX512)
 constexpr int WIDTH = 16;
-// Rows that one block of accumulators holds beside two vectors of codes.
+// The number of rows in one block of accumulators, beside two vectors of codes.
 constexpr int ROWS = 8;
 #elif defined(DLVAE_AVX2)
 constexpr int WIDTH = 8;
@@ -31,7 +32,7 @@ constexpr int ROWS = 4;
 constexpr int WIDTH = 4;
 constexpr int ROWS = 4;
 #endif
-// Codes of one panel: two vectors.
+// The number of codes in a panel: two vectors.
 constexpr int PANEL = 2 * WIDTH;
 
 typedef float Floats __attribute__((vector_size(WIDTH * 4)));
@@ -44,7 +45,7 @@ struct Constant {
   static constexpr int value = I;
 };
 
-// f(Constant<0>), ..., f(Constant<N - 1>): a loop whose arrays the compiler keeps in registers.
+// Calls f(Constant<0>), ..., f(Constant<N - 1>): an unrolled loop, whose arrays the compiler keeps in registers.
 template <int N, int I = 0, class F>
 DLVAE_INLINE void unroll(const F& f) {
   if constexpr (I < N) {
@@ -60,7 +61,7 @@ DLVAE_INLINE V load(const S* from) {
   return v;
 }
 
-// The first n < WIDTH elements, and zeros beyond.
+// Loads the first n < WIDTH elements, and zeros beyond.
 DLVAE_INLINE Floats load_first(const float* from, int64_t n) {
 #if defined(DLVAE_AVX512)
   return (Floats)_mm512_maskz_loadu_ps((__mmask16)((1u << n) - 1), from);
@@ -117,14 +118,14 @@ DLVAE_INLINE Ints larger(Ints a, Ints b) {
 #endif
 }
 
-// 0, 1, 2, ...
+// Returns 0, 1, 2, ...
 DLVAE_INLINE Ints counting() {
   Ints v;
   for (int i = 0; i < WIDTH; ++i) v[i] = i;
   return v;
 }
 
-// Elements of v by number; or of a and b, whose elements follow those of a.
+// Selects elements of v by index; or of a and b, where indices from WIDTH on select from b.
 template <class V>
 DLVAE_INLINE V shuffle(V v, Ints places) {
 #if defined(__clang__)
@@ -155,7 +156,7 @@ DLVAE_INLINE auto lowest(V v) {
   return v[0];
 }
 
-// Whether any lane of a comparison holds.
+// Whether any lane of a comparison is true.
 DLVAE_INLINE bool any(Ints mask) {
 #if defined(DLVAE_AVX512)
   return _mm512_test_epi32_mask((__m512i)mask, (__m512i)mask) != 0;
@@ -174,7 +175,7 @@ DLVAE_INLINE float total(Floats v) {
   return v[0];
 }
 
-// Halves are added, so that few additions wait for each other.
+// Adds halves, which makes the chain of dependent additions short.
 DLVAE_INLINE double total(Doubles v) {
   double parts[WIDTH / 2];
   store(parts, v);

@@ -1,15 +1,15 @@
-// All kernels, and the table of those that this translation unit compiles.
+// The table of the kernels that this translation unit compiles.
 #pragma once
 
 #include "../kernels.h"
 #include "elementwise.h"
 #include "quantize.h"
-#include "rows.h"
-#include "search.h"
-#include "segment_sum.h"
-#include "sparse_decode.h"
-#include "softmax.h"
-#include "topk.h"
+#include "rows_kernel.h"
+#include "search_kernel.h"
+#include "segment_sum_kernel.h"
+#include "sparse_decode_kernel.h"
+#include "softmax_kernel.h"
+#include "topk_kernel.h"
 
 namespace {
 

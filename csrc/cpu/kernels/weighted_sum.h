@@ -1,4 +1,4 @@
-// Sums of weighted rows that are found by number.
+// Weighted sums of rows that are selected by index.
 #pragma once
 
 #include "../segments.h"
@@ -8,7 +8,7 @@ namespace {
 
 using dlvae::SUM_CHAIN;
 
-// The first `count` floats of a vector, of less than WIDTH; zeros behind them.
+// Loads the first count < WIDTH floats of a vector, followed by zeros.
 DLVAE_INLINE Floats load_part(const float* from, int64_t count) {
 #if defined(DLVAE_AVX512)
   return _mm512_maskz_loadu_ps((__mmask16)((1u << count) - 1), from);
@@ -26,21 +26,21 @@ DLVAE_INLINE void store_part(float* to, int64_t count, Floats v) {
 #endif
 }
 
-// weights[i] * row which[i], i in [0, count).
+// The terms weights[i] * (row which[i]) for i in [0, count).
 template <class Index>
 struct Terms {
   const Index* which;
-  const Index* which_end;  // how far numbers are known: rows that come later are fetched ahead
-  const float* weights;    // or null where each is `weight`
+  const Index* which_end;  // end of the known indices, up to which rows are prefetched
+  const float* weights;    // null if each is `weight`
   float weight;
   int64_t count;
   const float* rows;
-  int64_t first, end;  // numbers of the rows at `rows`: a row that comes later may be another
+  int64_t first, end;  // the indices of the rows at `rows`; later indices may lie outside
   int64_t ld;
   bool is_far;
 };
 
-// V vectors at to, or of the last `part` floats where V is 0: the terms are added to them, in turn.
+// Adds the terms in order to V vectors at `to`, or to its last `part` floats if V is 0.
 template <int V, class Index>
 DLVAE_INLINE void add_terms_to(const Terms<Index>& terms, int64_t feature, int64_t part, bool is_first, float* to) {
   constexpr int COUNT = V == 0 ? 1 : V;
@@ -78,12 +78,11 @@ DLVAE_INLINE void add_terms_to(const Terms<Index>& terms, int64_t feature, int64
   });
 }
 
-// Features [begin, end) of the sum, at `to` + feature: what is there plus the terms, or these alone.
+// Adds the terms to features [begin, end) of the sum at `to`, or overwrites these if `is_first`.
 template <class Index>
 DLVAE_INLINE void add_chain(const Terms<Index>& terms, int64_t begin, int64_t end, bool is_first, float* to) {
   int64_t d = begin;
-  for (; d + 2 * ROWS * WIDTH <= end; d += 2 * ROWS * WIDTH)
-    add_terms_to<2 * ROWS>(terms, d, 0, is_first, to + d);
+  for (; d + 2 * ROWS * WIDTH <= end; d += 2 * ROWS * WIDTH) add_terms_to<2 * ROWS>(terms, d, 0, is_first, to + d);
   const auto one = [&](auto v) {
     constexpr int V = decltype(v)::value;
     if (d + V * WIDTH > end) return;
@@ -97,7 +96,7 @@ DLVAE_INLINE void add_chain(const Terms<Index>& terms, int64_t begin, int64_t en
   if (d < end) add_terms_to<0>(terms, d, end - d, is_first, to + d);
 }
 
-// totals += chain, or totals = chain where that is the first, for features [begin, end).
+// totals += chain, or totals = chain if `is_first`, for features [begin, end).
 inline void add_to_totals(const float* chain, int64_t begin, int64_t end, bool is_first, double* totals) {
   int64_t d = begin;
   for (; d + WIDTH / 2 <= end; d += WIDTH / 2) {
@@ -107,8 +106,9 @@ inline void add_to_totals(const float* chain, int64_t begin, int64_t end, bool i
   for (; d < end; ++d) totals[d] = is_first ? chain[d] : totals[d] + chain[d];
 }
 
-// Features [begin, end) of a sum of `all` terms, more than SUM_CHAIN, at `to` + feature: `terms` follow the first `done`
-// of them. It is the sum of its chains, in `totals`; between two calls `to` holds an incomplete chain.
+// Adds `terms`, which follow the first `done` terms, to features [begin, end) of a sum of `all` terms at `to`, where
+// `all` exceeds SUM_CHAIN. The sum is the sum of its chains, in `totals`; between two calls `to` holds an incomplete
+// chain.
 template <class Index>
 __attribute__((noinline)) void add_chains(
     const Terms<Index>& all_terms, int64_t done, int64_t all, int64_t begin, int64_t end, double* totals, float* to) {

@@ -13,7 +13,7 @@
 
 #include "fiber.h"
 
-// Where the variables that are __shared__ lie, if there are any.
+// The section of __shared__ variables, if there are any.
 extern "C" {
 extern char __start_dlvae_shared[] __attribute__((weak, visibility("hidden")));
 extern char __stop_dlvae_shared[] __attribute__((weak, visibility("hidden")));
@@ -28,11 +28,11 @@ void* shared_memory;
 namespace {
 
 constexpr int WARP = 32, MAX_THREADS = 1024, MAX_WARPS = MAX_THREADS / WARP;
-// What the smallest of the GPUs that kernels are compiled for can give a block.
+// The most shared memory per block on the smallest GPUs that kernels are compiled for.
 constexpr size_t MAX_SHARED_BYTES = 99 * 1024;
 
 struct Warp {
-  uint32_t live, ready, waiting;  // lanes
+  uint32_t live, ready, waiting;  // bit masks of lanes
 };
 
 struct Block {
@@ -41,9 +41,9 @@ struct Block {
   int threads, live, at_barrier;
   uint32_t ready_warps;
   Warp warps[MAX_WARPS];
-  // From the last thread to the first: what depends on the order shows.
+  // Runs from the last thread to the first, which reveals a dependence on the order.
   bool backwards;
-  // Or in any order, if one is asked for.
+  // Runs in a random order.
   bool is_shuffled;
   std::mt19937 random;
   std::exception_ptr error;
@@ -51,7 +51,7 @@ struct Block {
 
 Block block;
 Fiber* fibers[MAX_THREADS];
-Fiber outside;  // who launches
+Fiber outside;  // the launching thread
 
 int pick(uint32_t bits) {
   if (!block.is_shuffled) return block.backwards ? 31 - __builtin_clz(bits) : __builtin_ctz(bits);
@@ -64,7 +64,7 @@ void make_ready(int warp, uint32_t lanes) {
   if (lanes != 0) block.ready_warps |= 1u << warp;
 }
 
-// Some thread that can go on, unless shuffled of this warp if there is one; or else who launched.
+// Returns a thread that can continue, or the launching thread. Unless shuffled, threads of the current warp come first.
 Fiber* next() {
   if (block.ready_warps == 0 || block.error) return &outside;
   const bool stays = !block.is_shuffled && current != &outside && block.warps[current->warp].ready != 0;
@@ -87,7 +87,7 @@ void release_block() {
   for (int warp = 0; warp * WARP < block.threads; ++warp) make_ready(warp, block.warps[warp].live);
 }
 
-// Runs the operation that a lane waits for if all lanes that it needs are there.
+// Runs the operation that a lane waits for if all lanes of its mask have arrived.
 bool run_together(int warp, int lane) {
   Warp& lanes = block.warps[warp];
   Fiber* const* const of_warp = fibers + warp * WARP;
@@ -135,7 +135,7 @@ std::string name_of(const Fiber& fiber) {
   return "thread " + three(fiber.thread) + " of block " + three(block_index);
 }
 
-// All that wait, each place with the first thread that waits there.
+// Lists all places where threads wait, each with its first waiting thread.
 std::string waiting_threads() {
   std::string text;
   std::vector<const char*> places;
@@ -180,7 +180,7 @@ void run_block() {
   if (block.live > 0) throw std::runtime_error("no thread can go on: " + waiting_threads());
 }
 
-// All blocks of a grid, in the order in which they run.
+// Returns all blocks of a grid in the order in which they run.
 std::vector<size_t> order_of_blocks(size_t count) {
   std::vector<size_t> order(count);
   std::iota(order.begin(), order.end(), size_t{0});
@@ -231,7 +231,7 @@ void run(const char* name, dim3 grid, dim3 block_shape, size_t shared_bytes, Bod
   block.kernel = kernel;
   block.threads = static_cast<int>(block_size.x * block_size.y * block_size.z);
   block.error = nullptr;
-  // The same at each launch, whatever ran before.
+  // The order is the same at each launch, whatever ran before.
   const char* const seed = std::getenv("DLVAE_EMULATED_ORDER");
   block.is_shuffled = seed != nullptr && *seed != '\0';
   if (block.is_shuffled) block.random.seed(static_cast<unsigned>(std::strtoul(seed, nullptr, 10)));

@@ -1,11 +1,12 @@
-// CUDA's language for a C++ compiler, by which the kernels of csrc/cuda run on the CPU: device.cuh includes it where
+// CUDA for a C++ compiler: the kernels of csrc/cuda run on the CPU. device.cuh includes this header if
 // DLVAE_EMULATE_CUDA is defined.
 //
-// Blocks run one after another. The threads of a block are fibers: where one waits for others, at a barrier or in an
-// operation of its warp, the next one that can goes on; the first to start is the lowest and the highest in turns.
-// DLVAE_EMULATED_ORDER=<seed> shuffles blocks, and draws the thread that goes on from all that can. What no GPU says is said here: a barrier that not all threads reach, a copy that nobody waited for, shared memory that
-// nobody wrote. `make cuda-emulated SANITIZE=1` sees accesses out of bounds besides, in Python with libasan.so and
-// libstdc++.so preloaded.
+// Blocks run one after another. The threads of a block are fibers: if one waits at a barrier or in an operation of its
+// warp, the next one that can continues. The first thread to start alternates between the lowest and the highest.
+// DLVAE_EMULATED_ORDER=<seed> shuffles blocks, and picks the next thread at random. The emulator reports errors that no
+// GPU reports: a barrier that not all threads reach, a copy that nobody waited for, shared memory that nobody wrote.
+// `make cuda-emulated SANITIZE=1` also detects accesses out of bounds, in Python with libasan.so and libstdc++.so
+// preloaded.
 #pragma once
 
 #include <cmath>
@@ -15,6 +16,6 @@
 #include "block.h"
 #include "half.h"
 #include "intrinsics.h"
-#include "ptx.h"
+#include "ptx_emulated.h"
 #include "vectors.h"
 #include "warp.h"

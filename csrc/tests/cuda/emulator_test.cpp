@@ -1,4 +1,4 @@
-// The emulator, and what kernels are made of on it.
+// Tests of the emulator and, on it, of the building blocks of kernels.
 #include <cstdlib>
 #include <stdexcept>
 #include <string>
@@ -35,7 +35,7 @@ struct Matrices {
   float expected[16][8];
 };
 
-// Whole numbers, of which sums are exact.
+// Whole numbers, whose sums are exact.
 template <class T>
 Matrices<T> matrices(Random& random) {
   Matrices<T> m{};
@@ -88,7 +88,7 @@ void test_products() {
     for (int i = 0; i < 2; ++i) b[i] = two(m.b[pair + 8 * i][group], m.b[pair + 8 * i + 1][group]);
     multiply_and_check(m, a, b);
   });
-  // By ldmatrix, from rows of a, rows of b's transpose and, transposed on the way, rows of b.
+  // Loads with ldmatrix from rows of a, from rows of the transpose of b and, transposing, from rows of b.
   run(1, 2 * WARP, sizeof(m), [&] {
     Matrices<T>& shared = *dynamic_shared<Matrices<T>>();
     if (threadIdx.x == 0) shared = m;
@@ -123,11 +123,11 @@ void test_lanes() {
     const int lane = lane_index();
     CHECK(warp_reduce(static_cast<double>(lane), Sum()) == 496, "%d", lane);
     CHECK(warp_reduce<8>(lane, Least()) == lane / 8 * 8, "%d", lane);
-    // Two halves at once, each for itself and at its own number of operations.
+    // Two halves of a warp work at the same time, with different numbers of operations.
     const uint32_t half = lane < 16 ? 0xffff : 0xffff0000;
     for (int i = 0; i <= lane / 16; ++i) CHECK(__shfl_xor_sync(half, lane, 8) == (lane ^ 8), "%d", lane);
     __syncwarp();
-    // Who has left is not waited for.
+    // Threads that have returned are not waited for.
     if (lane >= 20) return;
     CHECK(__ballot_sync(ALL_LANES, 1) == 0xfffff, "%d", lane);
   });
@@ -145,7 +145,7 @@ void test_shared_variables() {
 void test_blocks() {
   std::vector<int> sums(2 * 3 * 4);
   run(dim3(4, 3, 2), 8 * WARP, 8 * sizeof(int), [&] {
-    // Some leave before the others meet.
+    // Some threads return before the others meet.
     if (warp_index() == 7) return;
     int* const scratch = dynamic_shared<int>();
     CHECK(scratch[7] == -1, "shared memory of another block");
@@ -167,8 +167,8 @@ void test_blocks() {
   });
 }
 
-// Of three warps the second is neither the first nor the last to come, from either end: only another order shows
-// that nothing makes it so. Likewise blocks.
+// In a run from either end, the second of three warps is neither the first nor the last to arrive. Only a shuffled
+// order shows that nothing guarantees this. The same holds for blocks.
 void test_orders() {
   const auto middle_is_second = [](dim3 grid, dim3 block) {
     int count = 0, place = -1;
@@ -198,11 +198,11 @@ void test_orders() {
   }
   CHECK(order[0][5] == 63 - order[1][5], "%d, %d", order[0][5], order[1][5]);
   for (int i = 0; i < 2; ++i) CHECK(middle_is_second(1, 3 * WARP) && middle_is_second(3, WARP), "another order");
-  // Two in three.
+  // Two of three.
   const int of_warps = shown_by(1, 3 * WARP), of_blocks = shown_by(3, WARP);
   CHECK(of_warps > 10 && of_warps < 30, "%d", of_warps);
   CHECK(of_blocks > 10 && of_blocks < 30, "%d", of_blocks);
-  // A barrier holds in any order, and so do operations of a warp.
+  // A barrier and operations of a warp work in any order.
   setenv("DLVAE_EMULATED_ORDER", "1", 1);
   test_lanes();
   test_blocks();
@@ -246,7 +246,7 @@ void test_errors() {
     ldmatrix_x4(to, dynamic_shared<char>() + 2);
   });
   CHECK(holds(odd, "not a multiple of 16 bytes"), "%s", odd.c_str());
-  // And the next launch is as any other.
+  // The next launch is unaffected.
   test_blocks();
 }
 
@@ -254,7 +254,7 @@ void test_errors() {
 void test_float16() {
   Random random;
   for (uint32_t i = 0; i < 1u << 24; ++i) {
-    // All halves and their neighbours, what lies between two of them, and any number.
+    // All half-precision numbers and their neighbours, midpoints of two of them, and random numbers.
     const uint32_t near = (i & 0xff) - 0x80 + (i >> 8 & 1 ? 0x1000 : 0);
     const float value = __uint_as_float(i < 1u << 23 ? (i >> 9 << 17) + near : random.bits());
     const _Float16 expected = static_cast<_Float16>(value);

@@ -4,7 +4,7 @@
 
 #include <new>
 
-// For other processors than x86-64, and to test that.
+// The implementation for processors other than x86-64. Defining DLVAE_UCONTEXT tests it.
 #if !defined(__x86_64__)
 #define DLVAE_UCONTEXT
 #endif
@@ -17,8 +17,8 @@
 #endif
 
 #if !defined(DLVAE_UCONTEXT)
-// What a call leaves alone is pushed, the stacks change places, and the other's is popped. swapcontext would make a
-// system call besides.
+// Pushes the callee-saved registers, switches stacks, and pops those of the other fiber. swapcontext would make a
+// system call as well.
 extern "C" void dlvae_switch_stacks(void** from, void* to);
 asm(R"(
 .text
@@ -65,12 +65,12 @@ void leave(Fiber* from, Fiber* to, bool ends) {
 
 void arrive(void* fake_stack) {
   const void* stack;
-  // Of whoever launches nothing else is known.
+  // This is the only way to learn the stack of the launching thread.
   __sanitizer_finish_switch_fiber(fake_stack, &stack, &came_from->stack_bytes);
   came_from->stack = const_cast<void*>(stack);
 }
 
-// Functions that never returned have left their marks.
+// Functions that never returned have left poisoned memory.
 void forget(const Fiber& fiber) { __asan_unpoison_memory_region(fiber.stack, fiber.stack_bytes); }
 #else
 void leave(Fiber*, Fiber*, bool) {}
@@ -85,7 +85,7 @@ Fiber* new_fiber() {
   fiber->stack_bytes = STACK_BYTES;
   void* const memory = mmap(
       nullptr, GUARD_BYTES + STACK_BYTES, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-  // A stack that is too small shall end the program, and not what lies below.
+  // A stack overflow ends the program instead of overwriting other memory.
   if (memory == MAP_FAILED || mprotect(memory, GUARD_BYTES, PROT_NONE) != 0) throw std::bad_alloc();
   fiber->stack = static_cast<char*>(memory) + GUARD_BYTES;
   return fiber;
@@ -113,7 +113,8 @@ void switch_fibers(Fiber* from, Fiber* to, bool ends) {
 #else
 void prepare_fiber(Fiber* fiber, void (*main)()) {
   forget(*fiber);
-  // Six registers, and `main` to return to; in it the stack is as after a call, 8 bytes off a multiple of 16.
+  // Six registers, and the return address `main`. On entry to a function the stack pointer is 8 bytes off a multiple of
+  // 16.
   void** const top = reinterpret_cast<void**>(static_cast<char*>(fiber->stack) + fiber->stack_bytes);
   top[-1] = nullptr;
   top[-2] = reinterpret_cast<void*>(main);

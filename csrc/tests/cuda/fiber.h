@@ -5,13 +5,13 @@
 
 namespace dlvae::emulator {
 
-// With a stack of its own, for the life of the process.
+// Creates a fiber with a stack of its own, which lives as long as the process.
 Fiber* new_fiber();
-// The next switch to it calls `main`, which never returns.
+// Makes the next switch to the fiber call `main`, which must not return.
 void prepare_fiber(Fiber* fiber, void (*main)());
-// First of all in `main`.
+// Must be the first call in `main`.
 void enter_fiber();
-// Goes on with `to`; returns when someone switches back. ends: nobody will.
+// Continues with `to`; returns when another fiber switches back. ends: no fiber will switch back.
 void switch_fibers(Fiber* from, Fiber* to, bool ends);
 
 }  // namespace dlvae::emulator

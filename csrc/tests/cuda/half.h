@@ -1,4 +1,4 @@
-// __half and __nv_bfloat16: their bits, and conversions that round to the nearest, ties to even.
+// __half and __nv_bfloat16: their bits, and conversions that round to nearest, ties to even.
 #pragma once
 
 #include <cstdint>
@@ -37,7 +37,7 @@ inline __half __float2half_rn(float value) {
   const uint32_t bits = bits_as<uint32_t>(value), sign = bits >> 16 & 0x8000, rest = bits & 0x7fffffff;
   if (rest > 0x7f800000) return {0x7fff};
   if (rest >= 0x477ff000) return {static_cast<uint16_t>(sign | 0x7c00)};  // rounds beyond 65504
-  // Of a subnormal number the sum shifts the digits into place and rounds them.
+  // For a subnormal number, the addition shifts the digits into place and rounds them.
   const uint32_t half = rest < 0x38800000 ? bits_as<uint32_t>(bits_as<float>(rest) + 0.5f) - 0x3f000000
                                           : (rest - 0x38000000 + 0xfff + (rest >> 13 & 1)) >> 13;
   return {static_cast<uint16_t>(sign | half)};

@@ -1,4 +1,4 @@
-// CUDA's functions of a single thread.
+// CUDA functions of a single thread.
 #pragma once
 
 #include <algorithm>
@@ -28,7 +28,7 @@ inline int __ffsll(long long bits) { return __builtin_ffsll(bits); }
 inline int __clz(int bits) { return bits == 0 ? 32 : __builtin_clz(static_cast<unsigned>(bits)); }
 inline int __clzll(long long bits) { return bits == 0 ? 64 : __builtin_clzll(static_cast<unsigned long long>(bits)); }
 
-// Whatever surrounds them: never contracted to one rounding.
+// These are never contracted into a fused operation.
 inline float __fadd_rn(float a, float b) { return a + b; }
 inline float __fsub_rn(float a, float b) { return a - b; }
 inline float __fmul_rn(float a, float b) { return a * b; }
@@ -49,7 +49,7 @@ inline void __threadfence_block() {}
 
 namespace dlvae::emulator {
 
-// The type that an argument takes from another one.
+// A type that does not take part in template argument deduction.
 template <class T>
 struct Same {
   using type = T;
@@ -64,7 +64,7 @@ T change(T* at, const F& f) {
 
 }  // namespace dlvae::emulator
 
-// Threads take turns only where they wait: all that is done here is done at once.
+// Threads switch only where they wait, so that plain code is atomic.
 template <class T>
 T atomicAdd(T* at, typename dlvae::emulator::Same<T>::type value) {
   return dlvae::emulator::change(at, [=](T old) { return old + value; });

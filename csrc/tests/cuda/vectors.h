@@ -7,7 +7,8 @@
 #define __device__
 #define __host__
 #define __forceinline__ inline __attribute__((always_inline))
-// All of it together, so that each block finds what no other has written; the address sanitizer would not look there.
+// All __shared__ variables are in one section, so that each block starts with poison in all of them. The address
+// sanitizer would not check that section, so they are plain variables there.
 #if defined(__SANITIZE_ADDRESS__)
 #define __shared__ static
 #else
@@ -20,21 +21,13 @@
 
 using cudaStream_t = void*;
 
-#define DLVAE_VECTORS(T, name, size)                                                       \
-  struct alignas(size) name##1 {                                                           \
-    T x;                                                                                   \
-  };                                                                                       \
-  struct alignas(2 * size) name##2 {                                                       \
-    T x, y;                                                                                \
-  };                                                                                       \
-  struct name##3 {                                                                         \
-    T x, y, z;                                                                             \
-  };                                                                                       \
-  struct alignas(4 * size < 16 ? 4 * size : 16) name##4 {                                  \
-    T x, y, z, w;                                                                          \
-  };                                                                                       \
-  inline name##2 make_##name##2(T x, T y) { return {x, y}; }                               \
-  inline name##3 make_##name##3(T x, T y, T z) { return {x, y, z}; }                       \
+#define DLVAE_VECTORS(T, name, size) \
+  struct alignas(size) name##1 { T x; }; \
+  struct alignas(2 * size) name##2 { T x, y; }; \
+  struct name##3 { T x, y, z; }; \
+  struct alignas(4 * size < 16 ? 4 * size : 16) name##4 { T x, y, z, w; }; \
+  inline name##2 make_##name##2(T x, T y) { return {x, y}; } \
+  inline name##3 make_##name##3(T x, T y, T z) { return {x, y, z}; } \
   inline name##4 make_##name##4(T x, T y, T z, T w) { return {x, y, z, w}; }
 DLVAE_VECTORS(unsigned char, uchar, 1)
 DLVAE_VECTORS(short, short, 2)

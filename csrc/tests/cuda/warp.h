@@ -1,4 +1,4 @@
-// Operations of a warp: each lane brings its operands, the last one to come gives all their results.
+// Operations of a warp. Each lane provides its operands; the last lane to arrive computes the results of all.
 #pragma once
 
 #include <algorithm>
@@ -15,7 +15,7 @@ struct Exchanged {
   T result;
 };
 
-// Each lane's value to the lanes that name it; from a lane that isn't there comes poison.
+// Gives each lane's value to the lanes that name it. A missing lane gives poison.
 template <class T>
 T exchange(const char* name, uint32_t mask, T value, int source) {
   Exchanged<T> mine{value, source, poison<T>()};
@@ -37,7 +37,7 @@ struct Reduced {
   T value, result;
 };
 
-// The values of all lanes, from the lowest to the highest.
+// Combines the values of all lanes from the lowest to the highest.
 template <class T, class Op>
 T reduce(const char* name, uint32_t mask, T value, Op) {
   Reduced<T, Op> mine{value, value};

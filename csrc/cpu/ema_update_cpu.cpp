@@ -1,0 +1,112 @@
+#include <atomic>
+#include <cmath>
+
+#include "operations_cpu.h"
+#include "segment_sum_cpu.h"
+
+namespace dlvae {
+namespace {
+
+bool all_finite(const float* values, int64_t count) {
+  float sum = 0;  // a sum of zeros, or NaN if a value is not finite
+  for (int64_t i = 0; i < count; ++i) sum += values[i] * 0;
+  return sum == 0;
+}
+
+// Sets a flag for each row that holds NaN or infinity.
+void find_rows_not_finite(const Rows& rows, bool* is_not_finite) {
+  const Kernels& k = kernels();
+  parallel(rows.count, 1 + 16384 / rows.features, [&](int64_t begin, int64_t end) {
+    const Array<float> row = new_array<float>(rows.features);
+    for (int64_t i = begin; i < end; ++i) {
+      k.load_rows(rows, i, i + 1, row.get(), rows.features);
+      is_not_finite[i] = !all_finite(row.get(), rows.features);
+    }
+  });
+}
+
+// The rows [K, 1] of a tensor [K].
+Rows column_of(const char* name, const Tensor& tensor) { return rows_of(name, torch::stable::unsqueeze(tensor, -1)); }
+
+void check_state(const char* name, const Tensor& tensor, const std::vector<int64_t>& shape) {
+  check_device(name, tensor);
+  STD_TORCH_CHECK(tensor.scalar_type() == ScalarType::Float, name, " has a dtype that is not float32");
+  STD_TORCH_CHECK(shape_of(tensor) == shape, name, " has a shape that does not go with codebook [K, D]");
+  for (int64_t i = 0; i < tensor.dim(); ++i)
+    STD_TORCH_CHECK(tensor.size(i) <= 1 || tensor.stride(i) != 0, name, " is expanded: it cannot be updated in place");
+}
+
+}  // namespace
+
+Tensor ema_statistics(const Tensor& x, const Tensor& indices, int64_t num_codes) {
+  const Rows rows = rows_of("x", x);
+  const Indices codes("indices", indices);
+  STD_TORCH_CHECK(codes.count == rows.count, "indices are ", codes.count, "; x has ", rows.count, " rows");
+  STD_TORCH_CHECK(num_codes >= 1, "num_codes is ", num_codes, "; it needs to be at least 1");
+  const int64_t features = rows.features, ld = features + 1;
+  const Tensor statistics = new_tensor(x, {num_codes, ld});
+  float* out = data_of<float>(statistics);
+  std::atomic<bool> is_finite{true};
+  const auto sum = [&](const bool* left_out) {
+    const SortedPairs pairs(codes, 1, num_codes, nullptr, left_out);
+    segment_sum(rows, pairs, 1, 1, out, ld);
+    parallel(num_codes, 1 + 32768 / ld, [&](int64_t begin, int64_t end) {
+      for (int64_t code = begin; code < end; ++code) {
+        const int64_t count = pairs.count_of(code);
+        out[code * ld + features] = static_cast<float>(count);
+        if (count > 0 && !all_finite(out + code * ld, features)) is_finite = false;
+      }
+    });
+  };
+  sum(nullptr);
+  // Sums of finite rows are almost always finite, so the rows are examined only if a sum is not.
+  if (!is_finite) {
+    const Array<bool> left_out = new_array<bool>(rows.count);
+    find_rows_not_finite(rows, left_out.get());
+    sum(left_out.get());
+  }
+  return statistics;
+}
+
+void ema_step(
+    const Tensor& codebook, const Tensor& cluster_size, const Tensor& embed_sum, const Tensor& statistics, double decay,
+    double epsilon) {
+  STD_TORCH_CHECK(codebook.dim() == 2, "codebook has ", codebook.dim(), " dimensions; it needs [K, D]");
+  const int64_t num_codes = codebook.size(0), features = codebook.size(1);
+  check_state("codebook", codebook, {num_codes, features});
+  check_state("cluster_size", cluster_size, {num_codes});
+  check_state("embed_sum", embed_sum, {num_codes, features});
+  STD_TORCH_CHECK(
+      statistics.dim() == 2 && statistics.size(0) == num_codes && statistics.size(1) == features + 1,
+      "statistics have a shape that is not [K, D + 1]");
+  const Kernels& k = kernels();
+  const float weight = static_cast<float>(1 - decay);
+
+  Tensor all = statistics;
+  const Tensor last = torch::stable::narrow(all, 1, features, 1);
+  const Matrix counts("statistics", last);
+  const Rows sizes_view = column_of("cluster_size", cluster_size);
+  const Array<float> sizes = new_array<float>(num_codes);
+  k.load_rows(sizes_view, 0, num_codes, sizes.get(), 1);
+  double total = 0;
+  for (int64_t code = 0; code < num_codes; ++code) {
+    const float change = counts.data[code] - sizes[code];
+    sizes[code] = weight < 0.5f ? sizes[code] + weight * change : counts.data[code] - (1 - weight) * change;
+    total += sizes[code];
+  }
+  k.store_rows(sizes_view, 0, num_codes, sizes.get(), 1);
+  // From here on, sizes[code] is the smoothed divisor of the code's sum. It is 0 for a code without vectors, which
+  // stays as it is: smoothing would pull it towards the origin at every step.
+  const double share = total / (total + static_cast<double>(num_codes) * epsilon);
+  for (int64_t code = 0; code < num_codes; ++code) {
+    const bool is_used = counts.data[code] > 0 && sizes[code] > 0;
+    sizes[code] = is_used ? static_cast<float>((sizes[code] + epsilon) * share) : 0;
+  }
+  const Rows codes = rows_of("codebook", codebook), sums = rows_of("embed_sum", embed_sum);
+  const Rows batch = rows_of("statistics", statistics);
+  parallel(num_codes, 1 + 16384 / std::max<int64_t>(1, features), [&](int64_t begin, int64_t end) {
+    k.ema_rows(codes, sums, batch, sizes.get(), weight, begin, end);
+  });
+}
+
+}  // namespace dlvae

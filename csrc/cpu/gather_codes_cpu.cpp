@@ -1,0 +1,44 @@
+#include "indices.h"
+#include "operations_cpu.h"
+#include "segment_sum_cpu.h"
+
+namespace dlvae {
+
+Tensor gather_codes_fwd(const Tensor& codebook, const Tensor& indices) {
+  check_device("codebook", codebook);
+  type_of("codebook", codebook);
+  STD_TORCH_CHECK(codebook.dim() == 2, "codebook has ", codebook.dim(), " dimensions; it needs [K, D]");
+  const Indices which("indices", indices);
+  const int64_t num_codes = codebook.size(0), size = codebook.element_size(), row_bytes = codebook.size(1) * size;
+  const bool has_rows = codebook.size(1) == 1 || codebook.stride(1) == 1;
+  const Tensor codes = has_rows ? codebook : torch::stable::contiguous(codebook);
+  std::vector<int64_t> shape = shape_of(indices);
+  shape.push_back(codebook.size(1));
+  const Tensor out = new_tensor(codebook, shape, codebook.scalar_type());
+  const char* from = data_of<const char>(codes);
+  const int64_t stride = codes.stride(0) * size;
+  const Kernels& k = kernels();
+  char* to = data_of<char>(out);
+  parallel(which.count, 1 + 32768 / std::max<int64_t>(1, row_bytes), [&](int64_t begin, int64_t end) {
+    constexpr int64_t STEP = 1024;
+    for (; begin < end; begin += STEP) {
+      const int64_t last = std::min(begin + STEP, end);
+      which.check(begin, last, num_codes);
+      k.copy_rows(from, stride, which.data, begin, last, row_bytes, to);
+    }
+  });
+  return out;
+}
+
+Tensor gather_codes_bwd(const Tensor& grad, const Tensor& indices, int64_t num_codes) {
+  const Rows rows = rows_of("grad", grad);
+  const Indices codes("indices", indices);
+  STD_TORCH_CHECK(codes.count == rows.count, "indices are ", codes.count, "; grad has ", rows.count, " rows");
+  STD_TORCH_CHECK(num_codes >= 1, "num_codes is ", num_codes, "; it needs to be at least 1");
+  const Tensor sums = new_tensor(grad, {num_codes, rows.features});
+  const SortedPairs pairs(codes, 1, num_codes, nullptr, nullptr);
+  segment_sum(rows, pairs, 1, 1, data_of<float>(sums), rows.features);
+  return sums;
+}
+
+}  // namespace dlvae
