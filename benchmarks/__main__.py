@@ -90,7 +90,6 @@ def _parser() -> argparse.ArgumentParser:
     compares = commands.add_parser("compare", help="how well the ratios of two CSV files agree")
     compares.add_argument("first", type=Path)
     compares.add_argument("second", type=Path)
-    commands.add_parser("offline", help="compile every Triton kernel for sm_80, sm_90 and sm_100, without a GPU")
     commands.add_parser("plot", help="draw the PNGs of benchmarks/results/ from its CSV files")
     commands.add_parser("readme-table", help="write the tables of README.md and docs/ from benchmarks/results/")
     return parser
@@ -120,11 +119,6 @@ def _run(arguments: argparse.Namespace) -> int:
         if arguments.commit:
             os.environ["DLVAE_COMMIT"] = arguments.commit
         return gpu.main(arguments.within, arguments.only)
-    if arguments.command == "offline":
-        # It imports Triton's compiler.
-        from . import offline
-
-        return offline.main()
     if arguments.command == "verify":
         return _verify(arguments)
     if arguments.command == "updates":

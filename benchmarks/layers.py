@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 
 import dlvae_kernels as dlvae
+from tests.oracles import notebook
 
-from . import baselines, judge, notebook
+from . import baselines, judge
 from .entry import Call, Contender, Entry, Inputs, Size, Tolerance, Verdict, Work, to_map, to_rows
 from .sizes import CIFAR, DICTIONARY, ENCODEC, FINE, LASER, LLAMAGEN, VQGAN, VQVAE2
 

@@ -19,8 +19,9 @@ from torch.utils.data import DataLoader, Dataset
 from models.autoencoder import Autoencoder
 from models.config import Config
 from models.train import Run
+from tests.oracles import notebook
 
-from . import baselines, judge, notebook
+from . import baselines, judge
 from .entry import Call, Contender, Entry, Inputs, Tolerance, Verdict
 from .layers import DICTIONARY_LEARNING
 from .sizes import CIFAR, DICTIONARY
