@@ -6,7 +6,10 @@ from collections.abc import Callable, Iterator
 from itertools import groupby
 
 from . import results
+from .entry import LIBRARY
+from .layers import NOTEBOOK
 from .registry import ENTRIES
+from .results import Row
 
 _BEGIN, _END = "<!-- results: make readme-table -->", "<!-- end of results -->"
 # The full table shows these workloads of nearest_code, and the first workload of every other operation.
@@ -20,7 +23,6 @@ _SUMMARY = (
     ("DictionaryLearning", "dictionary VAE"),
     ("SparseAutoencoder", "sparse autoencoder, small"),
 )
-_HEADER = "| operation | N x K x D (x k) | time, ms | backend | peak memory, MB | speed-up over |"
 
 
 def summary() -> str:
@@ -70,28 +72,28 @@ def _training_lines() -> Iterator[str]:
 
 def _update_lines() -> Iterator[str]:
     rows = results.read(results.FOLDER / "updates-cpu.csv")
-    yield "Time of a training update with the notebook's hyper-parameters (batch of 256), on the same machine:"
+    yield f"Time of a training update with the hyper-parameters of the {NOTEBOOK} (batch of 256), on the same machine:"
     yield ""
-    yield "| model | implementation | precision | ms | relative to dlvae_kernels in float32 |"
+    yield f"| model | implementation | precision | ms | relative to {LIBRARY} in float32 |"
     yield "|---|---|---|---|---|"
     for row in rows:
-        cells = (row["model"], row["contender"], row["precision"], f"{float(row['ms']):.0f}")
-        yield f"| {' | '.join(cells)} | {_two_digits(float(row['ratio']))} |"
+        cells = (row["model"], row["implementation"], row["precision"], f"{float(row['ms']):.0f}")
+        yield f"| {' | '.join(cells)} | {two_digits(float(row['ratio']))} |"
 
 
-def _operation_lines(rows: list[dict[str, str]], file: str) -> Iterator[str]:
+def _operation_lines(rows: list[Row], file: str) -> Iterator[str]:
     timed = [row for row in rows if row["ms"]]
-    others = [row for row in timed if row["contender"] != "dlvae_kernels"]
-    slower = sum(float(row["ratio"]) < 1 for row in others)
+    baselines = [row for row in timed if row["implementation"] != LIBRARY]
+    slower = sum(float(row["ratio"]) < 1 for row in baselines)
     yield (
         f"Each operation and its baselines, on {_machine(timed)}. A speed-up is the time of the baseline divided by the"
-        f" time of dlvae_kernels, forward / backward: **above 1 dlvae_kernels is faster**, below 1 the baseline is. Of"
-        f" all {len(others)} speed-ups in [{file}](../benchmarks/results/{file}), {slower} are below 1. Between rounds"
-        f" a speed-up varies by {_noise(others):.0%} (half the distance from the 20th to the 80th percentile, median)."
-        f"{_agreement(rows, file)}"
+        f" time of {LIBRARY}, forward / backward: **above 1 {LIBRARY} is faster**, below 1 the baseline is. Of"
+        f" all {len(baselines)} speed-ups in [{file}](../benchmarks/results/{file}), {slower} are below 1. Between"
+        f" rounds a speed-up varies by {_noise(baselines):.0%} (half the distance from the 20th to the 80th percentile,"
+        " median)."
     )
     yield ""
-    yield _HEADER
+    yield "| operation | N x K x D (x k) | time, ms | backend | peak memory, MB | speed-up over |"
     yield "|---|---|---|---|---|---|"
     for op in ENTRIES:
         found = [row for row in timed if row["op"] == op and row["workload"] != "growth"]
@@ -101,46 +103,38 @@ def _operation_lines(rows: list[dict[str, str]], file: str) -> Iterator[str]:
                 yield f"| {' | '.join(_cells(group))} |"
 
 
-def _machine(rows: list[dict[str, str]]) -> str:
+def _machine(rows: list[Row]) -> str:
     return f"{rows[0]['threads']} threads of {rows[0]['device']}, {rows[0]['versions']}"
 
 
-def _cells(rows: list[dict[str, str]]) -> tuple[str, str, str, str, str, str]:
-    contenders = {name: list(group) for name, group in groupby(rows, key=lambda row: row["contender"])}
-    ours = contenders.pop("dlvae_kernels")
-    ratios = [f"{name} {_joined(group, 'ratio', _two_digits)}{_flag(group)}" for name, group in contenders.items()]
+def _cells(rows: list[Row]) -> tuple[str, str, str, str, str, str]:
+    by_name = {name: list(group) for name, group in groupby(rows, key=lambda row: row["implementation"])}
+    library = by_name.pop(LIBRARY)
+    ratios = [f"{name} {_joined(group, 'ratio', two_digits)}{_flag(group)}" for name, group in by_name.items()]
     return (
-        ours[0]["op"],
-        f"{ours[0]['size']} ({ours[0]['workload']})",
-        _joined(ours, "ms", _two_digits),
-        ours[0]["backend"],
-        _joined(ours[-1:], "peak_mb", lambda value: f"{value:.0f}"),
+        library[0]["op"],
+        f"{library[0]['size']} ({library[0]['workload']})",
+        _joined(library, "ms", two_digits),
+        library[0]["backend"],
+        _joined(library[-1:], "peak_mb", lambda value: f"{value:.0f}"),
         "; ".join(ratios),
     )
 
 
-def _joined(rows: list[dict[str, str]], column: str, form: Callable[[float], str]) -> str:
+def _joined(rows: list[Row], column: str, form: Callable[[float], str]) -> str:
     """The values of a column, forward / backward."""
     return " / ".join(form(float(row[column])) for row in rows if row[column])
 
 
-def _two_digits(value: float) -> str:
+def two_digits(value: float) -> str:
     return f"{value:.2g}" if value < 10 else f"{value:.0f}"
 
 
-def _flag(rows: list[dict[str, str]]) -> str:
+def _flag(rows: list[Row]) -> str:
     return " (wrong)" if rows[0]["status"] == "wrong" else ""
 
 
-def _agreement(rows: list[dict[str, str]], file: str) -> str:
-    """The agreement with an earlier run of the same set, if there is one."""
-    again = results.FOLDER / file.replace(".", "-again.")
-    if not again.exists():
-        return ""
-    return f" Compared with an earlier run ({again.name}): {results.compare(rows, results.read(again))[-1]}."
-
-
-def _noise(rows: list[dict[str, str]]) -> float:
+def _noise(rows: list[Row]) -> float:
     halves = sorted((float(row["ratio_p80"]) - float(row["ratio_p20"])) / 2 / float(row["ratio"]) for row in rows)
     return halves[len(halves) // 2]
 
