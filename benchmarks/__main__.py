@@ -10,16 +10,13 @@ import math
 import sys
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from dlvae_kernels.functional.checks import check_size
 from models.build import pick_device
 
-from . import gpu, plot, readme, results, run, targets, training, verify
+from . import gpu, latency, plot, readme, results, run, targets, training, verify
 from .registry import ENTRIES
 
 
@@ -31,64 +28,52 @@ def _list() -> None:
         print("  baselines:", "; ".join(each.name for each in entry.implementations[1:]))
 
 
-def _measure(arguments: argparse.Namespace) -> int:
-    device = pick_device(arguments.device)
-    cases = run.select(arguments.op, arguments.size, device)
+def _measure(given: argparse.Namespace) -> int:
+    device = pick_device(given.device)
+    cases = run.select(given.op, given.size, device)
     known = {each.name for entry, _ in cases for each in entry.implementations}
-    for name in arguments.baseline or ():
+    for name in given.baseline or ():
         if name not in known:
             raise ValueError(f"expected baseline to be one of {', '.join(sorted(known))}, got {name!r}")
-    status = 0
-    with results.writing(arguments.csv) if arguments.csv else nullcontext(lambda rows: None) as add:
-        for table in run.rows(cases, device, baselines=arguments.baseline, backend=arguments.backend):
-            add(table)
-            status |= int(run.is_library_wrong(table))
-    return status
+    return run.write(cases, device, given.csv, baselines=given.baseline, backend=given.backend)
 
 
-def _standard(arguments: argparse.Namespace) -> int:
-    device = pick_device(arguments.device)
-    path = arguments.csv or results.FOLDER / f"{'gpu' if device.type == 'cuda' else 'cpu'}.csv"
-    status = run.standard(device, path, arguments.seconds, time.monotonic() + arguments.within)
+def _standard(given: argparse.Namespace) -> int:
+    device = pick_device(given.device)
+    path = given.csv or results.FOLDER / f"{'gpu' if device.type == 'cuda' else 'cpu'}.csv"
+    options = {"seconds": given.seconds, "deadline": time.monotonic() + given.within}
+    status = run.write(run.standard(device), device, path, **options)
     print(*targets.check(results.read(path), device.type), sep="\n")
     return status
 
 
-def _updates(arguments: argparse.Namespace) -> None:
-    device = pick_device(arguments.device)
-    check_size("updates", arguments.updates, 1)
-    check_size("rounds", arguments.rounds, 1)
-    path = arguments.csv or results.FOLDER / f"updates-{device.type}.csv"
-    training.measure_updates(device, path, arguments.updates, arguments.rounds)
+def _latency(given: argparse.Namespace) -> int:
+    return latency.write(given.csv, given.size, given.seconds)
 
 
-def _gpu(arguments: argparse.Namespace) -> int:
-    return gpu.main(arguments.within, arguments.only)
+def _updates(given: argparse.Namespace) -> None:
+    device = pick_device(given.device)
+    check_size("updates", given.updates, 1)
+    check_size("rounds", given.rounds, 1)
+    path = given.csv or results.FOLDER / f"updates-{device.type}.csv"
+    training.measure_updates(device, path, given.updates, given.rounds)
 
 
-def _train(arguments: argparse.Namespace) -> None:
-    results.write_training(arguments.runs, results.FOLDER / "training-cpu.csv", torch.device("cpu"))
+def _recipes(given: argparse.Namespace) -> None:
+    training.measure_recipes(given.recipe, given.data, given.seed, given.most, given.csv)
 
 
-def _recipes(arguments: argparse.Namespace) -> None:
-    training.measure_recipes(arguments.recipe, arguments.data, arguments.seed, arguments.most, arguments.csv)
+def _verify(given: argparse.Namespace) -> None:
+    print(*verify.verify(given.op, given.size, given.base, pick_device(given.device)), sep="\n")
 
 
-def _verify(arguments: argparse.Namespace) -> None:
-    print(*verify.verify(arguments.op, arguments.size, arguments.base, pick_device(arguments.device)), sep="\n")
+def _compare(given: argparse.Namespace) -> None:
+    print(*results.compare(results.read(given.first), results.read(given.second)), sep="\n")
 
 
-def _plot(arguments: argparse.Namespace) -> None:
+def _plot(given: argparse.Namespace) -> None:
     for csv in sorted(results.FOLDER.glob("[cg]pu.csv")):
         print(*plot.write(csv, results.FOLDER), sep="\n")
-
-
-def _readme_table(arguments: argparse.Namespace) -> None:
-    readme.write()
-
-
-def _compare(arguments: argparse.Namespace) -> None:
-    print(*results.compare(results.read(arguments.first), results.read(arguments.second)), sep="\n")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -110,11 +95,13 @@ def _parser() -> argparse.ArgumentParser:
     add("--seconds", type=float, default=2.0, help="time for each operation at each size")
     add("--within", type=float, default=math.inf, help="seconds after which no further size begins")
     add("--csv", type=Path, help="file that the rows are written to instead")
-    add = command("gpu", _gpu, "test, benchmark and train on a GPU, with results in $OUT or benchmarks/results/")
+    add = command("latency", _latency, "measure the overhead of a call in microseconds, on the CPU")
+    add("--size", help="NxKxD, in place of the size of each operation")
+    add("--seconds", type=float, default=4.0, help="time for each operation")
+    add("--csv", type=Path, default=latency.PATH, help="file of the rows; default: benchmarks/results/latency-cpu.csv")
+    add = command("gpu", lambda given: gpu.main(given.within, given.only), "test, benchmark and train on a GPU")
     add("--only", nargs="+", choices=gpu.STEPS, help="steps to take; default: all")
     add("--within", type=float, default=560, help="seconds that the steps share")
-    add = command("train", _train, "collect finished CPU runs in benchmarks/results/training-cpu.csv")
-    add("runs", type=Path, nargs="+", metavar="RUN")
     add = command("updates", _updates, "time training updates of this library and of the VQ-VAE notebook")
     add("--device", default="cpu", help="cpu or cuda")
     add("--updates", type=int, default=20, help="updates in each round")
@@ -126,16 +113,20 @@ def _parser() -> argparse.ArgumentParser:
     add("--seed", nargs="+", type=int, default=[0, 1, 2])
     add("--most", type=int, default=1000, help="updates after which a run ends without reaching the error")
     add("--csv", type=Path, default=results.FOLDER / "recipes.csv", help="file that the rows are appended to")
+    add = command(
+        "train",
+        lambda given: results.write_training(given.runs, results.FOLDER / "training-cpu.csv", pick_device("cpu")),
+        "collect finished CPU runs in benchmarks/results/training-cpu.csv",
+    )
+    add("runs", type=Path, nargs="+", metavar="RUN")
     add = command("verify", _verify, "test an operation, then compare its time with that of another commit")
     _add_selection(add, "store")
     add("--base", default="main", help="the commit to compare with")
-    add = command("compare", _compare, "compare the ratios of two CSV files")
-    add("first", type=Path)
-    add("second", type=Path)
+    add = command("compare", _compare, "compare the ratios of two CSV files of operations")
+    add("first", type=Path, metavar="FIRST.csv")
+    add("second", type=Path, metavar="SECOND.csv")
     command("plot", _plot, "draw the PNG files of benchmarks/results/ from its CSV files")
-    command(
-        "readme-table", _readme_table, "write the tables of README.md and docs/benchmarks.md from benchmarks/results/"
-    )
+    command("readme-table", lambda given: readme.write(), "write the tables of README.md and docs/benchmarks.md")
     return parser
 
 
@@ -150,9 +141,9 @@ def main(words: list[str] | None = None) -> int:
     if not words:
         _list()
         return 0
-    arguments = _parser().parse_args(words)
+    given = _parser().parse_args(words)
     try:
-        return arguments.function(arguments) or 0
+        return given.function(given) or 0
     except (ValueError, OSError, verify.RefusedError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import mse_loss, one_hot
 
-from dlvae_kernels.backends import native, use_backend
-
-from .entry import Call, Implementation, Inputs, MissingError, Prepare, Tensors
+from .calls import Call, MissingError, Tensors, needs
+from .entry import Implementation
+from .inputs import Inputs
 
 
 def library(name: str, extra: str = "bench") -> ModuleType:
@@ -28,35 +28,6 @@ def library(name: str, extra: str = "bench") -> ModuleType:
         return importlib.import_module(name)
     except ImportError as error:
         raise MissingError(f"{error}; install the extra {extra!r}") from error
-
-
-def needs(device: str, inputs: Inputs) -> None:
-    """Raise MissingError unless the inputs are on this type of device."""
-    if inputs.x.device.type != device:
-        raise MissingError("needs a CUDA device" if device == "cuda" else "runs on the CPU only")
-
-
-def in_cuda_cpp(prepare: Prepare, inputs: Inputs) -> Call:
-    """This library with its compiled CUDA C++ kernels."""
-    needs("cuda", inputs)
-    if (reason := native.cuda_unavailable_reason()) is not None:
-        raise MissingError(reason)
-
-    def forced(function: Callable[..., Any]) -> Callable[..., Any]:
-        def run(*args: Any) -> Any:
-            with use_backend("native"):
-                return function(*args)
-
-        return run
-
-    call = prepare(inputs)
-    return Call(forced(call.forward), forced(call.backward) if call.backward else None, call.answer, call.gradients)
-
-
-def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function compiled for one set of shapes. Without the reset, the recompilation limit would end compilation."""
-    torch._dynamo.reset()
-    return torch.compile(function, fullgraph=True, dynamic=False)
 
 
 # --- distances and search ---

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import time
+import timeit
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +12,8 @@ from torch.nn.functional import conv2d
 
 from dlvae_kernels.backends import native
 
-from .entry import Size, Work
+from .entry import Work
+from .inputs import Size
 
 _GEMM = {"cpu": 2048, "cuda": 8192}  # N = K = D
 _MAP = {"cpu": 64, "cuda": 2048}  # batch size
@@ -85,16 +86,8 @@ def convolution_rate(device: torch.device, dtype: torch.dtype) -> float:
 
 def _best(run: Callable[[], object], device: torch.device) -> float:
     """The shortest time of a few runs in seconds, without the first: a ceiling is a minimum, not an average."""
+    if device.type == "cuda":
+        from triton.testing import do_bench
 
-    def wait() -> None:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-
-    times = []
-    for _ in range(_ROUNDS + 1):
-        wait()
-        begin = time.perf_counter()
-        run()
-        wait()
-        times.append(time.perf_counter() - begin)
-    return min(times[1:])
+        return 1e-3 * do_bench(run, return_mode="min")
+    return min(timeit.repeat(run, number=1, repeat=_ROUNDS + 1)[1:])

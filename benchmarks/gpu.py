@@ -20,7 +20,7 @@ from . import results, targets, training
 # The number of test processes that share the GPU: compilers take most of the time of the tests.
 _PROCESSES = 8
 # Tests that launch every kernel on small inputs, because the sanitizer is slow.
-_SMALL = "(triton-cuda or native-cuda) and (by_hand or integers or told_apart)"
+_SMALL = "(triton-cuda or native-cuda) and (by_hand or integers or separated)"
 _UPDATES = 2000
 # The updates of `benchmarks updates`, and a smaller number if the step has less than this many seconds.
 _TIMED_UPDATES, _FEW_UPDATES, _SHORT_STEP = 20_000, 4_000, 300

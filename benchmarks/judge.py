@@ -10,17 +10,19 @@ import torch
 from torch import Tensor
 from torch.nn.functional import mse_loss, normalize
 
-from .entry import Inputs, Judge, Prepare, Tensors, Tolerance, Verdict, differentiable
+from .calls import Prepare, Tensors, differentiable
+from .entry import Judge, Tolerance, Verdict
+from .inputs import Inputs
 
 _CHUNK_ELEMENTS = {"cpu": 2**24, "cuda": 2**28}
-_INVALID = Verdict(1.0, float("inf"), True)
+INVALID = Verdict(1.0, float("inf"), True)
 
 
 def nearest(inputs: Inputs, answer: Tensors, gradients: object, tolerance: Tolerance) -> Verdict:
     """Judge indices [N]: wrong if an assigned code is farther than the nearest by more than rounding explains."""
     (indices,) = answer
     if not _in_range(indices, inputs.size.k):
-        return _INVALID
+        return INVALID
     best, expected = _nearest(inputs)
     excess = distances_at(inputs.x.double(), inputs.codes.double(), indices[:, None])[:, 0] - best
     error = _largest(excess / _squared_lengths(inputs.x, inputs.codes, indices))
@@ -31,7 +33,7 @@ def topk(inputs: Inputs, answer: Tensors, gradients: object, tolerance: Toleranc
     """Judge indices and squared distances [N, k]: wrong if the distance at a rank is not that of float64."""
     indices, given = answer
     if not _in_range(indices, inputs.size.k):
-        return _INVALID
+        return INVALID
     differing, error = 0, 0.0
     for rows in _chunks(inputs):
         x, chosen = inputs.x[rows], indices[rows]
@@ -48,7 +50,7 @@ def largest_products(x: Tensor, codes: Tensor, bias: Tensor | None, answer: Tens
     """
     indices, given = answer
     if not _in_range(indices, len(codes)):
-        return _INVALID
+        return INVALID
     bias = x.new_zeros(len(codes)) if bias is None else bias
     products = torch.addmm(bias, x, codes.T)
     order = products.gather(1, indices).argsort(dim=1, descending=True)

@@ -14,53 +14,32 @@ import dlvae_kernels as dlvae
 from tests.oracles import notebook
 
 from . import baselines, judge, sizes
-from .entry import (
-    LIBRARY,
-    Call,
-    Entry,
-    Implementation,
-    Inputs,
-    Prepare,
-    Size,
-    Tensors,
-    Tolerance,
-    Verdict,
-    Work,
-    differentiable,
-    to_map,
-    to_vectors,
-)
+from .calls import Call, Prepare, Tensors, differentiable
+from .entry import LIBRARY, Entry, Implementation, Signature, Tolerance, Verdict, Work
+from .inputs import Inputs, Size, to_map, to_vectors
 
 NOTEBOOK = "VQ-VAE notebook"
 _LUCIDRAINS = "vector-quantize-pytorch"
-_DECAY, _EPSILON = 0.99, 1e-5
-_EMA_COMMITMENT = 0.25
-
-# Selects from the result of a layer: the loss and the quantized map, and what the judge takes after the map.
-_Read = Callable[[Any], tuple[Tensor, Tensor]]
+_EMA = 0.25, 0.99, 1e-5  # commitment cost, decay and epsilon
 
 
-def _on_map(layer: nn.Module, inputs: Inputs, outputs: _Read, rest: Callable[[Any], Tensor]) -> Call:
+def _on_map(layer: nn.Module, inputs: Inputs, rest: Callable[[Any], Tensor], outputs: tuple[int, int] = (0, 1)) -> Call:
     """Forward and backward of a layer on a channel-first map.
 
     Args:
-        outputs: selects loss and quantized map from what the layer returns.
         rest: selects what the judge takes after the quantized vectors: indices [N] or selected atoms [N, K].
+        outputs: positions of the loss and the quantized map in what the layer returns.
     """
-    x = inputs.map.requires_grad_()
+    x, (loss, quantized) = inputs.map.requires_grad_(), outputs
     return differentiable(
         lambda: layer(x),
         [x, *(each for each in layer.parameters() if each.requires_grad)],
         to_map(inputs.grad, x.shape),
-        outputs,
-        lambda out: (to_vectors(outputs(out)[1]), rest(out)),
+        lambda out: (out[loss], out[quantized]),
+        lambda out: (to_vectors(out[quantized]), rest(out)),
         # vector-quantize-pytorch has codebooks [1, K, D].
         lambda found: (to_vectors(found[0]), *(each[0] if each.ndim == 3 else each for each in found[1:])),
     )
-
-
-def _first_two(out: Any) -> tuple[Tensor, Tensor]:
-    return out[0], out[1]
 
 
 # --- VectorQuantizer and VectorQuantizerEMA ---
@@ -74,29 +53,26 @@ def _library(make: Callable[..., Any], *options: float, training: bool = True) -
         state = layer.state_dict()
         state |= {key: inputs.codes.float() for key in ("_embedding.weight", "_ema_w") if key in state}
         layer.load_state_dict(state)
-        layer.to(inputs.x.device).train(training)
-        return _on_map(layer, inputs, _first_two, lambda out: out[3].flatten())
+        return _on_map(layer.to(inputs.x.device).train(training), inputs, lambda out: out[3].flatten())
 
     return prepare
 
 
 def _notebook(make: Callable[..., nn.Module], *options: float) -> Prepare:
-    return lambda inputs: _on_map(make(inputs.codes, *options), inputs, _first_two, lambda out: out[3].argmax(1))
+    return lambda inputs: _on_map(make(inputs.codes, *options), inputs, lambda out: out[3].argmax(1))
 
 
 def _lucidrains(training: bool = True, **options: Any) -> Prepare:
     """vector-quantize-pytorch with its fastest settings: straight-through gradients, dead codes are not revived."""
 
     def prepare(inputs: Inputs) -> Call:
-        library = baselines.library("vector_quantize_pytorch")
-        layer = library.VectorQuantize(
-            inputs.size.d, inputs.size.k, decay=_DECAY, accept_image_fmap=True, rotation_trick=False, **options
-        )
+        make = baselines.library("vector_quantize_pytorch").VectorQuantize
+        common = {"decay": _EMA[1], "accept_image_fmap": True, "rotation_trick": False}
+        layer = make(inputs.size.d, inputs.size.k, **common, **options)
         with torch.no_grad():
             layer.codebook = inputs.codes.float().cpu()
             layer._codebook.embed_avg.copy_(layer._codebook.embed)
-        layer.to(inputs.x.device).train(training)
-        return _on_map(layer, inputs, lambda out: (out[2], out[0]), lambda out: out[1].flatten())
+        return _on_map(layer.to(inputs.x.device).train(training), inputs, lambda out: out[1].flatten(), (2, 0))
 
     return prepare
 
@@ -110,6 +86,8 @@ def _in_eval(prepare: Prepare) -> Prepare:
 
     return prepare_eval
 
+
+_QUANTIZE = Work(pairs=1, vectors=2, codes=1, indices=1)
 
 VECTOR_QUANTIZER = Entry(
     "VectorQuantizer",
@@ -126,7 +104,7 @@ VECTOR_QUANTIZER = Entry(
         ),
     ),
     judge.quantized,
-    {"forward": Work(pairs=1, vectors=2, codes=1, indices=1), "backward": Work(vectors=3, indices=1)},
+    {"forward": _QUANTIZE, "backward": Work(vectors=3, indices=1)},
 )
 
 VECTOR_QUANTIZER_EMA = Entry(
@@ -138,17 +116,17 @@ VECTOR_QUANTIZER_EMA = Entry(
         "cuda": (sizes.CIFAR, sizes.VQVAE2, sizes.VQGAN, sizes.LLAMAGEN),
     },
     (
-        Implementation(LIBRARY, _library(dlvae.VectorQuantizerEMA, _EMA_COMMITMENT, _DECAY, _EPSILON)),
-        Implementation(NOTEBOOK, _notebook(notebook.VectorQuantizerEMA, _EMA_COMMITMENT, _DECAY, _EPSILON)),
-        Implementation(_LUCIDRAINS, _lucidrains(commitment_weight=_EMA_COMMITMENT), package=_LUCIDRAINS),
+        Implementation(LIBRARY, _library(dlvae.VectorQuantizerEMA, *_EMA)),
+        Implementation(NOTEBOOK, _notebook(notebook.VectorQuantizerEMA, *_EMA)),
+        Implementation(_LUCIDRAINS, _lucidrains(commitment_weight=_EMA[0]), package=_LUCIDRAINS),
         Implementation(
             f"{_LUCIDRAINS}, cosine",
-            _lucidrains(commitment_weight=_EMA_COMMITMENT, use_cosine_sim=True),
+            _lucidrains(commitment_weight=_EMA[0], use_cosine_sim=True),
             package=_LUCIDRAINS,
-            judge=partial(judge.quantized, commitment_cost=_EMA_COMMITMENT, normalizes=True),
+            judge=partial(judge.quantized, commitment_cost=_EMA[0], normalizes=True),
         ),
     ),
-    partial(judge.quantized, commitment_cost=_EMA_COMMITMENT),
+    partial(judge.quantized, commitment_cost=_EMA[0]),
     {
         "forward": Work(pairs=1, vectors=2, codes=1, indices=1, float32_codes=4),
         "backward": Work(vectors=3, indices=1),
@@ -163,13 +141,11 @@ VECTOR_QUANTIZER_EMA_EVAL = Entry(
     ("vector_quantize_fwd",),
     {"cpu": (sizes.CIFAR, sizes.FINE), "cuda": (sizes.CIFAR, sizes.VQGAN)},
     (
-        Implementation(
-            LIBRARY, _in_eval(_library(dlvae.VectorQuantizerEMA, _EMA_COMMITMENT, _DECAY, _EPSILON, training=False))
-        ),
+        Implementation(LIBRARY, _in_eval(_library(dlvae.VectorQuantizerEMA, *_EMA, training=False))),
         Implementation(_LUCIDRAINS, _in_eval(_lucidrains(training=False)), package=_LUCIDRAINS),
     ),
     judge.quantized,
-    {"forward": Work(pairs=1, vectors=2, codes=1, indices=1)},
+    {"forward": _QUANTIZE},
 )
 
 
@@ -183,7 +159,7 @@ def _dictionary_learning(make: Callable[..., Any], **options: Any) -> Prepare:
         layer = make(size.d, size.k, 0.1, size.selected, **options).to(inputs.x.device)
         with torch.no_grad():
             layer.dictionary.copy_(inputs.codes)
-        return _on_map(layer, inputs, _first_two, lambda out: _dense(out[2], size) != 0)
+        return _on_map(layer, inputs, lambda out: _dense(out[2], size) != 0)
 
     return prepare
 
@@ -200,7 +176,7 @@ def _judge_dictionary(inputs: Inputs, answer: Tensors, gradients: Tensors, toler
     vectors, selected = answer
     size, x = inputs.size, inputs.x.double()
     if not bool((selected.sum(1) == size.selected).all()):
-        return Verdict(1.0, float("inf"), True)
+        return judge.INVALID
     atoms = selected.nonzero()[:, 1].view(size.n, -1)
     squared = judge.distances_at(x, inputs.codes.double(), atoms).sort(dim=1)
     found = judge.topk(inputs, (atoms.gather(1, squared.indices), squared.values), None, tolerance)
@@ -237,7 +213,9 @@ DICTIONARY_LEARNING = Entry(
 )
 
 
-# --- SparseAutoencoder: reconstruction, values and indices ---
+# --- SparseAutoencoder: functions of x, the parameters and k return reconstruction, values and indices ---
+
+_ThreeTensors = tuple[Tensor, Tensor, Tensor]
 
 
 def _state(inputs: Inputs) -> dict[str, Tensor]:
@@ -251,52 +229,43 @@ def _state(inputs: Inputs) -> dict[str, Tensor]:
     }
 
 
-def _autoencoder(inputs: Inputs, forward: Callable[[], Any], learned: list[Tensor]) -> Call:
-    """A call that differentiates the reconstruction by the parameters in the order of `_state`, as training does."""
-    return differentiable(forward, learned, inputs.grad, lambda out: out[:1], tuple)
+_AUTOENCODER = Signature(
+    lambda inputs: (inputs.x, *_state(inputs).values(), inputs.size.selected),
+    learned=(1, 2, 3, 4),  # the parameters and not x, as in training
+    answer=(0, 1, 2),
+)
 
 
 def _library_autoencoder(inputs: Inputs) -> Call:
     layer = dlvae.SparseAutoencoder(inputs.size.d, inputs.size.k, inputs.size.selected).to(inputs.x)
     layer.load_state_dict(_state(inputs))
-    return _autoencoder(inputs, lambda: layer(inputs.x), list(layer.parameters()))
-
-
-def _function(choose: Callable[[Inputs], Callable[..., Any]]) -> Prepare:
-    """A function of x, the parameters in the order of `_state`, and k."""
-
-    def prepare(inputs: Inputs) -> Call:
-        learned = [each.clone().requires_grad_() for each in _state(inputs).values()]
-        function = choose(inputs)
-        return _autoencoder(inputs, lambda: function(inputs.x, *learned, inputs.size.selected), learned)
-
-    return prepare
+    # The parameters have the order of `_state`.
+    return differentiable(lambda: layer(inputs.x), [*layer.parameters()], inputs.grad, lambda out: out[:1], tuple)
 
 
 def _plain_autoencoder(
     x: Tensor, decoder: Tensor, decoder_bias: Tensor, weight: Tensor, bias: Tensor, k: int
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> _ThreeTensors:
     active = linear(x - decoder_bias, weight, bias).relu()
     values, indices = active.topk(k, dim=1)
     return torch.zeros_like(active).scatter(1, indices, values) @ decoder + decoder_bias, values, indices
 
 
-def _sparsify(inputs: Inputs) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
+def _sparsify(inputs: Inputs) -> Callable[..., _ThreeTensors]:
     encode, decode = baselines.sparsify_encoder(inputs), baselines.sparsify_decoder(inputs)
 
     def forward(
         x: Tensor, decoder: Tensor, decoder_bias: Tensor, weight: Tensor, bias: Tensor, k: int
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> _ThreeTensors:
         values, indices = encode(x - decoder_bias, weight, bias, k)
         return decode(values.to(decoder.dtype), indices, decoder) + decoder_bias, values, indices
 
     return forward
 
 
-def _sparsify_autocast(inputs: Inputs) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
+def _sparsify_autocast(inputs: Inputs) -> Callable[..., _ThreeTensors]:
     """sparsify in bfloat16, which is how its trainer runs."""
-    forward = _sparsify(inputs)
-    return torch.autocast(inputs.x.device.type, torch.bfloat16)(forward)
+    return torch.autocast(inputs.x.device.type, torch.bfloat16)(_sparsify(inputs))
 
 
 def _judge_autoencoder(inputs: Inputs, answer: Tensors, gradients: Tensors, tolerance: Tolerance) -> Verdict:
@@ -323,11 +292,9 @@ SPARSE_AUTOENCODER = Entry(
     {"cpu": (sizes.SAE_SMALL,), "cuda": (sizes.SAE,)},
     (
         Implementation(LIBRARY, _library_autoencoder),
-        Implementation("plain PyTorch", _function(lambda inputs: _plain_autoencoder)),
-        Implementation("sparsify", _function(_sparsify), package="eai-sparsify"),
-        Implementation(
-            "sparsify, autocast", _function(_sparsify_autocast), precision="bfloat16", package="eai-sparsify"
-        ),
+        _AUTOENCODER.plain("plain PyTorch", _plain_autoencoder),
+        _AUTOENCODER.chosen("sparsify", _sparsify, package="eai-sparsify"),
+        _AUTOENCODER.chosen("sparsify, autocast", _sparsify_autocast, precision="bfloat16", package="eai-sparsify"),
     ),
     _judge_autoencoder,
     {

@@ -1,7 +1,7 @@
 """The measuring harness: implementations are warmed up, judged, and timed in turns in one process.
 
-`triton.testing.do_bench` does not serve here: it times one function on a GPU, while the harness interleaves
-implementations on the CPU and on GPUs, times backward passes, and hides the launch latency of several kernels.
+On a GPU, `triton.testing.do_bench` serves for the ceilings only, which are one kernel each: it does not hide the time
+that the host needs to launch the several kernels of a layer, and it does not take turns.
 """
 
 from __future__ import annotations
@@ -21,20 +21,19 @@ import torch
 
 from dlvae_kernels.backends import BackendUnavailable, choose, use_backend
 
+from .calls import Call, MissingError
 from .ceilings import Ceilings
-from .entry import Call, Entry, Implementation, Inputs, MissingError, Size, Verdict, draw
+from .entry import Entry, Implementation, Verdict
+from .inputs import Inputs, Size, draw
 from .memory import peak_on_cpu, peak_on_cuda
 
 # On the CPU a sample repeats a short call until it lasts this long, far above the resolution of the clock.
 _MIN_SAMPLE = 2e-3  # seconds
-_MAX_REPEATS = 50
 _MIN_ROUNDS, _MAX_ROUNDS = 5, 41
-# On a GPU each call finds the L2 cache overwritten, and inputs that differ from those of the call before.
+# On a GPU each call finds the L2 cache overwritten.
 _FLUSH_BYTES = 256 * 2**20
 # The GPU first waits for about a millisecond: the host needs longer to launch several kernels than the GPU to run one.
 _WAIT_CYCLES = 2_000_000
-_INPUT_SETS = {"cpu": 1, "cuda": 3}
-_MAX_INPUT_BYTES = 16 * 2**30
 # Parameters of mallopt, from malloc.h.
 _M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD = -3, -1
 
@@ -49,7 +48,7 @@ class Result:
     verdict: Verdict | None = None
     seconds: dict[str, list[float]] = field(default_factory=dict)  # by pass, a value for each round
     megabytes: dict[str, float] = field(default_factory=dict)  # by pass
-    calls: list[Call] = field(default_factory=list)
+    call: Call | None = None
     repeats: int = 1
 
 
@@ -72,18 +71,18 @@ def race(
     """
     chosen = [each for i, each in enumerate(entry.implementations) if i == 0 or names is None or each.name in names]
     with use_backend(backend) if backend else nullcontext():
-        inputs = input_sets(entry, size, device)
+        inputs = draw(size, device, unit=entry.unit)
         results = [prepare(entry, each, inputs) for each in chosen]
         results[0].backend = _backend_of(entry, device)
-        _time([each for each in results if each.reason is None], device, seconds)
+        _time([each for each in results if each.call], device, seconds)
         for result in results:
-            if memory and result.reason is None:
+            if memory and result.call:
                 result.megabytes = (
-                    peak_on_cuda(result.calls[0], device)
+                    peak_on_cuda(result.call, device)
                     if device.type == "cuda"
                     else peak_on_cpu(entry, size, result.implementation, backend)
                 )
-            result.calls.clear()
+            result.call = None
     if device.type == "cuda":
         # The next size may need the memory that the allocator has cached.
         torch.cuda.empty_cache()
@@ -103,23 +102,15 @@ def _keep_freed_memory() -> None:
             libc.mallopt(parameter, 2**30)
 
 
-def input_sets(entry: Entry, size: Size, device: torch.device) -> list[Inputs]:
+def prepare(entry: Entry, implementation: Implementation, inputs: Inputs) -> Result:
+    """Prepare an implementation, warm it up and judge its answer. An exception becomes the result's reason."""
     _keep_freed_memory()
-    first = draw(size, device, unit=entry.unit)
-    taken = sum(each.nbytes for each in (first.x, first.codes, first.indices, first.values, first.grad))
-    fit = max(1, min(_INPUT_SETS[device.type], _MAX_INPUT_BYTES // max(1, taken)))
-    return [first, *(draw(size, device, seed, entry.unit) for seed in range(1, fit))]
-
-
-def prepare(entry: Entry, implementation: Implementation, inputs: list[Inputs]) -> Result:
-    """Prepare an implementation, warm it up and judge its first answer. An exception becomes the result's reason."""
     result = Result(implementation)
     try:
-        result.calls = [implementation.prepare(each) for each in inputs]
-        judge, tolerance = implementation.judge or entry.judge, implementation.tolerance_at(inputs[0].size)
-        result.verdict = judge(inputs[0], *result.calls[0].judged(), tolerance)
-        for other in result.calls[1:]:
-            other.run(other.passes[-1])
+        call = implementation.prepare(inputs)
+        judge = implementation.judge or entry.judge
+        result.verdict = judge(inputs, *call.judged(), implementation.tolerance_at(inputs.size))
+        result.call = call
     except MissingError as error:
         result.reason = f"missing: {error}"
     except BackendUnavailable:
@@ -130,14 +121,14 @@ def prepare(entry: Entry, implementation: Implementation, inputs: list[Inputs]) 
             traceback.print_exc()
         first_line = str(error).strip().partition("\n")[0][:200]
         result.reason = f"failed: {type(error).__name__}: {first_line}"
-        result.calls = []
     return result
 
 
 def prepare_library(entry: Entry, size: Size, device: torch.device) -> Result:
     """This library alone, judged and ready for `sample`."""
-    result = prepare(entry, entry.implementations[0], input_sets(entry, size, device))
-    _calibrate(result, device)
+    result = prepare(entry, entry.implementations[0], draw(size, device, unit=entry.unit))
+    if result.call:
+        _calibrate(result, device)
     return result
 
 
@@ -156,7 +147,7 @@ def _time(results: list[Result], device: torch.device, budget: float) -> None:
             # Each round begins with another implementation, so that none always follows the same one.
             first = number % len(results)
             for result in results[first:] + results[:first]:
-                for name, value in sample(result, device, number).items():
+                for name, value in sample(result, device).items():
                     result.seconds.setdefault(name, []).append(value)
     finally:
         gc.enable()
@@ -164,31 +155,29 @@ def _time(results: list[Result], device: torch.device, budget: float) -> None:
 
 def _calibrate(result: Result, device: torch.device) -> None:
     """Set how often a sample repeats the call."""
-    first = sample(result, device)["forward"]
-    result.repeats = max(1, min(_MAX_REPEATS, round(_MIN_SAMPLE / max(first, 1e-9))))
+    result.repeats = max(1, round(_MIN_SAMPLE / max(sample(result, device)["forward"], 1e-7)))
 
 
-def sample(result: Result, device: torch.device, number: int = 0) -> dict[str, float]:
-    """One time of each pass in seconds. The number of the round selects the inputs."""
-    call = result.calls[number % len(result.calls)]
-    found = {}
-    if device.type == "cuda":
-        out, found["forward"] = _cuda_seconds(call.forward)
-        if backward := call.backward:
-            _, found["backward"] = _cuda_seconds(lambda: backward(out))
-        return found
-    begin = time.perf_counter()
-    for _ in range(result.repeats):
-        out = call.forward()
-    found["forward"] = (time.perf_counter() - begin) / result.repeats
-    if call.backward:
-        begin = time.perf_counter()
-        call.backward(out)
-        found["backward"] = time.perf_counter() - begin
+def sample(result: Result, device: torch.device) -> dict[str, float]:
+    """One time of each pass in seconds."""
+    call, repeats = result.call, result.repeats
+    assert call is not None
+    time_call = _cuda_seconds if device.type == "cuda" else _cpu_seconds
+    out, seconds = time_call(call.forward, repeats)
+    found = {"forward": seconds}
+    if backward := call.backward:
+        _, found["backward"] = time_call(lambda: backward(out), 1)
     return found
 
 
-def _cuda_seconds(run: Callable[[], Any]) -> tuple[Any, float]:
+def _cpu_seconds(run: Callable[[], Any], repeats: int) -> tuple[Any, float]:
+    begin = time.perf_counter()
+    for _ in range(repeats):
+        out = run()
+    return out, (time.perf_counter() - begin) / repeats
+
+
+def _cuda_seconds(run: Callable[[], Any], repeats: int) -> tuple[Any, float]:
     """The result of a call and its time between two events; the GPU is busy while the host launches the call."""
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     _flush_buffer().zero_()
@@ -224,11 +213,11 @@ def rows(results: list[Result], entry: Entry, size: Size, ceilings: Ceilings) ->
             table.append({**common, "pass": "forward", "status": result.reason})
             continue
         for name, seconds in result.seconds.items():
-            row = {**common, "pass": name, **_spread("ms", [1e3 * each for each in seconds], ".4g")}
+            row = {**common, "pass": name, **spread("ms", [1e3 * each for each in seconds], ".4g")}
             if name in library:
                 # Ratios are taken within a round, so that a slow round changes both of its times.
                 pairs = zip(seconds, library[name], strict=True)
-                row |= _spread("ratio", [baseline / own for baseline, own in pairs], ".3f")
+                row |= spread("ratio", [baseline / own for baseline, own in pairs], ".3f")
             if name in entry.work:
                 limit = ceilings.seconds(entry.work[name], size, precision)
                 row["limit_percent"] = f"{100 * limit / statistics.median(seconds):.3g}"
@@ -236,9 +225,7 @@ def rows(results: list[Result], entry: Entry, size: Size, ceilings: Ceilings) ->
                 row["peak_mb"] = f"{result.megabytes[name]:.1f}"
             if result.verdict.differing is not None:
                 row["differing"] = f"{result.verdict.differing:.2g}"
-            row["error"] = f"{result.verdict.error:.2g}"
-            row["status"] = "wrong" if result.verdict.wrong else "ok"
-            table.append(row)
+            table.append({**row, **result.verdict.cells()})
     return table
 
 
@@ -251,7 +238,7 @@ def _backend_of(entry: Entry, device: torch.device) -> str:
     return "+".join(dict.fromkeys(names))
 
 
-def _spread(name: str, values: list[float], form: str) -> dict[str, str]:
+def spread(name: str, values: list[float], form: str) -> dict[str, str]:
     """Median, 20th and 80th percentile."""
     cuts = statistics.quantiles(values, n=5, method="inclusive")
     found = {name: statistics.median(values), f"{name}_p20": cuts[0], f"{name}_p80": cuts[3]}

@@ -10,14 +10,15 @@ import ctypes
 import gc
 import multiprocessing
 from contextlib import nullcontext
-from multiprocessing.connection import Connection
 from pathlib import Path
 
 import torch
 
 from dlvae_kernels.backends import use_backend
 
-from .entry import Call, Entry, Implementation, Size, draw
+from .calls import Call
+from .entry import Entry, Implementation
+from .inputs import Size, draw
 
 _SECONDS = 120
 # Modules that take long to import. The server ignores those that are not installed.
@@ -43,26 +44,20 @@ def peak_on_cpu(entry: Entry, size: Size, implementation: Implementation, backen
     """Peak memory by pass in MB (10^6 bytes).
 
     Raises:
-        RuntimeError: the child process failed.
+        RuntimeError: the child process was killed or did not finish in time.
     """
     server = multiprocessing.get_context("forkserver")
     server.set_forkserver_preload(_PRELOADED)
-    receiver, sender = server.Pipe(duplex=False)
-    arguments = sender, entry.name, size, implementation.name, backend, torch.get_num_threads()
-    child = server.Process(target=_child, args=arguments)
-    child.start()
-    sender.close()
-    try:
-        found = receiver.recv() if receiver.poll(_SECONDS) else None
-    except EOFError:
-        found = None
-    child.kill() if found is None else child.join()
-    if found is None:
-        raise RuntimeError(f"the memory of {implementation.name} in {entry.name} at {size} could not be measured")
-    return found
+    with server.Pool(1) as pool:
+        arguments = entry.name, size, implementation.name, backend, torch.get_num_threads()
+        try:
+            return pool.apply_async(_peaks, arguments).get(_SECONDS)
+        except multiprocessing.TimeoutError:
+            case = f"{implementation.name} in {entry.name} at {size}"
+            raise RuntimeError(f"expected the memory of {case} within {_SECONDS} s, got no answer") from None
 
 
-def _child(sender: Connection, entry_name: str, size: Size, name: str, backend: str | None, threads: int) -> None:
+def _peaks(entry_name: str, size: Size, name: str, backend: str | None, threads: int) -> dict[str, float]:
     from .registry import ENTRIES
 
     torch.set_num_threads(threads)
@@ -72,7 +67,7 @@ def _child(sender: Connection, entry_name: str, size: Size, name: str, backend: 
         call = implementation.prepare(draw(size, torch.device("cpu"), unit=entry.unit))
         # The first run loads libraries, fills caches and compiles.
         call.run(call.passes[-1])
-        sender.send({name: _growth(call, name) for name in call.passes})
+        return {name: _growth(call, name) for name in call.passes}
 
 
 def _growth(call: Call, name: str) -> float:

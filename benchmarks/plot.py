@@ -26,6 +26,7 @@ _COLORS = {
 }
 _OTHER_COLOR = "#9d9d9d"
 _AXES = ("N", "K", "D")
+_COLUMNS = 4  # of panels
 
 
 def write(csv: Path, folder: Path) -> list[Path]:
@@ -48,8 +49,8 @@ def growth(rows: list[Row]) -> Figure:
     """Time of nearest_code against each of N, K and D, with the other two fixed."""
     figure = Figure(figsize=(13, 4.2), layout="constrained")
     for place, axes in enumerate(figure.subplots(1, 3, sharey=True)):
-        fixed = _curves(axes, rows, place, "ms")
-        axes.set(xlabel=f"{_AXES[place]}  ({fixed})", ylabel="milliseconds" if place == 0 else "")
+        _draw_curves(axes, rows, place, "ms")
+        axes.set_ylabel("milliseconds" if place == 0 else "")
     axes.legend(fontsize=9, frameon=False)
     figure.suptitle(f"Time of nearest_code ({_machine(rows)})")
     return figure
@@ -59,8 +60,8 @@ def memory(rows: list[Row]) -> Figure:
     """Peak memory of nearest_code against K."""
     figure = Figure(figsize=(6.5, 4.2), layout="constrained")
     axes = figure.subplots()
-    fixed = _curves(axes, rows, 1, "peak_mb")
-    axes.set(xlabel=f"K  ({fixed})", ylabel="MB beyond the inputs", title="Peak memory of nearest_code")
+    _draw_curves(axes, rows, 1, "peak_mb")
+    axes.set(ylabel="MB beyond the inputs", title="Peak memory of nearest_code")
     axes.legend(fontsize=9, frameon=False)
     return figure
 
@@ -72,10 +73,9 @@ def workloads(rows: list[Row]) -> Figure:
         for row in rows:
             if row["op"] == op and row["workload"] != "growth":
                 panels.setdefault((op, row["pass"], row["workload"], row["size"]), []).append(row)
-    columns = 4
-    lines = -(-len(panels) // columns)
-    figure = Figure(figsize=(4.1 * columns, 1.75 * lines), layout="constrained")
-    places = figure.subplots(lines, columns, squeeze=False).flatten()
+    lines = -(-len(panels) // _COLUMNS)
+    figure = Figure(figsize=(4.1 * _COLUMNS, 1.75 * lines), layout="constrained")
+    places = figure.subplots(lines, _COLUMNS, squeeze=False).flatten()
     for axes, ((op, name, workload, size), group) in zip(places, panels.items(), strict=False):
         names = [row["implementation"] for row in group]
         times, low, high = ([float(row[key]) for row in group] for key in ("ms", "ms_p20", "ms_p80"))
@@ -91,8 +91,8 @@ def workloads(rows: list[Row]) -> Figure:
     return figure
 
 
-def _curves(axes: Axes, rows: list[Row], place: int, column: str) -> str:
-    """Draw a curve for each implementation along N, K or D (place 0, 1, 2). Returns the fixed sizes."""
+def _draw_curves(axes: Axes, rows: list[Row], place: int, column: str) -> None:
+    """Draw a curve for each implementation along N, K or D (place 0, 1, 2), with the other two fixed."""
     found = [(tuple(map(int, row["size"].split(" x "))), row) for row in rows if row["workload"] == "growth"]
     middle = found[0][0]
     others = [i for i in range(3) if i != place]
@@ -106,8 +106,8 @@ def _curves(axes: Axes, rows: list[Row], place: int, column: str) -> str:
         axes.plot(*zip(*points, strict=True), marker="o", ms=4, lw=width, label=name, color=color)
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
+    axes.set_xlabel(f"{_AXES[place]}  ({', '.join(f'{_AXES[i]} = {middle[i]}' for i in others)})")
     axes.grid(alpha=0.3)
-    return ", ".join(f"{_AXES[i]} = {middle[i]}" for i in others)
 
 
 def _machine(rows: list[Row]) -> str:

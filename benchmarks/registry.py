@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,68 +12,12 @@ from torch.nn.functional import embedding, one_hot
 import dlvae_kernels as dlvae
 
 from . import baselines, judge, sizes
-from .entry import (
-    LIBRARY,
-    Call,
-    Entry,
-    Implementation,
-    Inputs,
-    Prepare,
-    Tensors,
-    Tolerance,
-    Verdict,
-    Work,
-    differentiable,
-)
+from .calls import Tensors
+from .entry import LIBRARY, Entry, Implementation, Signature, Tolerance, Verdict, Work
+from .inputs import Inputs
 from .layers import LAYERS
 from .sizes import half
 from .training import TRAINING
-
-
-def _at(positions: tuple[int, ...], out: Any) -> Tensors:
-    return tuple((out,)[i] if isinstance(out, Tensor) else out[i] for i in positions)
-
-
-@dataclass(frozen=True)
-class Signature:
-    """How the implementations of an operation are called. A signature turns a function into `prepare`."""
-
-    arguments: Callable[[Inputs], tuple[Any, ...]]
-    learned: tuple[int, ...] = ()  # positions of the arguments that get gradients
-    gradient: Callable[[Inputs], Tensor] = lambda inputs: inputs.grad
-    outputs: tuple[int, ...] = (0,)  # positions of the outputs to differentiate
-    answer: tuple[int, ...] | None = None  # positions of the outputs that the judge takes; None: `outputs`
-
-    def __call__(self, function: Callable[..., Any]) -> Prepare:
-        return partial(self._prepare, function)
-
-    def _prepare(self, function: Callable[..., Any], inputs: Inputs) -> Call:
-        arguments = [*self.arguments(inputs)]
-        if not self.learned:
-            return Call(lambda: function(*arguments))
-        for i in self.learned:
-            arguments[i] = arguments[i].clone().requires_grad_()
-        return differentiable(
-            lambda: function(*arguments),
-            [arguments[i] for i in self.learned],
-            self.gradient(inputs),
-            partial(_at, self.outputs),
-            partial(_at, self.answer or self.outputs),
-        )
-
-    def library(self, function: Callable[..., Any]) -> tuple[Implementation, Implementation]:
-        """This library with the backend that it selects, and with the CUDA C++ kernels (a GPU prefers Triton's)."""
-        return (
-            Implementation(LIBRARY, self(function)),
-            Implementation(f"{LIBRARY}, CUDA C++", partial(baselines.in_cuda_cpp, self(function))),
-        )
-
-    def plain(self, name: str, function: Callable[..., Any]) -> Implementation:
-        return Implementation(name, self(function))
-
-    def compiled(self, function: Callable[..., Any]) -> Implementation:
-        return Implementation("torch.compile", lambda inputs: self(baselines.compiled(function))(inputs))
-
 
 # --- nearest_code ---
 
@@ -144,9 +86,9 @@ def _same_for_a_vector(inputs: Inputs) -> Tensor:
 _PRODUCTS = Signature(_TOPK.arguments, (0, 1), _same_for_a_vector, outputs=(1,), answer=(0, 1))
 
 
-def _sparsify_search(inputs: Inputs) -> Call:
+def _sparsify_search(inputs: Inputs) -> Callable[..., tuple[Tensor, Tensor]]:
     encode = baselines.sparsify_encoder(inputs)
-    return _PRODUCTS(lambda x, codes, k: encode(x, codes, None, k)[::-1])(inputs)
+    return lambda x, codes, k: encode(x, codes, None, k)[::-1]
 
 
 def _judge_products(inputs: Inputs, answer: Tensors, gradients: Tensors, tolerance: Tolerance) -> Verdict:
@@ -169,7 +111,7 @@ TOPK_PRODUCTS = Entry(
     (
         _PRODUCTS.plain(LIBRARY, partial(dlvae.topk_codes, metric="dot")),
         _PRODUCTS.plain("plain PyTorch", baselines.topk_products),
-        Implementation("sparsify", _sparsify_search, package="eai-sparsify"),
+        _PRODUCTS.chosen("sparsify", _sparsify_search, package="eai-sparsify"),
     ),
     _judge_products,
     {
@@ -298,9 +240,7 @@ SPARSE_DECODE = Entry(
         *_DECODE.library(dlvae.sparse_decode),
         _DECODE.plain("dense matmul", baselines.decode_densely),
         _DECODE.plain("embedding_bag", baselines.decode_by_embedding_bag),
-        Implementation(
-            "sparsify", lambda inputs: _DECODE(baselines.sparsify_decoder(inputs))(inputs), package="eai-sparsify"
-        ),
+        _DECODE.chosen("sparsify", baselines.sparsify_decoder, package="eai-sparsify"),
     ),
     judge.equals(_DECODE(baselines.decode_densely)),
     {

@@ -17,6 +17,8 @@ from typing import Any
 
 import torch
 
+from .entry import LIBRARY
+
 Row = dict[str, Any]
 
 ROOT = Path(__file__).parents[1]
@@ -119,7 +121,7 @@ def line(row: Row) -> str:
     name = f"{row['op']:<18} {row['pass']:<8} {row['workload']:<18} {row['size']:<24} {row['implementation']:<31}"
     if "ms" not in row:
         return f"{name} {row['status']}"
-    ratio = f"{row['ratio']:>7} ({row['ratio_p20']} to {row['ratio_p80']})" if "ratio" in row else ""
+    ratio = f"{_ratio(row):>7}" if "ratio" in row else ""
     limit = f"{row['limit_percent']:>5} % of the limit" if "limit_percent" in row else ""
     memory = f"{row['peak_mb']:>7} MB" if "peak_mb" in row else ""
     differing = f", {float(row['differing']):.2%} differ" if row.get("differing") else ""
@@ -132,20 +134,25 @@ def compare(first: list[Row], second: list[Row], within: float = 0.15) -> list[s
     Raises:
         ValueError: the files have no ratio in common.
     """
-    keys = ("op", "pass", "workload", "size", "implementation", "precision")
-    others = {tuple(row[key] for key in keys): row for row in second if row["ratio"]}
-    lines, changes = [], []
-    for row in first:
-        other = others.get(tuple(row[key] for key in keys))
-        if not row["ratio"] or other is None or float(row["ratio"]) == float(other["ratio"]) == 1:
-            continue
-        change = float(other["ratio"]) / float(row["ratio"])
-        changes.append(max(change, 1 / change) - 1)
-        if changes[-1] > within:
-            spreads = [f"{each['ratio']} ({each['ratio_p20']} to {each['ratio_p80']})" for each in (row, other)]
-            lines.append(f"{row['op']} {row['pass']} {row['size']} {row['implementation']}: {' and '.join(spreads)}")
-    if not changes:
+    others = _ratios(second)
+    pairs = [(row, others[key]) for key, row in _ratios(first).items() if key in others]
+    if not pairs:
         raise ValueError("expected the two files to have ratios of the same rows, got none in common")
-    agree = len(changes) - len(lines)
-    middle = statistics.median(changes)
-    return [*lines, f"{agree} of {len(changes)} ratios agree within {within:.0%}; the median change is {middle:.1%}"]
+    changes = [float(other["ratio"]) / float(row["ratio"]) for row, other in pairs]
+    sizes = [max(change, 1 / change) - 1 for change in changes]
+    lines = [
+        f"{row['op']} {row['pass']} {row['size']} {row['implementation']}: {_ratio(row)} and {_ratio(other)}"
+        for (row, other), size in zip(pairs, sizes, strict=True)
+        if size > within
+    ]
+    agree = f"{len(pairs) - len(lines)} of {len(pairs)} ratios agree within {within:.0%}"
+    return [*lines, f"{agree}; the median change is {statistics.median(sizes):.1%}"]
+
+
+def _ratios(rows: list[Row]) -> dict[tuple[str, ...], Row]:
+    keys = ("op", "pass", "workload", "size", "implementation", "precision")
+    return {tuple(row[key] for key in keys): row for row in rows if row["ratio"] and row["implementation"] != LIBRARY}
+
+
+def _ratio(row: Row) -> str:
+    return f"{row['ratio']} ({row['ratio_p20']} to {row['ratio_p80']})"

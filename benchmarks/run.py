@@ -1,23 +1,30 @@
-"""Running the registry: a selection of its entries and sizes, or all entries of a device."""
+"""Running the registry: a selection of its entries and sizes, measured into a CSV file."""
 
 from __future__ import annotations
 
 import re
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from . import ceilings, measure, results, targets
-from .entry import LIBRARY, Entry, Size
+from .entry import LIBRARY, Entry
+from .inputs import Size
 from .registry import ENTRIES
 
 # The baselines of the workload "growth", which shows how the cost grows with N, K and D.
 _GROWTH_BASELINES = ("plain PyTorch", "torch.compile", "faiss-cpu", "flash-kmeans")
 
+Case = tuple[Entry, Size]
 
-def select(ops: list[str] | None, sizes: list[str] | None, device: torch.device) -> list[tuple[Entry, Size]]:
+
+def select(
+    ops: list[str] | None, sizes: list[str] | None, device: torch.device, entries: Mapping[str, Entry] = ENTRIES
+) -> list[Case]:
     """The selected entries and sizes of a device; None selects all.
 
     Args:
@@ -28,10 +35,10 @@ def select(ops: list[str] | None, sizes: list[str] | None, device: torch.device)
         ValueError: a name is unknown.
     """
     for name in ops or ():
-        if name not in ENTRIES:
-            raise ValueError(f"expected op to be one of {', '.join(ENTRIES)}, got {name!r}")
+        if name not in entries:
+            raise ValueError(f"expected op to be one of {', '.join(entries)}, got {name!r}")
     found = []
-    for entry in (ENTRIES[name] for name in ops or ENTRIES):
+    for entry in (entries[name] for name in ops or entries):
         available = entry.sizes[device.type]
         chosen = available if sizes is None else [each for text in sizes for each in _sizes(text, available)]
         found += [(entry, size) for size in chosen]
@@ -50,8 +57,19 @@ def _sizes(text: str, available: tuple[Size, ...]) -> list[Size]:
     return [each for each in available if text.lower() in each.workload.lower()]
 
 
+def standard(device: torch.device) -> list[Case]:
+    """All entries and sizes of a device. A deadline leaves out sizes without a target, then later sizes of an entry."""
+    aims = {(target.op, target.size) for target in targets.TARGETS[device.type]}
+
+    def priority(case: Case) -> tuple[bool, int]:
+        entry, size = case
+        return (entry.name, size) not in aims, entry.sizes[device.type].index(size)
+
+    return sorted(select(None, None, device), key=priority)
+
+
 def rows(
-    cases: Iterable[tuple[Entry, Size]],
+    cases: Iterable[Case],
     device: torch.device,
     *,
     baselines: list[str] | None = None,
@@ -75,19 +93,15 @@ def rows(
         yield results.completed(found, device)
 
 
-def standard(device: torch.device, path: Path, seconds: float = 2.0, deadline: float = float("inf")) -> int:
-    """Measure all entries of a device into a CSV file. Returns 1 if this library fails or its answer is wrong."""
+def write(cases: Iterable[Case], device: torch.device, path: Path | None, **options: Any) -> int:
+    """Measure cases into a CSV file, if there is a path. Returns 1 if this library fails or an answer of it is wrong.
+
+    Args:
+        options: those of `rows`.
+    """
     status = 0
-    aims = {(target.op, target.size) for target in targets.TARGETS[device.type]}
-
-    def priority(case: tuple[Entry, Size]) -> tuple[bool, int]:
-        # A deadline first leaves out sizes without a target, then the later sizes of each entry.
-        entry, size = case
-        return (entry.name, size) not in aims, entry.sizes[device.type].index(size)
-
-    cases = sorted(select(None, None, device), key=priority)
-    with results.writing(path) as add:
-        for table in rows(cases, device, seconds=seconds, deadline=deadline):
+    with results.writing(path) if path else nullcontext(lambda rows: None) as add:
+        for table in rows(cases, device, **options):
             add(table)
             status |= int(is_library_wrong(table))
     return status
@@ -95,11 +109,11 @@ def standard(device: torch.device, path: Path, seconds: float = 2.0, deadline: f
 
 def is_library_wrong(table: list[results.Row]) -> bool:
     """Whether an answer of this library is wrong or this library raised an exception; prints each such row."""
-    own = [row for row in table if row.get("implementation", "").startswith(LIBRARY)]
-    wrong = [row for row in own if row["status"] == "wrong"]
-    failed = [row for row in own if row["status"].startswith("failed")]
+    wrong = [
+        row
+        for row in table
+        if row.get("implementation", "").startswith(LIBRARY) and row["status"].startswith(("wrong", "failed"))
+    ]
     for row in wrong:
-        print(f"WRONG: {row['op']} at {row['size']} has the error {row['error']}; its times are not valid")
-    for row in failed:
-        print(f"FAILED: {row['op']} at {row['size']}: {row['status']}")
-    return bool(wrong or failed)
+        print(f"INVALID: {row['op']} at {row['size']}: {row['status']}, error {row.get('error', 'unknown')}")
+    return bool(wrong)

@@ -7,7 +7,7 @@ from functools import partial
 
 import torch
 
-from .entry import Size
+from .inputs import Size
 
 # N vectors, K codes, D features, and k selected codes.
 CIFAR = Size("VQ-VAE, CIFAR-10", 16_384, 512, 64)
@@ -28,6 +28,7 @@ KMEANS = Size("k-means", 1_000_000, 8_192, 64)
 WIDE = Size("large codebook", 16_384, 8_192, 256)
 FEATURES = Size("many features", 16_384, 512, 256)
 WIDE_SMALL = Size("large codebook, small batch", 4_096, 8_192, 256)
+ONE_VECTOR = Size("one vector", 1, 16, 64)
 FINE = Size("large codebook, few features", 16_384, 16_384, 8)
 LARGEST = Size("largest", 1_048_576, 262_144, 8)
 

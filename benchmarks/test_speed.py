@@ -6,14 +6,14 @@ Implementations are not interleaved here. The published results come from `pytho
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 
 from . import measure
-from .entry import Entry, Implementation, Size
+from .entry import Entry, Implementation
+from .inputs import Size, draw
 from .registry import ENTRIES
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -29,37 +29,29 @@ CASES = [
 
 @functools.lru_cache(maxsize=1)
 def _result(entry: Entry, size: Size, implementation: Implementation) -> measure.Result:
-    result = measure.prepare(entry, implementation, measure.input_sets(entry, size, DEVICE))
-    if result.verdict is not None and implementation is entry.implementations[0]:
-        assert not result.verdict.wrong, f"the answer of this library has the error {result.verdict.error:.2g}"
-    return result
-
-
-def _synchronized(function: Callable[..., Any]) -> Callable[..., Any]:
-    """On a GPU a call ends when the device has finished."""
-
-    def run(*args: Any) -> Any:
-        out = function(*args)
-        if DEVICE.type == "cuda":
-            torch.cuda.synchronize(DEVICE)
-        return out
-
-    return run
+    return measure.prepare(entry, implementation, draw(size, DEVICE, unit=entry.unit))
 
 
 @pytest.mark.parametrize("name", ["forward", "backward"])
 @pytest.mark.parametrize(("entry", "size", "implementation"), CASES)
 def test_speed(benchmark: Any, entry: Entry, size: Size, implementation: Implementation, name: str) -> None:
     result = _result(entry, size, implementation)
-    if result.verdict is None:
+    if result.verdict is None or result.call is None:
         pytest.skip(result.reason or "")
-    call = result.calls[0]
-    benchmark.group = f"{entry.name} {name}, {size.workload}: {size}"
-    benchmark.extra_info |= {"wrong": result.verdict.wrong, "error": result.verdict.error}
-    forward = _synchronized(call.forward)
-    if name == "forward":
-        benchmark.pedantic(forward, rounds=_ROUNDS, iterations=result.repeats, warmup_rounds=1)
-    elif call.backward is None:
+    if name not in result.call.passes:
         pytest.skip("the operation has no backward pass")
-    else:
-        benchmark.pedantic(_synchronized(call.backward), setup=lambda: ((forward(),), {}), rounds=_ROUNDS)
+    assert not (result.verdict.wrong and implementation is entry.implementations[0])
+    forward, backward = result.call.forward, result.call.backward
+    benchmark.group = f"{entry.name} {name}, {size.workload}: {size}"
+    benchmark.extra_info |= result.verdict.cells()
+
+    def run(*out: Any) -> None:
+        # On a GPU a call ends when the device has finished.
+        backward(*out) if backward and out else forward()
+        if DEVICE.type == "cuda":
+            torch.cuda.synchronize(DEVICE)
+
+    def setup() -> tuple[tuple[Any, ...], dict[str, Any]]:
+        return (forward(),) if name == "backward" else (), {}
+
+    benchmark.pedantic(run, setup=setup, rounds=_ROUNDS, warmup_rounds=1)

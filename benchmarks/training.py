@@ -14,9 +14,10 @@ import shutil
 import statistics
 import tempfile
 import time
+from collections.abc import Iterator
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,8 +29,10 @@ from models.evaluate import evaluate
 from models.train import Run
 from tests.oracles import notebook_training
 
-from . import baselines, ceilings, judge, results, sizes
-from .entry import LIBRARY, Call, Entry, Implementation, Inputs, Size, Tensors, Tolerance, Verdict
+from . import ceilings, judge, results, sizes
+from .calls import Call, Tensors, needs
+from .entry import LIBRARY, Entry, Implementation, Tolerance, Verdict
+from .inputs import Inputs, Size
 from .layers import DICTIONARY_LEARNING, NOTEBOOK, VECTOR_QUANTIZER_EMA
 from .results import Row
 
@@ -83,7 +86,7 @@ def _step_run(model: str, inputs: Inputs, precision: str = "float32") -> Run:
 
 def _library_step(model: str, precision: str, inputs: Inputs) -> Call:
     if precision == "bfloat16":
-        baselines.needs("cuda", inputs)
+        needs("cuda", inputs)
     run = _step_run(model, inputs, precision)
     loss = _loss(run.model, run.batches[0], run.variance)
     for _ in range(_WARM_UP):
@@ -142,11 +145,6 @@ _MAX_NOTEBOOK_UPDATES = 200
 _LAST_BATCHES = 10
 
 
-class _Timed(NamedTuple):
-    seconds: float  # of one update
-    nmse: float
-
-
 def measure_updates(
     device: torch.device, path: Path, updates: int, rounds: int, batch_size: int = 256, models: tuple[str, ...] = MODELS
 ) -> None:
@@ -158,39 +156,35 @@ def measure_updates(
     limits = {name: _rate(device, getattr(torch, name)) for name in names}
     rows: list[Row] = []
     for model in models:
-        rows += results.completed(_update_rows(model, device, updates, rounds, batch_size, limits), device)
+        flags = {"device": device, "batch-size": batch_size, "checkpoint-every": 2000}
+        new = results.completed(_update_rows(model, flags, updates, rounds, limits), device)
+        rows += new
         with results.writing(path, rows[0]) as add:
             add(rows)
-        print(*(_described(row) for row in rows if row["model"] == model), sep="\n", flush=True)
+        print(*map(_described, new), sep="\n", flush=True)
 
 
 def _update_rows(
-    model: str, device: torch.device, updates: int, rounds: int, batch_size: int, limits: dict[str, float]
-) -> list[Row]:
-    flags = {"device": device, "batch-size": batch_size, "checkpoint-every": 2000}
-    counts = {(LIBRARY, "float32"): updates, (NOTEBOOK, "float32"): min(updates, _MAX_NOTEBOOK_UPDATES)}
-    if "bfloat16" in limits:
-        counts[LIBRARY, "bfloat16"] = updates
+    model: str, flags: dict[str, Any], updates: int, rounds: int, limits: dict[str, float]
+) -> Iterator[Row]:
+    # By implementation and precision: the function that makes and times a number of updates, and the number.
+    runs = {(LIBRARY, name): (_time_library, updates) for name in limits}
+    runs[NOTEBOOK, "float32"] = _time_notebook, min(updates, _MAX_NOTEBOOK_UPDATES)
 
-    def timed(key: tuple[str, str], count: int) -> _Timed:
-        implementation, precision = key
-        time_run = _time_library if implementation == LIBRARY else _time_notebook
-        return time_run(model, {**flags, "precision": precision, "updates": count})
+    def timed(key: tuple[str, str], count: int) -> tuple[float, float]:
+        return runs[key][0](model, {**flags, "precision": key[1], "updates": count})
 
-    for key in counts:
+    for key in runs:
         timed(key, _WARM_UP)
-    found: dict[tuple[str, str], list[_Timed]] = {key: [] for key in counts}
-    for _ in range(rounds):
-        for key, count in counts.items():
-            found[key].append(timed(key, count))
+    in_rounds = [{key: timed(key, count) for key, (_, count) in runs.items()} for _ in range(rounds)]
     flops = _update_flops(model, flags)
-    seconds = {key: statistics.median(each.seconds for each in runs) for key, runs in found.items()}
-    return [
-        {
+    seconds = {key: statistics.median(each[key][0] for each in in_rounds) for key in runs}
+    for key, (_, count) in runs.items():
+        yield {
             "model": model,
             "implementation": key[0],
             "precision": key[1],
-            "updates": counts[key],
+            "updates": count,
             "rounds": rounds,
             "updates_per_second": f"{1 / seconds[key]:.4g}",
             "ms": f"{seconds[key] * 1e3:.4g}",
@@ -198,10 +192,8 @@ def _update_rows(
             "ratio": f"{seconds[key] / seconds[LIBRARY, 'float32']:.3f}",
             "gflop": f"{flops / 1e9:.1f}",
             "limit_percent": f"{100 * flops / seconds[key] / limits[key[1]]:.3g}",
-            "nmse": f"{statistics.mean(each.nmse for each in runs):.4g}",
+            "nmse": f"{statistics.mean(each[key][1] for each in in_rounds):.4g}",
         }
-        for key, runs in found.items()
-    ]
 
 
 def _described(row: Row) -> str:
@@ -215,22 +207,24 @@ def _rate(device: torch.device, dtype: torch.dtype) -> float:
         return max(ceilings.product_rate(device, dtype), ceilings.convolution_rate(device, dtype))
 
 
-def _time_library(model: str, flags: dict[str, Any]) -> _Timed:
+def _time_library(model: str, flags: dict[str, Any]) -> tuple[float, float]:
+    """Seconds of an update, and NMSE."""
     with tempfile.TemporaryDirectory() as folder:
         run = _notebook_run(model, flags, Path(folder) / "run")
         run.start()
         run.train()
         errors = [float(row.split(",")[1]) for row in (run.folder / "metrics.csv").read_text().splitlines()[1:]]
-    return _Timed(run.seconds / flags["updates"], statistics.mean(errors[-_LAST_BATCHES:]))
+    return run.seconds / flags["updates"], statistics.mean(errors[-_LAST_BATCHES:])
 
 
-def _time_notebook(model: str, flags: dict[str, Any]) -> _Timed:
+def _time_notebook(model: str, flags: dict[str, Any]) -> tuple[float, float]:
+    """Seconds of an update, and NMSE."""
     update, errors = notebook_training.training_loop(_notebook_run(model, flags))
     begin = time.perf_counter()
     for _ in range(flags["updates"]):
         # Each update waits for its error, so the device is finished when the loop ends.
         update()
-    return _Timed((time.perf_counter() - begin) / flags["updates"], statistics.mean(errors[-_LAST_BATCHES:]))
+    return (time.perf_counter() - begin) / flags["updates"], statistics.mean(errors[-_LAST_BATCHES:])
 
 
 def _update_flops(model: str, flags: dict[str, Any]) -> float:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from benchmarks import __main__, plot, results, run, verify
-from benchmarks.entry import Size
+from benchmarks.inputs import Size
 from benchmarks.registry import ENTRIES
 
 CPU = torch.device("cpu")

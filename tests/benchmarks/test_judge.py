@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from benchmarks import judge
-from benchmarks.entry import TOLERANCES, Size, differentiable, draw
+from benchmarks.calls import differentiable
+from benchmarks.entry import TOLERANCES
+from benchmarks.inputs import Size, draw
 from dlvae_kernels.testing import exact_distances
 
 CPU = torch.device("cpu")

@@ -9,8 +9,10 @@ import torch
 
 import dlvae_kernels as dlvae
 from benchmarks import judge, measure, memory, results, run
+from benchmarks.calls import Call, MissingError
 from benchmarks.ceilings import Ceilings
-from benchmarks.entry import Call, Entry, Implementation, MissingError, Size, Work
+from benchmarks.entry import Entry, Implementation, Work
+from benchmarks.inputs import Size
 
 CPU = torch.device("cpu")
 SIZE = Size("test", 2_000, 40, 6)
@@ -68,7 +70,7 @@ def test_rows_of_a_wrong_answer_are_flagged(capsys):
     assert not run.is_library_wrong(rows)
     _, rows = race(library=one_in_a_thousand_wrong)
     assert run.is_library_wrong(rows)
-    assert "WRONG: nearest_code at 2000 x 40 x 6" in capsys.readouterr().out
+    assert "INVALID: nearest_code at 2000 x 40 x 6: wrong, error" in capsys.readouterr().out
 
 
 def test_rows_of_a_missing_or_failing_baseline_state_the_reason():
@@ -84,7 +86,7 @@ def test_race_with_a_failure_of_this_library_still_times_the_baselines(capsys):
     assert "ratio" not in rows[1]
     assert 'raise RuntimeError("a bug")' in capsys.readouterr().err
     assert run.is_library_wrong(rows)
-    assert "FAILED: nearest_code at 2000 x 40 x 6: failed: RuntimeError: a bug" in capsys.readouterr().out
+    assert "INVALID: nearest_code at 2000 x 40 x 6: failed: RuntimeError: a bug" in capsys.readouterr().out
     _, rows = race(library=failing)
     assert len(rows) == 1
 

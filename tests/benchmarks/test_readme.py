@@ -29,7 +29,7 @@ def test_table_lists_every_baseline_of_a_shown_workload():
             first = next(row for row in rows if row["op"] == op)
             group = [row for row in rows if all(row[key] == first[key] for key in ("op", "workload", "size"))]
             begin = f"| {op} | {first['size']} ({first['workload']})"
-            (line,) = (each for each in readme.table().splitlines() if each.startswith(begin))
+            (line,) = (each for each in readme.tables().splitlines() if each.startswith(begin))
             for row in group[1:]:
                 assert row["pass"] == "backward" or f"{row['implementation']} " in line
                 assert row["ratio"] == "1.000" or readme.two_digits(float(row["ratio"])) in line
@@ -38,7 +38,7 @@ def test_table_lists_every_baseline_of_a_shown_workload():
 def test_summary_lists_every_baseline_of_its_rows():
     rows = [row for row in results.read(results.FOLDER / "cpu.csv") if row["ms"]]
     lines = readme.summary().splitlines()
-    for op, workload in readme._SUMMARY:
+    for op, workload in readme.SUMMARY:
         (line,) = (each for each in lines if each.startswith(f"| {op} |") and f"({workload})" in each)
         baselines = {row["implementation"] for row in rows if (row["op"], row["workload"]) == (op, workload)}
         assert len(baselines) > 1

@@ -9,7 +9,8 @@ import torch
 
 from benchmarks import measure
 from benchmarks.baselines import library
-from benchmarks.entry import MissingError, Size, draw
+from benchmarks.calls import MissingError
+from benchmarks.inputs import Size, draw
 from benchmarks.registry import ENTRIES
 from benchmarks.results import ROOT
 from dlvae_kernels.backends.reference import __all__ as ALL_OPS
@@ -27,7 +28,7 @@ CASES = [
 @pytest.mark.parametrize(("entry", "implementation"), CASES)
 def test_implementations_match_float64(entry, implementation):
     size = dataclasses.replace(SMALL, selected=min(SMALL.selected, entry.sizes["cpu"][0].selected))
-    result = measure.prepare(entry, implementation, [draw(size, CPU, unit=entry.unit)])
+    result = measure.prepare(entry, implementation, draw(size, CPU, unit=entry.unit))
     if result.reason is not None:
         # `make setup` installs all baselines of the CPU; the others need a GPU.
         assert result.reason == "missing: needs a CUDA device"

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks import targets
+from benchmarks import latency, results, targets
 from benchmarks.registry import ENTRIES
 from benchmarks.sizes import CIFAR, LARGEST, WIDE, half
-from benchmarks.targets import Memory, Speed
+from benchmarks.targets import Most, Speed
 
 
 def row(op, size, implementation, name="forward", precision="float32", **values):
@@ -19,10 +19,12 @@ def row(op, size, implementation, name="forward", precision="float32", **values)
     ("kind", "target"), [(kind, each) for kind, found in targets.TARGETS.items() for each in found], ids=str
 )
 def test_targets_are_measured_by_the_registry(kind, target):
-    entry = ENTRIES[target.op]
-    assert target.size in entry.sizes[kind]
+    entry = (latency.ENTRIES if kind == "latency" else ENTRIES)[target.op]
+    assert target.size in entry.sizes["cpu" if kind == "latency" else kind]
     if isinstance(target, Speed):
         assert {target.baseline, target.own} <= {each.name for each in entry.implementations}
+    else:
+        assert target.column in (latency.COLUMNS if kind == "latency" else results.COLUMNS)
 
 
 def test_speed_adds_all_passes_in_one_precision():
@@ -57,12 +59,13 @@ def test_speed_of_one_pass_ignores_the_other():
     assert str(by_pass["backward"]).startswith("sparse_decode backward at")
 
 
-def test_memory_is_checked_against_the_peak():
-    target = Memory("nearest_code", LARGEST, 200)
+def test_most_is_checked_against_the_column():
+    target = Most("nearest_code", LARGEST, "peak_mb", 200, "MB")
     assert target.outcome([]) is None
     found = row("nearest_code", LARGEST, "dlvae_kernels", peak_mb="31.5")
-    assert target.outcome([found]) == (True, "31.5 MB")
+    assert target.outcome([found]) == (True, "31.5")
     assert target.outcome([{**found, "peak_mb": "200.1"}])[0] is False
+    assert target.outcome([{**found, "status": "wrong"}]) is None
 
 
 def test_check_has_a_line_for_each_target():
