@@ -19,6 +19,8 @@ from models.build import pick_device
 from . import gpu, latency, plot, readme, results, run, targets, training, verify
 from .registry import ENTRIES
 
+_RECIPES = f"default: all; one of {', '.join(map(repr, training.RECIPES))}"
+
 
 def _list() -> None:
     for entry in ENTRIES.values():
@@ -108,9 +110,9 @@ def _parser() -> argparse.ArgumentParser:
     add("--rounds", type=int, default=3, help="rounds in which the implementations take turns")
     add("--csv", type=Path, help="file of the rows; default: benchmarks/results/updates-DEVICE.csv")
     add = command("recipes", _recipes, f"count the updates of training recipes to an NMSE of {training.TARGET}")
-    add("--recipe", nargs="+", choices=training.RECIPES, default=list(training.RECIPES), metavar="NAME")
-    add("--data", nargs="+", default=["patches", "fashion-mnist"])
-    add("--seed", nargs="+", type=int, default=[0, 1, 2])
+    add("--recipe", nargs="+", choices=training.RECIPES, default=list(training.RECIPES), metavar="NAME", help=_RECIPES)
+    add("--data", nargs="+", default=["patches", "fashion-mnist"], help="as in models.train --data")
+    add("--seed", nargs="+", type=int, default=[0, 1, 2], help="seeds of the runs")
     add("--most", type=int, default=1000, help="updates after which a run ends without reaching the error")
     add("--csv", type=Path, default=results.FOLDER / "recipes.csv", help="file that the rows are appended to")
     add = command(
@@ -118,7 +120,7 @@ def _parser() -> argparse.ArgumentParser:
         lambda given: results.write_training(given.runs, results.FOLDER / "training-cpu.csv", pick_device("cpu")),
         "collect finished CPU runs in benchmarks/results/training-cpu.csv",
     )
-    add("runs", type=Path, nargs="+", metavar="RUN")
+    add("runs", type=Path, nargs="+", metavar="RUN", help="folder of a run")
     add = command("verify", _verify, "test an operation, then compare its time with that of another commit")
     _add_selection(add, "store")
     add("--base", default="main", help="the commit to compare with")

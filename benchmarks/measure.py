@@ -49,7 +49,8 @@ class Result:
     seconds: dict[str, list[float]] = field(default_factory=dict)  # by pass, a value for each round
     megabytes: dict[str, float] = field(default_factory=dict)  # by pass
     call: Call | None = None
-    repeats: int = 1
+    repeats: int = 1  # calls in a sample
+    duration: float = 0.0  # of a sample, in seconds
 
 
 def race(
@@ -103,14 +104,19 @@ def _keep_freed_memory() -> None:
 
 
 def prepare(entry: Entry, implementation: Implementation, inputs: Inputs) -> Result:
-    """Prepare an implementation, warm it up and judge its answer. An exception becomes the result's reason."""
+    """Prepare an implementation, judge its answer and choose how often a sample repeats the call.
+
+    An exception becomes the result's reason.
+    """
     _keep_freed_memory()
     result = Result(implementation)
     try:
         call = implementation.prepare(inputs)
         judge = implementation.judge or entry.judge
         result.verdict = judge(inputs, *call.judged(), implementation.tolerance_at(inputs.size))
-        result.call = call
+        result.call, begin = call, time.perf_counter()
+        result.repeats = max(1, round(_MIN_SAMPLE / max(sample(result, inputs.x.device)["forward"], 1e-7)))
+        result.duration = max(time.perf_counter() - begin, _MIN_SAMPLE)
     except MissingError as error:
         result.reason = f"missing: {error}"
     except BackendUnavailable:
@@ -121,14 +127,7 @@ def prepare(entry: Entry, implementation: Implementation, inputs: Inputs) -> Res
             traceback.print_exc()
         first_line = str(error).strip().partition("\n")[0][:200]
         result.reason = f"failed: {type(error).__name__}: {first_line}"
-    return result
-
-
-def prepare_library(entry: Entry, size: Size, device: torch.device) -> Result:
-    """This library alone, judged and ready for `sample`."""
-    result = prepare(entry, entry.implementations[0], draw(size, device, unit=entry.unit))
-    if result.call:
-        _calibrate(result, device)
+        result.call = result.verdict = None
     return result
 
 
@@ -138,12 +137,8 @@ def _time(results: list[Result], device: torch.device, budget: float) -> None:
     gc.collect()
     gc.disable()
     try:
-        begin = time.perf_counter()
-        for result in results:
-            _calibrate(result, device)
-        # Calibration runs the slowest implementation once, so a round takes about as long.
-        duration = max(time.perf_counter() - begin, _MIN_SAMPLE * len(results))
-        for number in range(max(_MIN_ROUNDS, min(_MAX_ROUNDS, int(budget / duration)))):
+        rounds = int(budget / sum(result.duration for result in results))
+        for number in range(max(_MIN_ROUNDS, min(_MAX_ROUNDS, rounds))):
             # Each round begins with another implementation, so that none always follows the same one.
             first = number % len(results)
             for result in results[first:] + results[:first]:
@@ -151,11 +146,6 @@ def _time(results: list[Result], device: torch.device, budget: float) -> None:
                     result.seconds.setdefault(name, []).append(value)
     finally:
         gc.enable()
-
-
-def _calibrate(result: Result, device: torch.device) -> None:
-    """Set how often a sample repeats the call."""
-    result.repeats = max(1, round(_MIN_SAMPLE / max(sample(result, device)["forward"], 1e-7)))
 
 
 def sample(result: Result, device: torch.device) -> dict[str, float]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from . import sizes
@@ -61,71 +61,54 @@ class Most:
 
 Target = Speed | Most
 
+
+def _speeds(op: str, factors: Mapping[str, float], *where: Size, only: str | None = None) -> list[Target]:
+    """A target for each size and each baseline, given with its factor."""
+    return [Speed(op, size, name, factor, only) for size in where for name, factor in factors.items()]
+
+
+# The CUDA C++ kernels are compared with the plain PyTorch that users would write, and with Triton's kernels.
+_CUDA_CPP = (
+    ("nearest_code", sizes.WIDE, "plain PyTorch"),
+    ("topk_codes", sizes.DICTIONARY, "plain PyTorch"),
+    ("one_hot", sizes.CIFAR, "F.one_hot"),
+    ("gather_codes", sizes.VQVAE2, "F.embedding"),
+    ("vector_quantize", sizes.WIDE, "plain PyTorch"),
+    ("ema_update", sizes.VQVAE2, "one-hot matmul"),
+    ("sparse_decode", sizes.DICTIONARY, "dense matmul"),
+    ("kept_softmax", sizes.DICTIONARY, "plain PyTorch"),
+)
+_SEARCH = {"plain PyTorch": 6, "torch.compile": 3, "flash-kmeans": 1}
+_UPDATE = {"one-hot matmul": 3, "index_add_": 2}
 _CUDA: tuple[Target, ...] = (
-    *(
-        Speed("nearest_code", size, name, factor)
-        for size in (sizes.GROWTH["cuda"][0], sizes.WIDE)
-        for name, factor in (("plain PyTorch", 6), ("torch.compile", 3), ("flash-kmeans", 1))
-    ),
-    *(Speed("nearest_code", half(size), "flash-kmeans", 1.5) for size in (sizes.WIDE, sizes.KMEANS)),
-    *(
-        Speed("ema_update", size, name, factor)
-        for size in (sizes.CIFAR, sizes.VQVAE2, sizes.VQGAN, sizes.KMEANS)
-        for name, factor in (("one-hot matmul", 3), ("index_add_", 2))
-    ),
-    *(Speed("VectorQuantizerEMA", size, _LUCIDRAINS, 10) for size in (sizes.CIFAR, sizes.VQGAN)),
-    *(
-        Speed(op, size, "plain PyTorch", 3)
-        for op in ("topk_codes", "topk_codes dot")
-        for size in (sizes.DICTIONARY, sizes.SAE)
-    ),
-    *(
-        Speed("sparse_decode", size, "sparsify", factor, only)
-        for only, factor in (("forward", 1), ("backward", 2))
-        for size in (sizes.DICTIONARY, sizes.SAE)
-    ),
-    Speed("DictionaryLearning", sizes.DICTIONARY, NOTEBOOK, 4),
-    Speed("SparseAutoencoder", sizes.SAE, "sparsify", 2),
+    *_speeds("nearest_code", _SEARCH, sizes.GROWTH["cuda"][0], sizes.WIDE),
+    *_speeds("nearest_code", {"flash-kmeans": 1.5}, half(sizes.WIDE), half(sizes.KMEANS)),
+    *_speeds("topk_codes", {"plain PyTorch": 3}, sizes.DICTIONARY, sizes.SAE),
+    *_speeds("topk_codes dot", {"plain PyTorch": 3}, sizes.DICTIONARY, sizes.SAE),
+    *_speeds("ema_update", _UPDATE, sizes.CIFAR, sizes.VQVAE2, sizes.VQGAN, sizes.KMEANS),
+    *_speeds("sparse_decode", {"sparsify": 1}, sizes.DICTIONARY, sizes.SAE, only="forward"),
+    *_speeds("sparse_decode", {"sparsify": 2}, sizes.DICTIONARY, sizes.SAE, only="backward"),
+    *_speeds("VectorQuantizerEMA", {_LUCIDRAINS: 10}, sizes.CIFAR, sizes.VQGAN),
+    *_speeds("DictionaryLearning", {NOTEBOOK: 4}, sizes.DICTIONARY),
+    *_speeds("SparseAutoencoder", {"sparsify": 2}, sizes.SAE),
+    *(Speed(op, size, plain, 1.5, own=CUDA_CPP) for op, size, plain in _CUDA_CPP),
+    *(Speed(op, size, LIBRARY, 0.5, own=CUDA_CPP) for op, size, _ in _CUDA_CPP),
     Most("nearest_code", sizes.LARGEST, "peak_mb", 200, "MB beyond the inputs"),
-    # The CUDA C++ kernels against the plain PyTorch that users would write, and against Triton's kernels.
-    *(
-        Speed(op, size, baseline, factor, own=CUDA_CPP)
-        for op, size, plain in (
-            ("nearest_code", sizes.WIDE, "plain PyTorch"),
-            ("topk_codes", sizes.DICTIONARY, "plain PyTorch"),
-            ("one_hot", sizes.CIFAR, "F.one_hot"),
-            ("gather_codes", sizes.VQVAE2, "F.embedding"),
-            ("vector_quantize", sizes.WIDE, "plain PyTorch"),
-            ("ema_update", sizes.VQVAE2, "one-hot matmul"),
-            ("sparse_decode", sizes.DICTIONARY, "dense matmul"),
-            ("kept_softmax", sizes.DICTIONARY, "plain PyTorch"),
-        )
-        for baseline, factor in ((plain, 1.5), (LIBRARY, 0.5))
-    ),
 )
-
 _CPU: tuple[Target, ...] = (
-    *(
-        Speed("nearest_code", size, name, factor)
-        for size, faiss, plain in (
-            (sizes.CIFAR, 1.5, 5),
-            (sizes.FEATURES, 1.5, 2.5),
-            (sizes.WIDE_SMALL, 1.5, 3),
-            (sizes.FINE, 1.2, 25),
-        )
-        for name, factor in (("faiss-cpu", faiss), ("plain PyTorch", plain))
-    ),
-    Speed("VectorQuantizerEMA", sizes.CIFAR, _LUCIDRAINS, 12),
-    Speed("VectorQuantizerEMA", sizes.FINE, _LUCIDRAINS, 50),
-    *(Speed("VectorQuantizerEMA eval", size, _LUCIDRAINS, 12) for size in (sizes.CIFAR, sizes.FINE)),
-    Speed("DictionaryLearning", sizes.DICTIONARY, NOTEBOOK, 3),
+    *_speeds("nearest_code", {"faiss-cpu": 1.5, "plain PyTorch": 5}, sizes.CIFAR),
+    *_speeds("nearest_code", {"faiss-cpu": 1.5, "plain PyTorch": 2.5}, sizes.FEATURES),
+    *_speeds("nearest_code", {"faiss-cpu": 1.5, "plain PyTorch": 3}, sizes.WIDE_SMALL),
+    *_speeds("nearest_code", {"faiss-cpu": 1.2, "plain PyTorch": 25}, sizes.FINE),
+    *_speeds("VectorQuantizerEMA", {_LUCIDRAINS: 12}, sizes.CIFAR),
+    *_speeds("VectorQuantizerEMA", {_LUCIDRAINS: 50}, sizes.FINE),
+    *_speeds("VectorQuantizerEMA eval", {_LUCIDRAINS: 12}, sizes.CIFAR, sizes.FINE),
+    *_speeds("DictionaryLearning", {NOTEBOOK: 3}, sizes.DICTIONARY),
 )
-
 _LATENCY: tuple[Target, ...] = (
     Most("nearest_code", sizes.ONE_VECTOR, "over_us", 12, "us longer than the native operation"),
     Most("gather_codes", sizes.CIFAR, "over_us", 0, "us longer than F.embedding"),
 )
-
 # By device type, and those of `python -m benchmarks latency`.
 TARGETS = {"cpu": _CPU, "cuda": _CUDA, "latency": _LATENCY}
 

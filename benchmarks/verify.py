@@ -18,6 +18,7 @@ import torch
 
 from . import gpu, measure, results, run
 from .entry import Entry
+from .inputs import draw
 
 _ROUNDS = 15
 # A smaller change of the median is not called a difference.
@@ -118,7 +119,10 @@ def _answers(op: str, texts: list[str] | None, device_type: str) -> Iterator[dic
         raise RuntimeError(f"the worker of {Path.cwd()} imports {dlvae_kernels.__file__}")
     device = torch.device(device_type)
     cases = [case for case in run.select([op], texts, device) if texts or case[1].workload != "growth"]
-    prepared = {str(size): measure.prepare_library(entry, size, device) for entry, size in cases}
+    prepared = {
+        str(size): measure.prepare(entry, entry.implementations[0], draw(size, device, unit=entry.unit))
+        for entry, size in cases
+    }
     yield {"wrong": [name for name, each in prepared.items() if each.verdict is None or each.verdict.wrong]}
     while True:
         samples = {name: measure.sample(result, device) for name, result in prepared.items()}

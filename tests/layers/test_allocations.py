@@ -109,8 +109,8 @@ def test_triton_operations_allocate_no_n_by_k_matrix(size):
         # The launcher wrote nothing, so the indices may lie out of range.
         indices.zero_()
         if size == DICTIONARY:
-            values, sums = kernels.selected_softmax_fwd(x, dictionary, None, indices)
-            kernels.selected_softmax_bwd(values, values, sums, x, dictionary, None, indices, True, True, True)
+            values, sums = kernels.kept_softmax_fwd(x, dictionary, None, indices)
+            kernels.kept_softmax_bwd(values, values, sums, x, dictionary, None, indices, True, True, True)
         kernels.sparse_decode_fwd(values, indices, dictionary)
         kernels.sparse_decode_bwd(x, values, indices, dictionary, True, True)
     assert found.elements < size.n * size.k, found.operation
