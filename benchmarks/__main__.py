@@ -69,10 +69,6 @@ def _verify(given: argparse.Namespace) -> None:
     print(*verify.verify(given.op, given.size, given.base, pick_device(given.device)), sep="\n")
 
 
-def _compare(given: argparse.Namespace) -> None:
-    print(*results.compare(results.read(given.first), results.read(given.second)), sep="\n")
-
-
 def _plot(given: argparse.Namespace) -> None:
     for csv in sorted(results.FOLDER.glob("[cg]pu.csv")):
         print(*plot.write(csv, results.FOLDER), sep="\n")
@@ -124,9 +120,6 @@ def _parser() -> argparse.ArgumentParser:
     add = command("verify", _verify, "test an operation, then compare its time with that of another commit")
     _add_selection(add, "store")
     add("--base", default="main", help="the commit to compare with")
-    add = command("compare", _compare, "compare the ratios of two CSV files of operations")
-    add("first", type=Path, metavar="FIRST.csv")
-    add("second", type=Path, metavar="SECOND.csv")
     command("plot", _plot, "draw the PNG files of benchmarks/results/ from its CSV files")
     command("readme-table", lambda given: readme.write(), "write the tables of README.md and docs/benchmarks.md")
     return parser

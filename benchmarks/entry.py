@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -157,5 +157,11 @@ class Entry:
     sizes: dict[str, tuple[Size, ...]]  # by device type
     implementations: tuple[Implementation, ...]
     judge: Judge
-    work: dict[str, Work] = field(default_factory=dict)  # by pass
+    forward: Work | None = None
+    backward: Work | None = None
     unit: bool = False  # draw vectors and codes of length 1
+
+    @property
+    def work(self) -> dict[str, Work]:
+        """The work of each pass; a pass without an entry has no lower bound."""
+        return {name: work for name, work in (("forward", self.forward), ("backward", self.backward)) if work}

@@ -107,7 +107,7 @@ def _train(out: Path, seconds: float) -> int:
 
 
 def _time_updates(out: Path, seconds: float) -> int:
-    """Updates a second of this library and of the VQ-VAE notebook's loop, in updates-cuda.csv."""
+    """Times of the training updates of this library and of the VQ-VAE notebook, in updates-cuda.csv."""
     count = _TIMED_UPDATES if seconds >= _SHORT_STEP else _FEW_UPDATES
     words = ["--device", "cuda", "--updates", str(count), "--rounds", "1", "--csv", str(out / "updates-cuda.csv")]
     return _call_module(out / "updates.log", seconds, "benchmarks", "updates", *words)

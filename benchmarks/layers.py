@@ -104,7 +104,8 @@ VECTOR_QUANTIZER = Entry(
         ),
     ),
     judge.quantized,
-    {"forward": _QUANTIZE, "backward": Work(vectors=3, indices=1)},
+    _QUANTIZE,
+    Work(vectors=3, indices=1),
 )
 
 VECTOR_QUANTIZER_EMA = Entry(
@@ -127,10 +128,8 @@ VECTOR_QUANTIZER_EMA = Entry(
         ),
     ),
     partial(judge.quantized, commitment_cost=_EMA[0]),
-    {
-        "forward": Work(pairs=1, vectors=2, codes=1, indices=1, float32_codes=4),
-        "backward": Work(vectors=3, indices=1),
-    },
+    Work(pairs=1, vectors=2, codes=1, indices=1, float32_codes=4),
+    Work(vectors=3, indices=1),
     # With vectors and codes of length 1, cosine similarity and distance select the same codes.
     unit=True,
 )
@@ -145,7 +144,7 @@ VECTOR_QUANTIZER_EMA_EVAL = Entry(
         Implementation(_LUCIDRAINS, _in_eval(_lucidrains(training=False)), package=_LUCIDRAINS),
     ),
     judge.quantized,
-    {"forward": _QUANTIZE},
+    _QUANTIZE,
 )
 
 
@@ -206,10 +205,8 @@ DICTIONARY_LEARNING = Entry(
         Implementation(NOTEBOOK, _dictionary_learning(notebook.DictionaryLearning)),
     ),
     _judge_dictionary,
-    {
-        "forward": Work(pairs=2, selected=1, vectors=2, codes=2, indices=1, float32_values=1),
-        "backward": Work(pairs=2, selected=2, vectors=3, codes=4, indices=1, float32_values=1),
-    },
+    Work(pairs=2, selected=1, vectors=2, codes=2, indices=1, float32_values=1),
+    Work(pairs=2, selected=2, vectors=3, codes=4, indices=1, float32_values=1),
 )
 
 
@@ -297,10 +294,8 @@ SPARSE_AUTOENCODER = Entry(
         _AUTOENCODER.chosen("sparsify, autocast", _sparsify_autocast, precision="bfloat16", package="eai-sparsify"),
     ),
     _judge_autoencoder,
-    {
-        "forward": Work(pairs=1, selected=1, vectors=2, codes=2, indices=1, float32_values=1),
-        "backward": Work(selected=4, vectors=4, codes=4, indices=1, float32_values=1),
-    },
+    Work(pairs=1, selected=1, vectors=2, codes=2, indices=1, float32_values=1),
+    Work(selected=4, vectors=4, codes=4, indices=1, float32_values=1),
 )
 
 LAYERS = (

@@ -49,7 +49,7 @@ NEAREST_CODE = Entry(
         Implementation("flash-kmeans", baselines.flash_kmeans_assign, precision="tf32", package="flash-kmeans"),
     ),
     judge.nearest,
-    {"forward": Work(pairs=1, vectors=1, codes=1, indices=1)},
+    Work(pairs=1, vectors=1, codes=1, indices=1),
 )
 
 
@@ -71,7 +71,7 @@ TOPK_CODES = Entry(
         *baselines.NEIGHBOURS,
     ),
     judge.topk,
-    {"forward": Work(pairs=1, vectors=1, codes=1, indices=1, float32_values=1)},
+    Work(pairs=1, vectors=1, codes=1, indices=1, float32_values=1),
 )
 
 
@@ -114,10 +114,8 @@ TOPK_PRODUCTS = Entry(
         _PRODUCTS.chosen("sparsify", _sparsify_search, package="eai-sparsify"),
     ),
     _judge_products,
-    {
-        "forward": Work(pairs=1, vectors=1, codes=1, indices=1, float32_values=1),
-        "backward": Work(selected=2, vectors=2, codes=2, indices=1, float32_values=1),
-    },
+    Work(pairs=1, vectors=1, codes=1, indices=1, float32_values=1),
+    Work(selected=2, vectors=2, codes=2, indices=1, float32_values=1),
 )
 
 
@@ -136,7 +134,7 @@ ONE_HOT = Entry(
         _ONE_HOT.plain("scatter_", lambda i, k: torch.zeros(len(i), k, device=i.device).scatter_(1, i[:, None], 1)),
     ),
     judge.equals(_ONE_HOT(one_hot)),
-    {"forward": Work(indices=1, float32_one_hot=1)},
+    Work(indices=1, float32_one_hot=1),
 )
 
 
@@ -155,10 +153,8 @@ GATHER_CODES = Entry(
         _GATHER.plain("indexing", lambda codes, i: codes[i]),
     ),
     judge.equals(_GATHER(lambda codes, i: codes[i])),
-    {
-        "forward": Work(vectors=1, assigned_codes=1, indices=1),
-        "backward": Work(vectors=1, codes=1, indices=1),
-    },
+    Work(vectors=1, assigned_codes=1, indices=1),
+    Work(vectors=1, codes=1, indices=1),
 )
 
 
@@ -187,10 +183,8 @@ VECTOR_QUANTIZE = Entry(
         _QUANTIZE.plain("one-hot matmul", baselines.quantize_by_one_hot),
     ),
     judge.quantized,
-    {
-        "forward": Work(pairs=1, vectors=2, codes=1, indices=1),
-        "backward": Work(vectors=3, codes=1, indices=1),
-    },
+    Work(pairs=1, vectors=2, codes=1, indices=1),
+    Work(vectors=3, codes=1, indices=1),
 )
 
 
@@ -222,7 +216,7 @@ EMA_UPDATE = Entry(
         Implementation("flash-kmeans", baselines.flash_kmeans_update, package="flash-kmeans"),
     ),
     judge.equals(_EMA(baselines.ema_by_index_add)),
-    {"forward": Work(vectors=1, indices=1, float32_codes=5)},
+    Work(vectors=1, indices=1, float32_codes=5),
 )
 
 
@@ -243,10 +237,8 @@ SPARSE_DECODE = Entry(
         _DECODE.chosen("sparsify", baselines.sparsify_decoder, package="eai-sparsify"),
     ),
     judge.equals(_DECODE(baselines.decode_densely)),
-    {
-        "forward": Work(selected=1, vectors=1, codes=1, values=1, indices=1),
-        "backward": Work(selected=2, vectors=1, codes=2, values=2, indices=1),
-    },
+    Work(selected=1, vectors=1, codes=1, values=1, indices=1),
+    Work(selected=2, vectors=1, codes=2, values=2, indices=1),
 )
 
 
@@ -270,11 +262,9 @@ KEPT_SOFTMAX = Entry(
         _SOFTMAX.compiled(baselines.softmax_at),
     ),
     judge.equals(_SOFTMAX(baselines.softmax_at)),
-    {
-        "forward": Work(pairs=1, vectors=1, codes=1, indices=1, float32_values=1),
-        # The logits that the backward pass recomputes do not count.
-        "backward": Work(pairs=2, vectors=2, codes=2, indices=1, float32_values=2),
-    },
+    Work(pairs=1, vectors=1, codes=1, indices=1, float32_values=1),
+    # The logits that the backward pass recomputes do not count.
+    Work(pairs=2, vectors=2, codes=2, indices=1, float32_values=2),
 )
 
 ENTRIES: dict[str, Entry] = {

@@ -6,7 +6,6 @@ import csv
 import json
 import os
 import platform
-import statistics
 import subprocess
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -16,8 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-
-from .entry import LIBRARY
 
 Row = dict[str, Any]
 
@@ -121,38 +118,8 @@ def line(row: Row) -> str:
     name = f"{row['op']:<18} {row['pass']:<8} {row['workload']:<18} {row['size']:<24} {row['implementation']:<31}"
     if "ms" not in row:
         return f"{name} {row['status']}"
-    ratio = f"{_ratio(row):>7}" if "ratio" in row else ""
+    ratio = f"{row['ratio']:>7} ({row['ratio_p20']} to {row['ratio_p80']})" if "ratio" in row else ""
     limit = f"{row['limit_percent']:>5} % of the limit" if "limit_percent" in row else ""
     memory = f"{row['peak_mb']:>7} MB" if "peak_mb" in row else ""
     differing = f", {float(row['differing']):.2%} differ" if row.get("differing") else ""
     return f"{name} {row['ms']:>8} ms  ratio {ratio}  {limit} {memory}  {row['status']}{differing}"
-
-
-def compare(first: list[Row], second: list[Row], within: float = 0.15) -> list[str]:
-    """A line for each ratio that differs between two files by more than `within`, and a line with their number.
-
-    Raises:
-        ValueError: the files have no ratio in common.
-    """
-    others = _ratios(second)
-    pairs = [(row, others[key]) for key, row in _ratios(first).items() if key in others]
-    if not pairs:
-        raise ValueError("expected the two files to have ratios of the same rows, got none in common")
-    changes = [float(other["ratio"]) / float(row["ratio"]) for row, other in pairs]
-    sizes = [max(change, 1 / change) - 1 for change in changes]
-    lines = [
-        f"{row['op']} {row['pass']} {row['size']} {row['implementation']}: {_ratio(row)} and {_ratio(other)}"
-        for (row, other), size in zip(pairs, sizes, strict=True)
-        if size > within
-    ]
-    agree = f"{len(pairs) - len(lines)} of {len(pairs)} ratios agree within {within:.0%}"
-    return [*lines, f"{agree}; the median change is {statistics.median(sizes):.1%}"]
-
-
-def _ratios(rows: list[Row]) -> dict[tuple[str, ...], Row]:
-    keys = ("op", "pass", "workload", "size", "implementation", "precision")
-    return {tuple(row[key] for key in keys): row for row in rows if row["ratio"] and row["implementation"] != LIBRARY}
-
-
-def _ratio(row: Row) -> str:
-    return f"{row['ratio']} ({row['ratio_p20']} to {row['ratio_p80']})"

@@ -89,23 +89,6 @@ def test_rows_after_the_deadline_are_left_out(capsys):
     assert "left out" in capsys.readouterr().out
 
 
-def test_compare_lists_the_ratios_that_differ_and_counts_the_others(tmp_path, capsys):
-    def write(path, *ratios):
-        rows = [{"op": "one_hot", "implementation": name, "ratio": ratio, "ratio_p20": "1"} for name, ratio in ratios]
-        with results.writing(path) as add:
-            add(rows)
-        return str(path)
-
-    first = write(tmp_path / "a.csv", ("dlvae_kernels", "1.000"), ("a", "2.0"), ("b", "0.50"), ("gone", ""))
-    second = write(tmp_path / "b.csv", ("dlvae_kernels", "1.000"), ("a", "2.2"), ("b", "0.40"), ("gone", ""))
-    assert __main__.main(["compare", first, second]) == 0
-    apart, agree = capsys.readouterr().out.splitlines()
-    assert "b: 0.50 (1 to ) and 0.40 (1 to )" in apart
-    assert agree == "1 of 2 ratios agree within 15%; the median change is 17.5%"
-    assert __main__.main(["compare", first, write(tmp_path / "c.csv")]) == 1
-    assert "none in common" in capsys.readouterr().err
-
-
 def test_commit_is_taken_from_the_environment(monkeypatch):
     monkeypatch.setenv("DLVAE_COMMIT", "abc")
     assert results.commit.__wrapped__() == "abc"

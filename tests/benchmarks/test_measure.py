@@ -47,7 +47,7 @@ def failing(inputs):
 def race(*baselines, library=fast, **options):
     """Results and rows of this library and of baselines (name, prepare)."""
     implementations = tuple(Implementation(*each) for each in (("dlvae_kernels", library), *baselines))
-    work = {"forward": Work(pairs=1)}
+    work = Work(pairs=1)
     entry = Entry("nearest_code", "", ("nearest_code",), {"cpu": (SIZE,)}, implementations, judge.nearest, work)
     found = measure.race(entry, SIZE, CPU, seconds=0.1, memory=False, **options)
     return found, measure.rows(found, entry, SIZE, CEILINGS)
