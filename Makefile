@@ -125,13 +125,13 @@ plot: setup
 readme-table: setup
 	$(PYTHON) -m benchmarks readme-table
 
-# Baselines for a GPU machine without a network: `make gpu` there installs what lies in .whl.
+# Downloads baselines into .whl for a GPU machine without a network, where `make gpu` installs them.
 wheels: setup
 	$(PYTHON) -m pip download --quiet --no-deps --only-binary=:all: --python-version $(WHEEL_PYTHON) --implementation cp \
 		--platform manylinux_2_28_x86_64 --platform manylinux_2_27_x86_64 --platform manylinux_2_17_x86_64 \
 		--platform manylinux2014_x86_64 --constraint constraints.txt --dest .whl \
 		flash-kmeans eai-sparsify vector-quantize-pytorch einops einx loguru torch-einops-utils frozendict hypothesis sortedcontainers
 
-# On a machine with a GPU; needs no installation: python3 -m benchmarks gpu does the same.
+# Needs a GPU and no installation; `python3 -m benchmarks gpu` does the same.
 gpu:
 	python3 -m benchmarks gpu $(ARGS)

@@ -1,27 +1,25 @@
-"""Measure ours against what users would pick instead.
+"""Compare this library with the implementations that users would otherwise choose.
 
-`python -m benchmarks` lists what there is, `python -m benchmarks --op nearest_code` measures a part of it.
+`python -m benchmarks` lists the entries; `python -m benchmarks --op nearest_code` measures one of them.
 """
 
 from __future__ import annotations
 
 import argparse
 import math
-import os
 import sys
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from dlvae_kernels.functional.checks import check_size
 from models.build import pick_device
 
-from . import gpu, plot, readme, recipes, results, run, targets, updates, verify
+from . import gpu, latency, plot, readme, results, run, targets, training, verify
 from .registry import ENTRIES
+
+_RECIPES = f"default: all; one of {', '.join(map(repr, training.RECIPES))}"
 
 
 def _list() -> None:
@@ -29,70 +27,101 @@ def _list() -> None:
         print(entry.name)
         for device, sizes in entry.sizes.items():
             print(f"  {device}:", "; ".join(f"{size.workload} {size} {size.precision}" for size in sizes))
-        print("  beside:", "; ".join(each.name for each in entry.contenders[1:]))
+        print("  baselines:", "; ".join(each.name for each in entry.implementations[1:]))
 
 
-def _measure(arguments: argparse.Namespace) -> int:
-    device = pick_device(arguments.device)
-    cases = run.select(arguments.op, arguments.size, device)
-    known = {each.name for entry, _ in cases for each in entry.contenders}
-    for name in arguments.baseline or ():
+def _measure(given: argparse.Namespace) -> int:
+    device = pick_device(given.device)
+    cases = run.select(given.op, given.size, device)
+    known = {each.name for entry, _ in cases for each in entry.implementations}
+    for name in given.baseline or ():
         if name not in known:
-            raise ValueError(f"baseline is {name!r}; it needs to be one of {', '.join(sorted(known))}")
-    status = 0
-    with results.writing(arguments.csv) if arguments.csv else nullcontext(lambda rows: None) as add:
-        for table in run.rows(cases, device, baselines=arguments.baseline, backend=arguments.backend):
-            add(table)
-            status |= int(run.any_of_ours_is_wrong(table))
+            raise ValueError(f"expected baseline to be one of {', '.join(sorted(known))}, got {name!r}")
+    return run.write(cases, device, given.csv, baselines=given.baseline, backend=given.backend)
+
+
+def _standard(given: argparse.Namespace) -> int:
+    device = pick_device(given.device)
+    path = given.csv or results.FOLDER / f"{'gpu' if device.type == 'cuda' else 'cpu'}.csv"
+    options = {"seconds": given.seconds, "deadline": time.monotonic() + given.within}
+    status = run.write(run.standard(device), device, path, **options)
+    print(*targets.check(results.read(path), device.type), sep="\n")
     return status
 
 
-def _verify(arguments: argparse.Namespace) -> int:
-    device = pick_device(arguments.device)
-    cases = run.select([arguments.op], arguments.size, device)
-    sizes = [size for _, size in cases if arguments.size or size.workload != "growth"]
-    print(*verify.verify(cases[0][0], sizes, arguments.base, device), sep="\n")
-    return 0
+def _latency(given: argparse.Namespace) -> int:
+    return latency.write(given.csv, given.size, given.seconds)
 
 
-def _compare(arguments: argparse.Namespace) -> int:
-    print(*results.compare(results.read(arguments.first), results.read(arguments.second)), sep="\n")
-    return 0
+def _updates(given: argparse.Namespace) -> None:
+    device = pick_device(given.device)
+    check_size("updates", given.updates, 1)
+    check_size("rounds", given.rounds, 1)
+    path = given.csv or results.FOLDER / f"updates-{device.type}.csv"
+    training.measure_updates(device, path, given.updates, given.rounds)
+
+
+def _recipes(given: argparse.Namespace) -> None:
+    training.measure_recipes(given.recipe, given.data, given.seed, given.most, given.csv)
+
+
+def _verify(given: argparse.Namespace) -> None:
+    print(*verify.verify(given.op, given.size, given.base, pick_device(given.device)), sep="\n")
+
+
+def _plot(given: argparse.Namespace) -> None:
+    for csv in sorted(results.FOLDER.glob("[cg]pu.csv")):
+        print(*plot.write(csv, results.FOLDER), sep="\n")
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.set_defaults(function=_measure)
     _add_selection(parser.add_argument, "append")
-    parser.add_argument("--backend", help="force ours onto it: triton, native or reference")
-    parser.add_argument("--baseline", action="append", help="only beside this one; may be repeated")
-    parser.add_argument("--csv", type=Path, help="write the rows to this file too")
-    commands = parser.add_subparsers(dest="command")
-    whole = commands.add_parser("standard", help="all of a device, into benchmarks/results/cpu.csv or gpu.csv")
-    whole.add_argument("--device", default="cpu", help="cpu or cuda")
-    whole.add_argument("--seconds", type=float, default=2.0, help="to time each operation at each size")
-    whole.add_argument("--within", type=float, default=math.inf, help="seconds after which none is begun")
-    whole.add_argument("--csv", type=Path, help="write the rows to this file instead")
-    on_gpu = commands.add_parser("gpu", help="test, time and train on a GPU; results under $OUT or benchmarks/results/")
-    on_gpu.add_argument("--commit", help="what the rows say where git cannot")
-    on_gpu.add_argument("--only", nargs="+", choices=gpu.STEPS, help="steps to take; by default all")
-    on_gpu.add_argument("--within", type=float, default=560, help="seconds that the steps share")
-    finished = commands.add_parser("train", help="collect finished CPU runs into benchmarks/results/training-cpu.csv")
-    finished.add_argument("runs", type=Path, nargs="+", metavar="RUN")
-    updating = commands.add_parser("updates", help="updates a second of the notebook's training, beside its own loop")
-    updating.add_argument("--device", default="cpu", help="cpu or cuda")
-    updating.add_argument("--updates", type=int, default=20, help="to time in each round")
-    updating.add_argument("--rounds", type=int, default=3, help="in which the contenders take turns")
-    updating.add_argument("--csv", type=Path, help="where rows go; by default benchmarks/results/updates-DEVICE.csv")
-    recipes.add_arguments(commands.add_parser("recipes", help="how many updates recipes of training take to an error"))
-    verifies = commands.add_parser("verify", help="test an operation, then time it against another commit")
-    _add_selection(verifies.add_argument, "store")
-    verifies.add_argument("--base", default="main", help="the commit to compare with")
-    compares = commands.add_parser("compare", help="how well the ratios of two CSV files agree")
-    compares.add_argument("first", type=Path)
-    compares.add_argument("second", type=Path)
-    commands.add_parser("offline", help="compile every Triton kernel for sm_80, sm_90 and sm_100, without a GPU")
-    commands.add_parser("plot", help="draw the PNGs of benchmarks/results/ from its CSV files")
-    commands.add_parser("readme-table", help="write the tables of README.md and docs/ from benchmarks/results/")
+    parser.add_argument("--backend", help="backend that this library is forced to use: triton, native or reference")
+    parser.add_argument("--baseline", action="append", help="baseline to measure; may be repeated; default: all")
+    parser.add_argument("--csv", type=Path, help="file that the rows are also written to")
+    commands = parser.add_subparsers()
+
+    def command(name: str, function: Callable[[argparse.Namespace], int | None], help: str) -> Callable[..., Any]:
+        sub = commands.add_parser(name, help=help, description=f"{help[0].upper()}{help[1:]}.")
+        sub.set_defaults(function=function)
+        return sub.add_argument
+
+    add = command("standard", _standard, "measure all entries of a device into benchmarks/results/cpu.csv or gpu.csv")
+    add("--device", default="cpu", help="cpu or cuda")
+    add("--seconds", type=float, default=2.0, help="time for each operation at each size")
+    add("--within", type=float, default=math.inf, help="seconds after which no further size begins")
+    add("--csv", type=Path, help="file that the rows are written to instead")
+    add = command("latency", _latency, "measure the overhead of a call in microseconds, on the CPU")
+    add("--size", help="NxKxD, in place of the size of each operation")
+    add("--seconds", type=float, default=4.0, help="time for each operation")
+    add("--csv", type=Path, default=latency.PATH, help="file of the rows; default: benchmarks/results/latency-cpu.csv")
+    add = command("gpu", lambda given: gpu.main(given.within, given.only), "test, benchmark and train on a GPU")
+    add("--only", nargs="+", choices=gpu.STEPS, help="steps to take; default: all")
+    add("--within", type=float, default=560, help="seconds that the steps share")
+    add = command("updates", _updates, "time training updates of this library and of the VQ-VAE notebook")
+    add("--device", default="cpu", help="cpu or cuda")
+    add("--updates", type=int, default=20, help="updates in each round")
+    add("--rounds", type=int, default=3, help="rounds in which the implementations take turns")
+    add("--csv", type=Path, help="file of the rows; default: benchmarks/results/updates-DEVICE.csv")
+    add = command("recipes", _recipes, f"count the updates of training recipes to an NMSE of {training.TARGET}")
+    add("--recipe", nargs="+", choices=training.RECIPES, default=list(training.RECIPES), metavar="NAME", help=_RECIPES)
+    add("--data", nargs="+", default=["patches", "fashion-mnist"], help="as in models.train --data")
+    add("--seed", nargs="+", type=int, default=[0, 1, 2], help="seeds of the runs")
+    add("--most", type=int, default=1000, help="updates after which a run ends without reaching the error")
+    add("--csv", type=Path, default=results.FOLDER / "recipes.csv", help="file that the rows are appended to")
+    add = command(
+        "train",
+        lambda given: results.write_training(given.runs, results.FOLDER / "training-cpu.csv", pick_device("cpu")),
+        "collect finished CPU runs in benchmarks/results/training-cpu.csv",
+    )
+    add("runs", type=Path, nargs="+", metavar="RUN", help="folder of a run")
+    add = command("verify", _verify, "test an operation, then compare its time with that of another commit")
+    _add_selection(add, "store")
+    add("--base", default="main", help="the commit to compare with")
+    command("plot", _plot, "draw the PNG files of benchmarks/results/ from its CSV files")
+    command("readme-table", lambda given: readme.write(), "write the tables of README.md and docs/benchmarks.md")
     return parser
 
 
@@ -107,53 +136,12 @@ def main(words: list[str] | None = None) -> int:
     if not words:
         _list()
         return 0
-    arguments = _parser().parse_args(words)
+    given = _parser().parse_args(words)
     try:
-        return _run(arguments)
+        return given.function(given) or 0
     except (ValueError, OSError, verify.RefusedError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-
-
-def _run(arguments: argparse.Namespace) -> int:
-    if arguments.command == "gpu":
-        if arguments.commit:
-            os.environ["DLVAE_COMMIT"] = arguments.commit
-        return gpu.main(arguments.within, arguments.only)
-    if arguments.command == "offline":
-        # It imports Triton's compiler.
-        from . import offline
-
-        return offline.main()
-    if arguments.command == "verify":
-        return _verify(arguments)
-    if arguments.command == "updates":
-        device = pick_device(arguments.device)
-        check_size("updates", arguments.updates, 1)
-        check_size("rounds", arguments.rounds, 1)
-        path = arguments.csv or results.FOLDER / f"updates-{device.type}.csv"
-        updates.measure(device, path, arguments.updates, arguments.rounds)
-        return 0
-    if arguments.command == "recipes":
-        return recipes.main(arguments)
-    if arguments.command == "compare":
-        return _compare(arguments)
-    if arguments.command == "standard":
-        device = pick_device(arguments.device)
-        path = arguments.csv or results.FOLDER / f"{'gpu' if device.type == 'cuda' else 'cpu'}.csv"
-        status = run.standard(device, path, arguments.seconds, time.monotonic() + arguments.within)
-        print(*targets.check(results.read(path), device.type), sep="\n")
-        return status
-    if arguments.command == "train":
-        results.write_training(arguments.runs, results.FOLDER / "training-cpu.csv", torch.device("cpu"))
-    elif arguments.command == "plot":
-        for csv in sorted(results.FOLDER.glob("[cg]pu.csv")):
-            print(*plot.write(csv, results.FOLDER), sep="\n")
-    elif arguments.command == "readme-table":
-        readme.write()
-    else:
-        return _measure(arguments)
-    return 0
 
 
 if __name__ == "__main__":

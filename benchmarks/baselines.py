@@ -1,4 +1,4 @@
-"""What users would pick instead of ours: plain expressions, and other libraries at their fastest honest settings."""
+"""The baselines: plain PyTorch expressions, and other libraries with the fastest settings that give the same result."""
 
 from __future__ import annotations
 
@@ -11,58 +11,30 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import mse_loss
+from torch.nn.functional import mse_loss, one_hot
 
-from dlvae_kernels.backends import native, use_backend
-
-from .entry import Call, Inputs, MissingError
+from .calls import Call, MissingError, Tensors, needs
+from .entry import Implementation
+from .inputs import Inputs
 
 
 def library(name: str, extra: str = "bench") -> ModuleType:
     """Import a module of another library.
 
     Raises:
-        MissingError: it is not installed.
+        MissingError: the library is not installed.
     """
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        raise MissingError(f"{error}; the extra {extra!r} brings it") from error
+        raise MissingError(f"{error}; install the extra {extra!r}") from error
 
 
-def needs(device: str, inputs: Inputs) -> None:
-    if inputs.x.device.type != device:
-        raise MissingError("it needs a CUDA device" if device == "cuda" else "it runs on the CPU alone")
-
-
-def in_cuda_cpp(prepare: Callable[[Inputs], Call], inputs: Inputs) -> Call:
-    """Ours on the compiled kernels of a GPU."""
-    needs("cuda", inputs)
-    if (reason := native.cuda_unavailable_reason()) is not None:
-        raise MissingError(reason)
-
-    def forced(function: Callable[..., Any]) -> Callable[..., Any]:
-        def run(*args: Any) -> Any:
-            with use_backend("native"):
-                return function(*args)
-
-        return run
-
-    call = prepare(inputs)
-    return Call(forced(call.forward), forced(call.backward) if call.backward else None, call.answer)
-
-
-def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Compiled for these shapes alone, which is the fastest; past the limit of recompilations it would run eagerly."""
-    torch._dynamo.reset()
-    return torch.compile(function, fullgraph=True, dynamic=False)
-
-
-# --- distance and search ---
+# --- distances and search ---
 
 
 def distances(x: Tensor, codes: Tensor) -> Tensor:
-    """The squared distances that users write by hand, [N, K]."""
+    """Squared distances [N, K] as users write them."""
     return x.square().sum(1, keepdim=True) + codes.square().sum(1) - 2 * x @ codes.T
 
 
@@ -98,46 +70,52 @@ def topk_products(x: Tensor, codes: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return indices, values
 
 
-def faiss_cpu(inputs: Inputs) -> Call:
-    """`IndexFlatL2.search`; the codebook is added before, untimed."""
+def _neighbours(search: Callable[[], Any], read: Callable[[Any], tuple[Tensor, Tensor]]) -> Call:
+    """A search for k neighbours; `read` gives indices and squared distances. For k = 1 the answer is the indices."""
+
+    def answer(out: Any) -> Tensors:
+        indices, squared = read(out)
+        return (indices[:, 0],) if indices.shape[1] == 1 else (indices, squared)
+
+    return Call(search, answer=answer)
+
+
+def _faiss_cpu(inputs: Inputs) -> Call:
+    """`IndexFlatL2.search`. The codebook is added to the index beforehand, which is not timed."""
     needs("cpu", inputs)
-    faiss = library("faiss")
-    index = faiss.IndexFlatL2(inputs.size.d)
+    index = library("faiss").IndexFlatL2(inputs.size.d)
     index.add(inputs.codes.numpy())
-    x, kept = inputs.x.numpy(), inputs.size.kept
-    return Call(
-        lambda: index.search(x, kept), answer=lambda out: _found(torch.from_numpy(out[1]), torch.from_numpy(out[0]))
-    )
+    x, k = inputs.x.numpy(), inputs.size.selected
+    return _neighbours(lambda: index.search(x, k), lambda out: (torch.from_numpy(out[1]), torch.from_numpy(out[0])))
 
 
-def faiss_gpu(inputs: Inputs) -> Call:
+def _faiss_gpu(inputs: Inputs) -> Call:
     needs("cuda", inputs)
     faiss = library("faiss", "bench-gpu")
     if not hasattr(faiss, "StandardGpuResources"):
-        raise MissingError("the faiss that is installed is built for the CPU alone")
+        raise MissingError("the installed faiss is built for the CPU only")
     library("faiss.contrib.torch_utils")
-    resources = faiss.StandardGpuResources()
-    x, codes = inputs.x, inputs.codes
-    return Call(
-        lambda: faiss.knn_gpu(resources, x, codes, inputs.size.kept), answer=lambda out: _found(out[1].long(), out[0])
-    )
+    arguments = faiss.StandardGpuResources(), inputs.x, inputs.codes, inputs.size.selected
+    return _neighbours(lambda: faiss.knn_gpu(*arguments), lambda out: (out[1].long(), out[0]))
 
 
-def cuvs(inputs: Inputs) -> Call:
+def _cuvs(inputs: Inputs) -> Call:
     needs("cuda", inputs)
     brute_force = library("cuvs.neighbors.brute_force", "bench-gpu")
     index = brute_force.build(inputs.codes, metric="sqeuclidean")
 
-    def answer(out: Any) -> tuple[Tensor, ...]:
-        found, indices = (torch.as_tensor(each, device=inputs.x.device) for each in out)
-        return _found(indices.long(), found)
+    def read(out: Any) -> tuple[Tensor, Tensor]:
+        squared, indices = (torch.as_tensor(each, device=inputs.x.device) for each in out)
+        return indices.long(), squared
 
-    return Call(lambda: brute_force.search(index, inputs.x, inputs.size.kept), answer=answer)
+    return _neighbours(lambda: brute_force.search(index, inputs.x, inputs.size.selected), read)
 
 
-def _found(indices: Tensor, squared: Tensor) -> tuple[Tensor, ...]:
-    """What a library's search of k neighbours found, as `nearest_code` (k = 1) or `topk_codes` gives it."""
-    return (indices[:, 0],) if indices.shape[1] == 1 else (indices, squared)
+NEIGHBOURS = (
+    Implementation("faiss-cpu", _faiss_cpu, package="faiss-cpu"),
+    Implementation("faiss-gpu", _faiss_gpu, package="faiss-gpu"),
+    Implementation("cuVS", _cuvs, package="cuvs-cu13"),
+)
 
 
 def scikit_learn(inputs: Inputs) -> Call:
@@ -158,64 +136,61 @@ def flash_kmeans_assign(inputs: Inputs) -> Call:
 # --- codebook update ---
 
 
-def ema_by_one_hot(x: Tensor, indices: Tensor, sizes: Tensor, sums: Tensor, codes: Tensor) -> None:
-    encodings = torch.nn.functional.one_hot(indices, len(codes)).to(x.dtype)
-    _average(encodings.sum(0).float(), (encodings.T @ x).float(), sizes, sums, codes)
+def ema_by_one_hot(x: Tensor, indices: Tensor, sizes: Tensor, sums: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
+    encodings = one_hot(indices, len(codes)).to(x.dtype)
+    return _average(encodings.sum(0), encodings.T @ x, sizes, sums, codes)
 
 
-def ema_by_index_add(x: Tensor, indices: Tensor, sizes: Tensor, sums: Tensor, codes: Tensor) -> None:
-    counts = torch.bincount(indices, minlength=len(codes)).float()
-    _average(counts, torch.zeros_like(sums).index_add_(0, indices, x.float()), sizes, sums, codes)
+def ema_by_index_add(x: Tensor, indices: Tensor, sizes: Tensor, sums: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
+    total = torch.zeros_like(sums).index_add_(0, indices, x.to(sums.dtype))
+    return _average(torch.bincount(indices, minlength=len(codes)), total, sizes, sums, codes)
 
 
-def _average(counts: Tensor, total: Tensor, sizes: Tensor, sums: Tensor, codes: Tensor) -> None:
-    # Not `add_(total, alpha=0.01)`: torch.compile 2.14 drops the alpha where it fuses that with a matrix product.
-    sizes.mul_(0.99).add_(0.01 * counts)
-    sums.mul_(0.99).add_(0.01 * total)
+def _average(counts: Tensor, total: Tensor, sizes: Tensor, sums: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
+    # `add_(total, alpha=0.01)` is avoided: torch.compile 2.14 drops alpha when it fuses it with a matrix product.
+    sizes.mul_(0.99).add_(0.01 * counts.to(sizes.dtype))
+    sums.mul_(0.99).add_(0.01 * total.to(sums.dtype))
     n = sizes.sum()
     smoothed = (sizes + 1e-5) / (n + len(sizes) * 1e-5) * n
     codes.copy_(sums / smoothed[:, None])
+    return sizes, sums
 
 
 def flash_kmeans_update(inputs: Inputs) -> Call:
-    """Means of the rows of each code, without averaging over time."""
+    """The means of the vectors that are assigned to each code, without an average over time."""
     needs("cuda", inputs)
     update = library("flash_kmeans.centroid_update_triton", "bench-gpu").triton_centroid_update_sorted_euclid
     x, indices, codes = inputs.x[None], inputs.indices[:, 0][None], inputs.codes[None]
 
-    def answer(means: Tensor) -> tuple[Tensor, ...]:
+    def answer(means: Tensor) -> Tensors:
         counts = torch.bincount(indices[0], minlength=inputs.size.k).double()
         return 0.99 + 0.01 * counts, 0.99 * codes[0].double() + 0.01 * counts[:, None] * means[0].double()
 
     return Call(lambda: update(x, indices, codes), answer=answer)
 
 
-# --- quantization ---
+# --- quantization: quantized vectors (straight-through), indices, and the sum of codebook and commitment loss ---
 
 
 def quantize(x: Tensor, codes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Quantized rows, straight through; indices; the sum of codebook and commitment loss."""
     indices = argmin(x, codes)
     return _straight_through(x, codes[indices], indices)
 
 
 def quantize_by_one_hot(x: Tensor, codes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     indices = argmin(x, codes)
-    return _straight_through(x, torch.nn.functional.one_hot(indices, len(codes)).to(x.dtype) @ codes, indices)
+    return _straight_through(x, one_hot(indices, len(codes)).to(x.dtype) @ codes, indices)
 
 
 def _straight_through(x: Tensor, q: Tensor, indices: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return x + (q - x).detach(), indices, mse_loss(q, x.detach()) + mse_loss(q.detach(), x)
 
 
-# --- kept softmax ---
+# --- sparse coding ---
 
 
 def softmax_at(x: Tensor, weight: Tensor, bias: Tensor, indices: Tensor) -> Tensor:
     return torch.softmax(torch.nn.functional.linear(x, weight, bias), dim=1).gather(1, indices)
-
-
-# --- sparse decoding ---
 
 
 def decode_densely(values: Tensor, indices: Tensor, dictionary: Tensor) -> Tensor:
@@ -240,11 +215,11 @@ def sparsify_encoder(inputs: Inputs) -> Callable[[Tensor, Tensor, Tensor | None,
 
 
 def _sparsify(name: str, inputs: Inputs) -> ModuleType:
-    """A module of eai-sparsify, loaded by its file: the package imports a whole training stack."""
+    """A module of eai-sparsify, loaded from its file: the package itself imports a whole training stack."""
     needs("cuda", inputs)
     package = importlib.util.find_spec("sparsify")
     if package is None or not package.submodule_search_locations:
-        raise MissingError("eai-sparsify is not installed; the extra 'bench-gpu' brings it")
+        raise MissingError("eai-sparsify is not installed; install the extra 'bench-gpu'")
     path = Path(package.submodule_search_locations[0]) / f"{name}.py"
     spec = importlib.util.spec_from_file_location(f"sparsify_{name}", path)
     if spec is None or spec.loader is None:

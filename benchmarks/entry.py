@@ -1,131 +1,30 @@
-"""The words of the benchmark: a size, the inputs drawn for it, a contender, an entry of the registry."""
+"""The terms of the benchmarks: implementation, signature, tolerance, verdict, work, and entry."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from dlvae_kernels.testing import NEAR_TIE
 
+from .calls import Call, Prepare, Tensors, compiled, differentiable, in_cuda_cpp
+from .inputs import Inputs, Size
 
-class MissingError(Exception):
-    """A contender cannot run here; the message says why."""
-
-
-@dataclass(frozen=True)
-class Size:
-    """N rows, K codes, D features, k kept codes, of a workload that somebody runs."""
-
-    workload: str
-    n: int
-    k: int
-    d: int
-    kept: int = 1
-    dtype: torch.dtype = torch.float32
-
-    def __str__(self) -> str:
-        return " x ".join(map(str, (self.n, self.k, self.d, *([self.kept] if self.kept > 1 else []))))
-
-    @property
-    def precision(self) -> str:
-        return str(self.dtype).removeprefix("torch.")
-
-
-@dataclass(frozen=True, eq=False)
-class Inputs:
-    """Random inputs of one size; each entry takes from them what it needs."""
-
-    size: Size
-    x: Tensor  # [N, D]
-    codes: Tensor  # [K, D]
-    indices: Tensor  # [N, k] int64
-    values: Tensor  # [N, k]
-    grad: Tensor  # [N, D], of what comes out
-
-    @property
-    def map(self) -> Tensor:
-        """The rows as a channel-first map [B, D, h, w], as an encoder gives it: 8 x 8 where N allows it."""
-        side = 8 if self.size.n % 64 == 0 else 1
-        return to_map(self.x, (self.size.n // side**2, self.size.d, side, side))
-
-
-def to_map(rows: Tensor, shape: torch.Size | tuple[int, ...]) -> Tensor:
-    """Rows [B * h * w, D] as a contiguous map of `shape` [B, D, h, w]."""
-    batch, dim, height, width = shape
-    return rows.view(batch, height, width, dim).permute(0, 3, 1, 2).contiguous()
-
-
-def to_rows(map: Tensor) -> Tensor:
-    """A map [B, D, h, w] as rows [B * h * w, D]."""
-    return map.permute(0, 2, 3, 1).reshape(-1, map.shape[1])
-
-
-def draw(size: Size, device: torch.device, seed: int = 0, unit: bool = False) -> Inputs:
-    """Normal inputs of a size; `unit` gives rows and codes length 1, so that Euclid and cosine find the same codes."""
-    generator = torch.Generator(device).manual_seed(seed)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, device=device, generator=generator).to(size.dtype)
-
-    x, codes = normal(size.n, size.d), normal(size.k, size.d)
-    if unit:
-        x, codes = (torch.nn.functional.normalize(each, dim=1) for each in (x, codes))
-    indices = torch.randint(0, size.k, (size.n, size.kept), device=device, generator=generator)
-    return Inputs(size, x, codes, indices, normal(size.n, size.kept), normal(size.n, size.d))
-
-
-@dataclass(frozen=True)
-class Call:
-    """A contender on its inputs: what is timed, and how its answer is read."""
-
-    forward: Callable[[], Any]
-    # From what forward returned to gradients; None: the operation has none.
-    backward: Callable[[Any], tuple[Tensor, ...]] | None = None
-    # From what forward returned to what the judge takes; not timed.
-    answer: Callable[[Any], tuple[Tensor, ...]] = lambda out: out if isinstance(out, tuple) else (out,)
-
-    @property
-    def passes(self) -> tuple[str, ...]:
-        return ("forward", "backward") if self.backward else ("forward",)
-
-    def run(self, name: str) -> None:
-        """The forward, or forward and backward."""
-        out = self.forward()
-        if name == "backward":
-            assert self.backward is not None
-            self.backward(out)
-
-
-# Of inputs, the answer and, where there is a backward, the gradients.
-Judge = Callable[[Inputs, tuple[Tensor, ...], "tuple[Tensor, ...] | None", "Tolerance"], "Verdict"]
-
-
-@dataclass(frozen=True)
-class Contender:
-    name: str
-    # May raise MissingError, or whatever the library raises: the row then says so.
-    prepare: Callable[[Inputs], Call]
-    precision: str | None = None  # None: that of the inputs
-    package: str | None = None  # the distribution whose version stands in the row
-    judge: Judge | None = None  # None: that of the entry
-    # Its indices must be those of float64 up to float32 rounding, whatever the dtype of the inputs: so must ours.
-    exact: bool = False
-
-    def precision_at(self, size: Size) -> str:
-        """That of the inputs, but where float32 is computed in another."""
-        return self.precision if self.precision and size.dtype == torch.float32 else size.precision
+# The implementation that all others are compared with. It comes first in every entry.
+LIBRARY = "dlvae_kernels"
+CUDA_CPP = f"{LIBRARY}, CUDA C++"
 
 
 @dataclass(frozen=True)
 class Tolerance:
-    """What rounding explains."""
+    """The largest errors that rounding explains."""
 
-    distance: float  # of a squared distance, over the square of the lengths (|x| + |c|)^2
-    relative: float  # of other values: the norm of the error over the norm of the exact result
+    distance: float  # error of a squared distance, divided by the square of the lengths (|x| + |c|)^2
+    relative: float  # other values: norm of the error, divided by the norm of the exact result
 
 
 TOLERANCES = {
@@ -138,30 +37,131 @@ TOLERANCES = {
 
 @dataclass(frozen=True)
 class Verdict:
-    """How an answer compares with float64."""
+    """The comparison of an answer with float64."""
 
-    differing: float | None  # share of the indices that are not those of float64; None: it gives no indices
+    differing: float | None  # fraction of indices that differ from float64; None: the answer has no indices
     error: float
-    wrong: bool  # beyond what rounding explains
+    wrong: bool  # the error exceeds what rounding explains
+
+    def cells(self) -> dict[str, str]:
+        """The cells of a row that state the verdict."""
+        return {"error": f"{self.error:.2g}", "status": "wrong" if self.wrong else "ok"}
+
+    def and_values(self, values: Verdict) -> Verdict:
+        """The verdict on indices (self) combined with the verdict on the values at these indices."""
+        return Verdict(self.differing, max(self.error, values.error), self.wrong or values.wrong)
+
+
+# A judge takes the inputs, the answer, the gradients (an empty tuple without a backward pass) and the tolerance.
+Judge = Callable[[Inputs, Tensors, Tensors, Tolerance], Verdict]
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """An implementation of an entry: this library, or a baseline."""
+
+    name: str
+    prepare: Prepare  # may raise MissingError or any exception of a library; the row then states it
+    precision: str | None = None  # None: the precision of the inputs
+    package: str | None = None  # the distribution whose version the row states
+    judge: Judge | None = None  # None: the judge of the entry
+
+    def precision_at(self, size: Size) -> str:
+        """The precision of the inputs, except that float32 inputs may be computed in another precision."""
+        return self.precision if self.precision and size.precision == "float32" else size.precision
+
+    def tolerance_at(self, size: Size) -> Tolerance:
+        """This library must match float64 within float32 rounding for inputs of every dtype; baselines need not."""
+        is_exact = self.name.startswith(LIBRARY) and self.precision is None
+        return TOLERANCES["float32" if is_exact else self.precision_at(size)]
+
+
+def _at(positions: tuple[int, ...], out: Any) -> Tensors:
+    return tuple((out,)[i] if isinstance(out, Tensor) else out[i] for i in positions)
+
+
+@dataclass(frozen=True)
+class Signature:
+    """How the implementations of an operation are called. A signature turns a function into `prepare`."""
+
+    arguments: Callable[[Inputs], tuple[Any, ...]]
+    learned: tuple[int, ...] = ()  # positions of the arguments that get gradients
+    gradient: Callable[[Inputs], Tensor] = lambda inputs: inputs.grad
+    outputs: tuple[int, ...] = (0,)  # positions of the outputs to differentiate
+    answer: tuple[int, ...] | None = None  # positions of the outputs that the judge takes; None: `outputs`
+
+    def __call__(self, function: Callable[..., Any]) -> Prepare:
+        return partial(self._prepare, function)
+
+    def _prepare(self, function: Callable[..., Any], inputs: Inputs) -> Call:
+        arguments = [*self.arguments(inputs)]
+        if not self.learned:
+            return Call(lambda: function(*arguments))
+        for i in self.learned:
+            arguments[i] = arguments[i].clone().requires_grad_()
+        return differentiable(
+            lambda: function(*arguments),
+            [arguments[i] for i in self.learned],
+            self.gradient(inputs),
+            partial(_at, self.outputs),
+            partial(_at, self.answer or self.outputs),
+        )
+
+    def library(self, function: Callable[..., Any]) -> tuple[Implementation, Implementation]:
+        """This library with the backend that it selects, and with the CUDA C++ kernels (a GPU prefers Triton's)."""
+        return self.plain(LIBRARY, function), Implementation(CUDA_CPP, partial(in_cuda_cpp, self(function)))
+
+    def plain(self, name: str, function: Callable[..., Any]) -> Implementation:
+        return Implementation(name, self(function))
+
+    def compiled(self, function: Callable[..., Any]) -> Implementation:
+        return Implementation("torch.compile", lambda inputs: self(compiled(function))(inputs))
+
+    def chosen(self, name: str, choose: Callable[[Inputs], Callable[..., Any]], **options: Any) -> Implementation:
+        """An implementation whose function `choose` selects, which may raise MissingError."""
+        return Implementation(name, lambda inputs: self(choose(inputs))(inputs), **options)
 
 
 @dataclass(frozen=True)
 class Work:
-    """The least that must be done: operations of the matrix product, and bytes read and written once."""
+    """A lower bound of the work of a pass: the products that it computes, and the tensors that it reads or writes."""
 
-    flops: float
-    bytes: float
+    pairs: int = 0  # products of all N vectors with all K codes
+    selected: int = 0  # products of all N vectors with their k selected codes
+    vectors: int = 0  # tensors [N, D] in the dtype of the inputs
+    codes: int = 0  # tensors [K, D] in the dtype of the inputs
+    assigned_codes: int = 0  # tensors [min(N, K), D] in the dtype of the inputs
+    values: int = 0  # tensors [N, k] in the dtype of the inputs
+    indices: int = 0  # tensors [N, k] of int64
+    float32_values: int = 0  # tensors [N, k] of float32
+    float32_codes: int = 0  # tensors [K, D] of float32
+    float32_one_hot: int = 0  # tensors [N, K] of float32
+
+    def flops(self, s: Size) -> float:
+        return 2.0 * s.n * s.d * (self.pairs * s.k + self.selected * s.selected)
+
+    def bytes(self, s: Size) -> float:
+        selected = s.n * s.selected
+        features = s.d * (self.vectors * s.n + self.codes * s.k + self.assigned_codes * min(s.n, s.k))
+        float32 = self.float32_values * selected + self.float32_codes * s.k * s.d + self.float32_one_hot * s.n * s.k
+        return s.dtype.itemsize * (features + self.values * selected) + 8 * self.indices * selected + 4 * float32
 
 
 @dataclass(frozen=True, eq=False)
 class Entry:
-    """An operation or a layer: its sizes, who competes (ours first), and how answers are judged."""
+    """An operation or a layer: its sizes, its implementations (this library first), and how answers are judged."""
 
     name: str
-    tests: str  # the file that must pass before `verify` believes a time
-    ops: tuple[str, ...]  # the operations whose backends ours runs on
+    tests: str  # the test file that must pass before `verify` measures
+    ops: tuple[str, ...]  # the operations whose backends this library uses
     sizes: dict[str, tuple[Size, ...]]  # by device type
-    contenders: tuple[Contender, ...]
+    implementations: tuple[Implementation, ...]
     judge: Judge
-    work: dict[str, Callable[[Size], Work]] = field(default_factory=dict)  # by pass
-    unit: bool = False
+    forward: Work | None = None
+    backward: Work | None = None
+    unit: bool = False  # draw vectors and codes of length 1
+
+    @property
+    def work(self) -> dict[str, Work]:
+        """The work of each pass; a pass without an entry has no lower bound."""
+        return {name: work for name, work in (("forward", self.forward), ("backward", self.backward)) if work}

@@ -1,111 +1,138 @@
-"""Whether a contender's answer is right: everything is compared with float64 on the same inputs."""
+"""Judges of answers: every answer is compared with float64 on the same inputs."""
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 
 import torch
 from torch import Tensor
+from torch.nn.functional import mse_loss, normalize
 
-from .entry import Inputs, Tolerance, Verdict
+from .calls import Prepare, Tensors, differentiable
+from .entry import Judge, Tolerance, Verdict
+from .inputs import Inputs
 
 _CHUNK_ELEMENTS = {"cpu": 2**24, "cuda": 2**28}
+INVALID = Verdict(1.0, float("inf"), True)
 
 
-def nearest(inputs: Inputs, answer: tuple[Tensor, ...], gradients: object, tolerance: Tolerance) -> Verdict:
-    """Of indices [N]: wrong where a chosen code is farther than the nearest by more than rounding explains."""
+def nearest(inputs: Inputs, answer: Tensors, gradients: object, tolerance: Tolerance) -> Verdict:
+    """Judge indices [N]: wrong if an assigned code is farther than the nearest by more than rounding explains."""
     (indices,) = answer
     if not _in_range(indices, inputs.size.k):
-        return Verdict(1.0, float("inf"), True)
+        return INVALID
     best, expected = _nearest(inputs)
     excess = distances_at(inputs.x.double(), inputs.codes.double(), indices[:, None])[:, 0] - best
     error = _largest(excess / _squared_lengths(inputs.x, inputs.codes, indices))
     return Verdict(float((indices != expected).double().mean()), error, error > tolerance.distance)
 
 
-def topk(inputs: Inputs, answer: tuple[Tensor, ...], gradients: object, tolerance: Tolerance) -> Verdict:
-    """Of indices and squared distances [N, k]: wrong where a rank has not the distance that float64 gives it."""
+def topk(inputs: Inputs, answer: Tensors, gradients: object, tolerance: Tolerance) -> Verdict:
+    """Judge indices and squared distances [N, k]: wrong if the distance at a rank is not that of float64."""
     indices, given = answer
     if not _in_range(indices, inputs.size.k):
-        return Verdict(1.0, float("inf"), True)
-    differing, error, repeats = 0, 0.0, False
+        return INVALID
+    differing, error = 0, 0.0
     for rows in _chunks(inputs):
         x, chosen = inputs.x[rows], indices[rows]
-        exact = _distances(x, inputs.codes)
-        expected = exact.topk(inputs.size.kept, dim=1, largest=False, sorted=True)
-        found = exact.gather(1, chosen)
-        off = torch.maximum((found - expected.values).abs(), (given[rows].double() - found).abs())
-        differing += int((chosen != expected.indices).sum())
-        error = max(error, _largest(off / _squared_lengths(x, inputs.codes, chosen)))
-        repeats |= not bool((chosen.sort(dim=1).values.diff(dim=1) > 0).all())
-    return Verdict(differing / indices.numel(), error, repeats or error > tolerance.distance)
+        lengths = _squared_lengths(x, inputs.codes, chosen)
+        found = _compare_ranks(-_distances(x, inputs.codes), chosen, -given[rows], lengths)
+        differing, error = differing + found[0], max(error, found[1])
+    return Verdict(differing / indices.numel(), error, _has_repeats(indices) or error > tolerance.distance)
 
 
-def largest_products(
-    x: Tensor, codes: Tensor, bias: Tensor, answer: tuple[Tensor, Tensor], tolerance: Tolerance
-) -> Verdict:
-    """Of indices and products x.c + bias [N, k], in any order: wrong where a rank has not the product that float64
-    gives it, by more than rounding at the lengths |x| |c| + |b| explains. All but the answer is float64."""
+def largest_products(x: Tensor, codes: Tensor, bias: Tensor | None, answer: Tensors, tolerance: Tolerance) -> Verdict:
+    """Judge indices and products x.c + bias [N, k] in any order: wrong if the product at a rank is not that of float64.
+
+    The error is relative to the lengths |x| |c| + |bias|. All arguments but the answer are float64.
+    """
     indices, given = answer
-    kept = indices.shape[1]
     if not _in_range(indices, len(codes)):
-        return Verdict(1.0, float("inf"), True)
+        return INVALID
+    bias = x.new_zeros(len(codes)) if bias is None else bias
     products = torch.addmm(bias, x, codes.T)
-    expected = products.topk(kept, dim=1)
-    found = products.gather(1, indices)
-    ordered = found.sort(dim=1, descending=True)
-    off = torch.maximum((ordered.values - expected.values).abs(), (given.double() - found).abs())
-    error = _largest(off / (x.norm(dim=1, keepdim=True) * codes.norm(dim=1).amax() + bias.abs().amax()))
-    differing = float((indices.gather(1, ordered.indices) != expected.indices).double().mean())
-    repeats = not bool((indices.sort(dim=1).values.diff(dim=1) > 0).all())
-    return Verdict(differing, error, repeats or error > tolerance.distance)
+    order = products.gather(1, indices).argsort(dim=1, descending=True)
+    lengths = x.norm(dim=1, keepdim=True) * codes.norm(dim=1).amax() + bias.abs().amax()
+    differing, error = _compare_ranks(products, indices.gather(1, order), given.gather(1, order), lengths)
+    return Verdict(differing / indices.numel(), error, _has_repeats(indices) or error > tolerance.distance)
+
+
+def _compare_ranks(scores: Tensor, indices: Tensor, given: Tensor, lengths: Tensor) -> tuple[int, float]:
+    """The number of indices [N, k] that differ from the largest of the scores [N, K], and the largest error of a score.
+
+    A score errs if the score at its index is not that of its rank, or if the given score is not that at its index.
+    """
+    expected = scores.topk(indices.shape[1], dim=1)
+    found = scores.gather(1, indices)
+    error = torch.maximum((found - expected.values).abs(), (given.double() - found).abs())
+    return int((indices != expected.indices).sum()), _largest(error / lengths)
 
 
 def quantized(
     inputs: Inputs,
-    answer: tuple[Tensor, ...],
-    gradients: tuple[Tensor, ...] | None,
+    answer: Tensors,
+    gradients: Tensors,
     tolerance: Tolerance,
     *,
     commitment_cost: float = 1.0,
     normalizes: bool = False,
 ) -> Verdict:
-    """Of (quantized [N, D], indices [N]) and the gradients of x and, where the codes learn by it, of the codes.
+    """Judge (quantized [N, D], indices [N]) and the gradients of x and, if they are learned by gradient, of the codes.
 
-    The gradients are those of sum (quantized * grad) + mean (q - sg x)^2 + commitment_cost * mean (sg q - x)^2. They
-    and the quantized rows are judged given the indices, which are judged by themselves.
+    The loss is codebook loss + commitment_cost * commitment loss. The indices are judged first; the quantized vectors
+    and the gradients are then compared with float64 at these indices.
 
     Args:
-        normalizes: the contender divides rows by their length, which is 1, and so has no gradient along x.
+        normalizes: the implementation divides vectors by their length, through which the gradient of x then passes.
     """
-    rows, indices = answer
-    codes = nearest(inputs, (indices,), None, tolerance)
-    if codes.wrong:
-        return codes
-    x, chosen = inputs.x.double(), inputs.codes.double()[indices]
-    pull = 2 * (chosen - x) / x.numel()
-    grad_codes = torch.zeros_like(inputs.codes, dtype=torch.float64).index_add_(0, indices, pull)
-    grad_x = inputs.grad.double() - commitment_cost * pull
-    if normalizes:
-        grad_x = grad_x - (grad_x * x).sum(1, keepdim=True) * x
-    exact = (chosen, grad_x, grad_codes)
-    values = close(exact, (rows, *(gradients or ())), tolerance)
-    return Verdict(codes.differing, values.error, values.wrong)
+    vectors, indices = answer[0], answer[1].clone()  # a tensor of inference mode cannot take part in autograd
+    found = nearest(inputs, (indices,), None, tolerance)
+    if found.wrong:
+        return found
+
+    def formula(x: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
+        x, q = normalize(x, dim=1) if normalizes else x, codes[indices]
+        return x + (q - x).detach(), mse_loss(q, x.detach()) + commitment_cost * mse_loss(q.detach(), x)
+
+    exact, exact_gradients = differentiated(formula, (inputs.x, inputs.codes), inputs.grad)
+    return found.and_values(close((exact, *exact_gradients), (vectors, *gradients), tolerance))
 
 
-def close(exact: tuple[Tensor, ...], actual: tuple[Tensor, ...], tolerance: Tolerance) -> Verdict:
-    """Of values: the largest of their errors. Where there are fewer actual values, the last exact ones are left out."""
+def equals(prepare: Prepare) -> Judge:
+    """A judge that compares all values and gradients with another implementation, which computes in float64."""
+
+    def judge(inputs: Inputs, answer: Tensors, gradients: Tensors, tolerance: Tolerance) -> Verdict:
+        in_float64 = {name: getattr(inputs, name).double() for name in ("x", "codes", "values", "grad")}
+        exact, exact_gradients = prepare(dataclasses.replace(inputs, **in_float64)).judged()
+        return close((*exact, *exact_gradients), (*answer, *gradients), tolerance)
+
+    return judge
+
+
+def differentiated(
+    formula: Callable[..., Tensor | Tensors], arguments: Sequence[Tensor], gradient: Tensor
+) -> tuple[Tensor, Tensors]:
+    """The first output of a formula and the gradients of its arguments, both in float64. Other outputs are losses."""
+    leaves = [each.detach().double().requires_grad_() for each in arguments]
+    answer, gradients = differentiable(lambda: formula(*leaves), leaves, gradient).judged()
+    return answer[0], gradients
+
+
+def close(exact: Tensors, actual: Tensors, tolerance: Tolerance) -> Verdict:
+    """Judge values by their largest error. Exact values without an actual value, at the end, are ignored."""
     error = max(_relative_error(*pair) for pair in zip(exact, actual, strict=False))
     return Verdict(None, error, error > tolerance.relative)
 
 
 def distances_at(x: Tensor, codes: Tensor, indices: Tensor) -> Tensor:
-    """Squared distances of rows x [N, D] to their codes at indices [N, k], by differences: [N, k]."""
+    """Squared distances of vectors x [N, D] to the codes at indices [N, k], computed from differences: [N, k]."""
     return torch.stack([(x - codes[column]).square().sum(1) for column in indices.T], dim=1)
 
 
 def _largest(errors: Tensor) -> float:
-    """The largest of errors, infinite where one is NaN: in Python's comparisons NaN would be lost."""
+    """The largest of errors, or infinity if one is NaN: Python's comparisons would ignore NaN."""
     return float(errors.nan_to_num(nan=float("inf")).max())
 
 
@@ -117,26 +144,30 @@ def _relative_error(exact: Tensor, actual: Tensor) -> float:
 
 
 def _squared_lengths(x: Tensor, codes: Tensor, indices: Tensor) -> Tensor:
-    """(|x| + |c|)^2 of rows x [N, D] and their codes at indices [N] or [N, k]."""
+    """(|x| + |c|)^2 of vectors x [N, D] and their codes at indices [N] or [N, k]."""
     lengths = x.double().norm(dim=1).view(-1, *[1] * (indices.ndim - 1))
     return (lengths + codes.double().norm(dim=1)[indices]).square()
 
 
 @lru_cache(maxsize=1)
 def _nearest(inputs: Inputs) -> tuple[Tensor, Tensor]:
-    """Squared distance and index of the nearest code, in float64; once for all contenders."""
+    """Squared distance and index of the nearest code in float64, computed once for all implementations."""
     found = [_distances(inputs.x[rows], inputs.codes).min(1) for rows in _chunks(inputs)]
     return torch.cat([each.values for each in found]), torch.cat([each.indices for each in found])
 
 
 def _chunks(inputs: Inputs) -> list[slice]:
-    """Slices of rows whose distances in float64 fit in memory."""
+    """Slices of vectors whose float64 distances fit in memory."""
     rows = max(1, _CHUNK_ELEMENTS[inputs.x.device.type] // inputs.size.k)
     return [slice(begin, begin + rows) for begin in range(0, inputs.size.n, rows)]
 
 
 def _in_range(indices: Tensor, size: int) -> bool:
     return indices.dtype == torch.int64 and bool(((indices >= 0) & (indices < size)).all())
+
+
+def _has_repeats(indices: Tensor) -> bool:
+    return not bool((indices.sort(dim=1).values.diff(dim=1) > 0).all())
 
 
 def _distances(x: Tensor, codes: Tensor) -> Tensor:

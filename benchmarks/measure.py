@@ -1,4 +1,8 @@
-"""Timing of contenders against each other: warmed up, interleaved in one process, judged before they are timed."""
+"""The measuring harness: implementations are warmed up, judged, and timed in turns in one process.
+
+On a GPU, `triton.testing.do_bench` serves for the ceilings only, which are one kernel each: it does not hide the time
+that the host needs to launch the several kernels of a layer, and it does not take turns.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +11,8 @@ import gc
 import statistics
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
@@ -17,36 +21,36 @@ import torch
 
 from dlvae_kernels.backends import BackendUnavailable, choose, use_backend
 
+from .calls import Call, MissingError
 from .ceilings import Ceilings
-from .entry import TOLERANCES, Call, Contender, Entry, Inputs, MissingError, Size, Verdict, draw
+from .entry import Entry, Implementation, Verdict
+from .inputs import Inputs, Size, draw
 from .memory import peak_on_cpu, peak_on_cuda
 
-# A sample on the CPU repeats a short call until it lasts this long, far over the resolution of the clock.
-_LEAST_SAMPLE = 2e-3  # seconds
-_MOST_REPEATS = 50
-_ROUNDS = (5, 41)  # at least and at most
-# On a GPU each call finds the L2 cache overwritten, and other inputs than the call before it.
+# On the CPU a sample repeats a short call until it lasts this long, far above the resolution of the clock.
+_MIN_SAMPLE = 2e-3  # seconds
+_MIN_ROUNDS, _MAX_ROUNDS = 5, 41
+# On a GPU each call finds the L2 cache overwritten.
 _FLUSH_BYTES = 256 * 2**20
-# A call of several kernels takes the host longer than one of them the GPU: it first waits for about a millisecond.
-_QUEUED_IN = 2_000_000  # cycles
-_INPUT_SETS = {"cpu": 1, "cuda": 3}
-_MOST_INPUT_BYTES = 16 * 2**30
-# From malloc.h.
+# The GPU first waits for about a millisecond: the host needs longer to launch several kernels than the GPU to run one.
+_WAIT_CYCLES = 2_000_000
+# Parameters of mallopt, from malloc.h.
 _M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD = -3, -1
 
 
 @dataclass
 class Result:
-    """What was found of one contender: why it did not run, or its verdict, times and peak memory by pass."""
+    """The measurements of one implementation: the reason if it did not run, else verdict, times and peak memory."""
 
-    contender: Contender
-    backend: str = ""  # that ours ran on
+    implementation: Implementation
+    backend: str = ""  # the backend of this library
     reason: str | None = None
     verdict: Verdict | None = None
-    seconds: dict[str, list[float]] = field(default_factory=dict)
-    megabytes: dict[str, float] = field(default_factory=dict)
-    calls: list[Call] = field(default_factory=list)
-    repeats: int = 1
+    seconds: dict[str, list[float]] = field(default_factory=dict)  # by pass, a value for each round
+    megabytes: dict[str, float] = field(default_factory=dict)  # by pass
+    call: Call | None = None
+    repeats: int = 1  # calls in a sample
+    duration: float = 0.0  # of a sample, in seconds
 
 
 def race(
@@ -59,38 +63,39 @@ def race(
     seconds: float = 6.0,
     memory: bool = True,
 ) -> list[Result]:
-    """Judge and time the contenders of an entry at a size, ours always among them.
+    """Judge and time the implementations of an entry at a size. This library is always included.
 
     Args:
-        names: baselines to take; None: all.
-        backend: force ours onto it; None: what it chooses.
-        seconds: about how long to time; slow contenders still get a few rounds.
+        names: the baselines; None: all.
+        backend: the backend that this library is forced to use; None: its own choice.
+        seconds: the approximate duration of timing; slow implementations still run a few rounds.
     """
-    chosen = [each for i, each in enumerate(entry.contenders) if i == 0 or names is None or each.name in names]
+    chosen = [each for i, each in enumerate(entry.implementations) if i == 0 or names is None or each.name in names]
     with use_backend(backend) if backend else nullcontext():
-        inputs = input_sets(entry, size, device)
+        inputs = draw(size, device, unit=entry.unit)
         results = [prepare(entry, each, inputs) for each in chosen]
         results[0].backend = _backend_of(entry, device)
-        _time([each for each in results if each.reason is None], device, seconds)
+        _time([each for each in results if each.call], device, seconds)
         for result in results:
-            if memory and result.reason is None:
-                if device.type == "cuda":
-                    result.megabytes = peak_on_cuda(result.calls[0], device)
-                else:
-                    result.megabytes = peak_on_cpu(entry, size, result.contender, backend)
-            result.calls.clear()
+            if memory and result.call:
+                result.megabytes = (
+                    peak_on_cuda(result.call, device)
+                    if device.type == "cuda"
+                    else peak_on_cpu(entry, size, result.implementation, backend)
+                )
+            result.call = None
     if device.type == "cuda":
-        # What one size leaves in the allocator is not missing at the next.
+        # The next size may need the memory that the allocator has cached.
         torch.cuda.empty_cache()
     return results
 
 
 @lru_cache
 def _keep_freed_memory() -> None:
-    """Let freed memory stay with this process.
+    """Make the process keep freed memory.
 
-    By default glibc gives some of it back, depending on what ran before, and the page faults of getting it again then
-    take much of the time of an operation that stores N x K: two runs would differ by factors.
+    By default glibc returns some of it to the system, depending on earlier allocations. The page faults of allocating
+    it again then dominate operations that store N x K values, and two runs differ by factors.
     """
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):
@@ -98,182 +103,133 @@ def _keep_freed_memory() -> None:
             libc.mallopt(parameter, 2**30)
 
 
-def input_sets(entry: Entry, size: Size, device: torch.device) -> list[Inputs]:
+def prepare(entry: Entry, implementation: Implementation, inputs: Inputs) -> Result:
+    """Prepare an implementation, judge its answer and choose how often a sample repeats the call.
+
+    An exception becomes the result's reason.
+    """
     _keep_freed_memory()
-    first = draw(size, device, unit=entry.unit)
-    taken = sum(each.nbytes for each in (first.x, first.codes, first.indices, first.values, first.grad))
-    fit = max(1, min(_INPUT_SETS[device.type], _MOST_INPUT_BYTES // max(1, taken)))
-    return [first, *(draw(size, device, seed, entry.unit) for seed in range(1, fit))]
-
-
-def prepare(entry: Entry, contender: Contender, inputs: list[Inputs]) -> Result:
-    """Prepare a contender, warm it up and judge its first answer; what it raises becomes its reason."""
-    result = Result(contender)
+    result = Result(implementation)
     try:
-        result.calls = [contender.prepare(each) for each in inputs]
-        call, size = result.calls[0], inputs[0].size
-        out = call.forward()
-        answer = call.answer(out)
-        gradients = call.backward(out) if call.backward else None
-        precision = contender.precision_at(size)
-        judge = contender.judge or entry.judge
-        result.verdict = judge(inputs[0], answer, gradients, TOLERANCES["float32" if contender.exact else precision])
-        for other in result.calls[1:]:
-            other.run(other.passes[-1])
+        call = implementation.prepare(inputs)
+        judge = implementation.judge or entry.judge
+        result.verdict = judge(inputs, *call.judged(), implementation.tolerance_at(inputs.size))
+        result.call, begin = call, time.perf_counter()
+        result.repeats = max(1, round(_MIN_SAMPLE / max(sample(result, inputs.x.device)["forward"], 1e-7)))
+        result.duration = max(time.perf_counter() - begin, _MIN_SAMPLE)
     except MissingError as error:
         result.reason = f"missing: {error}"
+    except BackendUnavailable:
+        raise
     except Exception as error:
-        # Another library may raise anything; where ours does, its row says so too, and the run goes on.
-        if isinstance(error, BackendUnavailable):
-            raise
-        if contender is entry.contenders[0]:
+        # A library may raise any exception. The row of this library states its exception too, and the run continues.
+        if implementation is entry.implementations[0]:
             traceback.print_exc()
-        result.reason = (
-            f"failed: {type(error).__name__}: {str(error).strip().splitlines()[0][:200] if str(error) else ''}"
-        )
-        result.calls = []
+        first_line = str(error).strip().partition("\n")[0][:200]
+        result.reason = f"failed: {type(error).__name__}: {first_line}"
+        result.call = result.verdict = None
     return result
 
 
 def _time(results: list[Result], device: torch.device, budget: float) -> None:
     if not results:
         return
-    with _quiet():
-        begin = time.perf_counter()
-        for result in results:
-            _calibrate(result, device)
-        # The slowest has not been repeated: a round lasts about as long as this first one did.
-        least, most = _ROUNDS
-        lasts = max(time.perf_counter() - begin, _LEAST_SAMPLE * len(results))
-        for number in range(max(least, min(most, int(budget / lasts)))):
-            # Another begins each round, so that no one always follows the same one.
-            first = number % len(results)
-            for result in results[first:] + results[:first]:
-                for name, value in sample(result, device, number).items():
-                    result.seconds.setdefault(name, []).append(value)
-
-
-def ours(entry: Entry, size: Size, device: torch.device) -> Result:
-    """Our contender alone, judged and ready for `sample`."""
-    result = prepare(entry, entry.contenders[0], input_sets(entry, size, device))
-    _calibrate(result, device)
-    return result
-
-
-def _calibrate(result: Result, device: torch.device) -> None:
-    """How often a sample has to repeat the call."""
-    first = sample(result, device)["forward"]
-    result.repeats = max(1, min(_MOST_REPEATS, round(_LEAST_SAMPLE / max(first, 1e-9))))
-
-
-def sample(result: Result, device: torch.device, number: int = 0) -> dict[str, float]:
-    """Seconds of each pass, once; the number of the round says which inputs it takes."""
-    call = result.calls[number % len(result.calls)]
-    return _cuda_sample(call) if device.type == "cuda" else _cpu_sample(call, result.repeats)
-
-
-def _cpu_sample(call: Call, repeats: int) -> dict[str, float]:
-    """Seconds of a forward (a mean over repeats), and of the backward of the last."""
-    begin = time.perf_counter()
-    for _ in range(repeats):
-        out = call.forward()
-    found = {"forward": (time.perf_counter() - begin) / repeats}
-    if call.backward:
-        begin = time.perf_counter()
-        call.backward(out)
-        found["backward"] = time.perf_counter() - begin
-    return found
-
-
-def _cuda_sample(call: Call) -> dict[str, float]:
-    """By events; the GPU is kept busy while the call is queued."""
-    found: dict[str, float] = {}
-
-    def timed(name: str, run: Callable[[], Any]) -> Any:
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        _flush().zero_()
-        torch.cuda._sleep(_QUEUED_IN)
-        begin.record()
-        out = run()
-        end.record()
-        torch.cuda.synchronize()
-        found[name] = begin.elapsed_time(end) * 1e-3
-        return out
-
-    out, backward = timed("forward", call.forward), call.backward
-    if backward:
-        timed("backward", lambda: backward(out))
-    return found
-
-
-@lru_cache
-def _flush() -> torch.Tensor:
-    return torch.empty(_FLUSH_BYTES, dtype=torch.uint8, device="cuda")
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """No garbage collection meanwhile."""
     gc.collect()
     gc.disable()
     try:
-        yield
+        rounds = int(budget / sum(result.duration for result in results))
+        for number in range(max(_MIN_ROUNDS, min(_MAX_ROUNDS, rounds))):
+            # Each round begins with another implementation, so that none always follows the same one.
+            first = number % len(results)
+            for result in results[first:] + results[:first]:
+                for name, value in sample(result, device).items():
+                    result.seconds.setdefault(name, []).append(value)
     finally:
         gc.enable()
 
 
+def sample(result: Result, device: torch.device) -> dict[str, float]:
+    """One time of each pass in seconds."""
+    call, repeats = result.call, result.repeats
+    assert call is not None
+    time_call = _cuda_seconds if device.type == "cuda" else _cpu_seconds
+    out, seconds = time_call(call.forward, repeats)
+    found = {"forward": seconds}
+    if backward := call.backward:
+        _, found["backward"] = time_call(lambda: backward(out), 1)
+    return found
+
+
+def _cpu_seconds(run: Callable[[], Any], repeats: int) -> tuple[Any, float]:
+    begin = time.perf_counter()
+    for _ in range(repeats):
+        out = run()
+    return out, (time.perf_counter() - begin) / repeats
+
+
+def _cuda_seconds(run: Callable[[], Any], repeats: int) -> tuple[Any, float]:
+    """The result of a call and its time between two events; the GPU is busy while the host launches the call."""
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    _flush_buffer().zero_()
+    torch.cuda._sleep(_WAIT_CYCLES)
+    begin.record()
+    out = run()
+    end.record()
+    torch.cuda.synchronize()
+    return out, begin.elapsed_time(end) * 1e-3
+
+
+@lru_cache
+def _flush_buffer() -> torch.Tensor:
+    return torch.empty(_FLUSH_BYTES, dtype=torch.uint8, device="cuda")
+
+
 def rows(results: list[Result], entry: Entry, size: Size, ceilings: Ceilings) -> list[dict[str, Any]]:
-    """A row for each contender and pass, without what the environment adds."""
+    """A row for each implementation and pass, without device, versions and commit."""
     table = []
-    ours = results[0]
+    library = results[0].seconds
     for result in results:
-        precision = result.contender.precision_at(size)
+        precision = result.implementation.precision_at(size)
         common = {
             "op": entry.name,
             "workload": size.workload,
             "size": str(size),
-            "contender": result.contender.name,
+            "implementation": result.implementation.name,
             "backend": result.backend,
             "precision": precision,
-            "package": result.contender.package,
+            "package": result.implementation.package,
         }
-        if result.reason is not None:
+        if result.verdict is None:
             table.append({**common, "pass": "forward", "status": result.reason})
             continue
-        assert result.verdict is not None
         for name, seconds in result.seconds.items():
-            row = {**common, "pass": name, **_spread("ms", [1e3 * each for each in seconds], ".4g")}
-            # Rounds are paired, so that what slows a whole round down leaves the ratio as it is.
-            if name in ours.seconds:
-                pairs = zip(seconds, ours.seconds[name], strict=True)
-                row |= _spread("ratio", [other / our for other, our in pairs], ".3f")
+            row = {**common, "pass": name, **spread("ms", [1e3 * each for each in seconds], ".4g")}
+            if name in library:
+                # Ratios are taken within a round, so that a slow round changes both of its times.
+                pairs = zip(seconds, library[name], strict=True)
+                row |= spread("ratio", [baseline / own for baseline, own in pairs], ".3f")
             if name in entry.work:
-                limit = ceilings.seconds(entry.work[name](size), precision)
+                limit = ceilings.seconds(entry.work[name], size, precision)
                 row["limit_percent"] = f"{100 * limit / statistics.median(seconds):.3g}"
             if name in result.megabytes:
                 row["peak_mb"] = f"{result.megabytes[name]:.1f}"
             if result.verdict.differing is not None:
                 row["differing"] = f"{result.verdict.differing:.2g}"
-            row["error"] = f"{result.verdict.error:.2g}"
-            row["status"] = "wrong" if result.verdict.wrong else "ok"
-            table.append(row)
+            table.append({**row, **result.verdict.cells()})
     return table
 
 
 def _backend_of(entry: Entry, device: torch.device) -> str:
-    """The backends that ours runs on for this entry."""
+    """The backends that this library uses for the entry."""
     probe = torch.empty(0, device=device)
     modules = [choose(op, probe).__module__ for op in entry.ops]
-    # Compiled operations are torch's own objects.
+    # Compiled operations are objects of torch.
     names = [name.split(".")[2] if name.startswith("dlvae_kernels.") else "native" for name in modules]
     return "+".join(dict.fromkeys(names))
 
 
-def _spread(name: str, values: list[float], form: str) -> dict[str, str]:
+def spread(name: str, values: list[float], form: str) -> dict[str, str]:
     """Median, 20th and 80th percentile."""
     cuts = statistics.quantiles(values, n=5, method="inclusive")
-    return {
-        name: format(statistics.median(values), form),
-        f"{name}_p20": format(cuts[0], form),
-        f"{name}_p80": format(cuts[3], form),
-    }
+    found = {name: statistics.median(values), f"{name}_p20": cuts[0], f"{name}_p80": cuts[3]}
+    return {key: format(value, form) for key, value in found.items()}

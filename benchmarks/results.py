@@ -1,4 +1,4 @@
-"""The CSV files of results: a row for each operation, size, contender and pass, with machine, versions and commit."""
+"""The CSV files of results: a row for each operation, size, implementation and pass, with versions and commit."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import csv
 import json
 import os
 import platform
-import statistics
 import subprocess
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -21,10 +20,11 @@ Row = dict[str, Any]
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "benchmarks" / "results"
-# Time in ms; ratio: time over ours in the same round; both as median, 20th and 80th percentile. peak_mb: MB beyond the
-# inputs, of forward, or of forward and backward together. differing: share of indices that are not those of float64.
+# ms: time; ratio: time divided by the time of this library in the same round; both as median, 20th and 80th percentile.
+# limit_percent: lower bound of the time, as a percentage of the time. peak_mb: MB beyond the inputs, of forward, or of
+# forward and backward together. differing: fraction of indices that differ from float64.
 COLUMNS = (
-    *("op", "pass", "workload", "size", "contender", "backend", "precision"),
+    *("op", "pass", "workload", "size", "implementation", "backend", "precision"),
     *("ms", "ms_p20", "ms_p80", "ratio", "ratio_p20", "ratio_p80", "limit_percent", "peak_mb"),
     *("differing", "error", "status", "device", "threads", "versions", "commit"),
 )
@@ -39,12 +39,12 @@ def device_name(device: torch.device) -> str:
 
 @lru_cache
 def commit() -> str:
-    """The commit that is checked out when first asked, marked where files differ from it; DLVAE_COMMIT overrides it."""
+    """The current commit, with "-dirty" if files differ from it. The environment variable DLVAE_COMMIT overrides it."""
     if given := os.environ.get("DLVAE_COMMIT"):
         return given
     try:
         name = _git("rev-parse", "--short=12", "HEAD")
-        # What a run before wrote changes nothing that is measured.
+        # Result files of earlier runs do not affect the measurement.
         changed = _git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/results")
         return f"{name}-dirty" if changed else name
     except (OSError, subprocess.CalledProcessError):
@@ -65,14 +65,14 @@ def environment(device: torch.device) -> dict[str, str]:
 
 
 def completed(rows: Iterable[Row], device: torch.device) -> list[Row]:
-    """Rows of measurements, with device, versions and commit."""
-    around = environment(device)
-    own = f"torch {around.pop('torch')}" + (f", triton {_version('triton')}" if device.type == "cuda" else "")
+    """Rows of measurements with device, versions and commit."""
+    common = environment(device)
+    own = f"torch {common.pop('torch')}" + (f", triton {_version('triton')}" if device.type == "cuda" else "")
     table = []
     for row in rows:
         package = row.pop("package", None)
         versions = f"{own}, {package} {_version(package)}" if package else own
-        table.append({**row, **around, "versions": versions})
+        table.append({**row, **common, "versions": versions})
     return table
 
 
@@ -85,7 +85,7 @@ def _version(package: str) -> str:
 
 @contextmanager
 def writing(path: Path, columns: Iterable[str] = COLUMNS) -> Iterator[Callable[[list[Row]], None]]:
-    """Write a CSV file row by row beside `path`, which is replaced when all are there."""
+    """Write a CSV file with the ending .partial row by row. It replaces `path` when it is complete."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
     with partial.open("w", newline="", encoding="utf-8") as file:
@@ -106,7 +106,7 @@ def read(path: Path) -> list[dict[str, str]]:
 
 
 def write_training(runs: list[Path], path: Path, device: torch.device) -> None:
-    """Collect the summaries of finished runs into a CSV file."""
+    """Collect the summaries of finished training runs in a CSV file."""
     summaries = [json.loads((run / "summary.json").read_text(encoding="utf-8")) for run in runs]
     rows = [{**each, **environment(device)} for each in summaries]
     with writing(path, rows[0]) as add:
@@ -114,8 +114,8 @@ def write_training(runs: list[Path], path: Path, device: torch.device) -> None:
 
 
 def line(row: Row) -> str:
-    """A row for the eye."""
-    name = f"{row['op']:<18} {row['pass']:<8} {row['workload']:<18} {row['size']:<24} {row['contender']:<31}"
+    """A row formatted for the terminal."""
+    name = f"{row['op']:<18} {row['pass']:<8} {row['workload']:<18} {row['size']:<24} {row['implementation']:<31}"
     if "ms" not in row:
         return f"{name} {row['status']}"
     ratio = f"{row['ratio']:>7} ({row['ratio_p20']} to {row['ratio_p80']})" if "ratio" in row else ""
@@ -123,25 +123,3 @@ def line(row: Row) -> str:
     memory = f"{row['peak_mb']:>7} MB" if "peak_mb" in row else ""
     differing = f", {float(row['differing']):.2%} differ" if row.get("differing") else ""
     return f"{name} {row['ms']:>8} ms  ratio {ratio}  {limit} {memory}  {row['status']}{differing}"
-
-
-def compare(first: list[dict[str, str]], second: list[dict[str, str]], within: float = 0.15) -> list[str]:
-    """How the ratios of two files agree: a line for each that differs by more than `within`, last how many agree."""
-    keys = ("op", "pass", "workload", "size", "contender", "precision")
-    others = {tuple(row[key] for key in keys): row for row in second if row["ratio"]}
-    apart, changes = [], []
-    for row in first:
-        other = others.get(tuple(row[key] for key in keys))
-        if not row["ratio"] or other is None or float(row["ratio"]) == float(other["ratio"]) == 1:
-            continue
-        change = float(other["ratio"]) / float(row["ratio"])
-        changes.append(change)
-        if not 1 / (1 + within) <= change <= 1 + within:
-            spreads = [f"{each['ratio']} ({each['ratio_p20']} to {each['ratio_p80']})" for each in (row, other)]
-            apart.append(f"{row['op']} {row['pass']} {row['size']} {row['contender']}: {' and '.join(spreads)}")
-    if not changes:
-        raise ValueError("the two files have no ratio in common")
-    middle = statistics.median(max(each, 1 / each) for each in changes) - 1
-    agree = len(changes) - len(apart)
-    apart.append(f"{agree} of {len(changes)} ratios agree within {within:.0%}, their median change is {middle:.1%}")
-    return apart

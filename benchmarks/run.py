@@ -1,59 +1,75 @@
-"""Running the registry: a selection of it, or the standard set of a device."""
+"""Running the registry: a selection of its entries and sizes, measured into a CSV file."""
 
 from __future__ import annotations
 
 import re
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from . import ceilings, measure, results, targets
-from .entry import Entry, Size
+from .entry import LIBRARY, Entry
+from .inputs import Size
 from .registry import ENTRIES
 
-# Where cost is measured as sizes grow, these are enough.
+# The baselines of the workload "growth", which shows how the cost grows with N, K and D.
 _GROWTH_BASELINES = ("plain PyTorch", "torch.compile", "faiss-cpu", "flash-kmeans")
 
+Case = tuple[Entry, Size]
 
-def select(ops: list[str] | None, sizes: list[str] | None, device: torch.device) -> list[tuple[Entry, Size]]:
-    """The entries and sizes that are asked for; None: all of the device.
+
+def select(
+    ops: list[str] | None, sizes: list[str] | None, device: torch.device, entries: Mapping[str, Entry] = ENTRIES
+) -> list[Case]:
+    """The selected entries and sizes of a device; None selects all.
 
     Args:
         ops: names of entries.
-        sizes: parts of names of workloads, or sizes as "4096x512x64" (N, K, D and, where atoms are kept, k), which
-            need not be in the registry.
+        sizes: parts of names of workloads, or sizes such as "4096x512x64" (N, K, D and optionally k), which need not
+            be in the registry.
     Raises:
-        ValueError: nothing has such a name.
+        ValueError: a name is unknown.
     """
     for name in ops or ():
-        if name not in ENTRIES:
-            raise ValueError(f"op is {name!r}; it needs to be one of {', '.join(ENTRIES)}")
+        if name not in entries:
+            raise ValueError(f"expected op to be one of {', '.join(entries)}, got {name!r}")
     found = []
-    for entry in (ENTRIES[name] for name in ops or ENTRIES):
-        of_device = entry.sizes[device.type]
-        for size in of_device if sizes is None else [each for text in sizes for each in _sizes(text, of_device)]:
-            found.append((entry, size))
+    for entry in (entries[name] for name in ops or entries):
+        available = entry.sizes[device.type]
+        chosen = available if sizes is None else [each for text in sizes for each in _sizes(text, available)]
+        found += [(entry, size) for size in chosen]
     if not found:
-        raise ValueError(
-            f"size is {', '.join(sizes or ())}; it needs to be NxKxD, NxKxDxk or (part of) a workload's name"
-        )
+        got = ", ".join(sizes or ())
+        raise ValueError(f"expected size to be NxKxD, NxKxDxk or part of the name of a workload, got {got}")
     return found
 
 
-def _sizes(text: str, among: tuple[Size, ...]) -> list[Size]:
+def _sizes(text: str, available: tuple[Size, ...]) -> list[Size]:
     if re.fullmatch(r"\d+( ?x ?\d+){2,3}", text):
-        numbers = list(map(int, re.findall(r"\d+", text)))
-        if min(numbers) < 1:
-            raise ValueError(f"size is {text!r}; its numbers need to be at least 1")
-        n, k, d, kept = [*numbers, 1][:4]
-        return [Size("custom", n, k, d, kept)]
-    return [each for each in among if text.lower() in each.workload.lower()]
+        n, k, d, selected = [*map(int, re.findall(r"\d+", text)), 1][:4]
+        if min(n, k, d, selected) < 1:
+            raise ValueError(f"expected the numbers of size to be at least 1, got {text!r}")
+        return [Size("custom", n, k, d, selected)]
+    return [each for each in available if text.lower() in each.workload.lower()]
+
+
+def standard(device: torch.device) -> list[Case]:
+    """All entries and sizes of a device. A deadline leaves out sizes without a target, then later sizes of an entry."""
+    aims = {(target.op, target.size) for target in targets.TARGETS[device.type]}
+
+    def priority(case: Case) -> tuple[bool, int]:
+        entry, size = case
+        return (entry.name, size) not in aims, entry.sizes[device.type].index(size)
+
+    return sorted(select(None, None, device), key=priority)
 
 
 def rows(
-    cases: Iterable[tuple[Entry, Size]],
+    cases: Iterable[Case],
     device: torch.device,
     *,
     baselines: list[str] | None = None,
@@ -61,13 +77,13 @@ def rows(
     seconds: float = 2.0,
     deadline: float = float("inf"),
 ) -> Iterator[list[results.Row]]:
-    """Measure case after case, printing; the rows of each. `deadline` is in time.monotonic()."""
+    """Measure and print each case, and yield its rows. Cases after `deadline` (of time.monotonic()) are left out."""
     limits = ceilings.measure(device)
     yield results.completed(limits.rows(), device)
     for entry, size in cases:
         if time.monotonic() > deadline:
             left = {"op": entry.name, "pass": "forward", "workload": size.workload, "size": str(size)}
-            found = [{**left, "contender": "dlvae_kernels", "status": "left out: no time was left"}]
+            found = [{**left, "implementation": LIBRARY, "status": "left out: the time was used up"}]
         else:
             names = _GROWTH_BASELINES if size.workload == "growth" and baselines is None else baselines
             race = measure.race(entry, size, device, names=names, backend=backend, seconds=seconds)
@@ -77,31 +93,27 @@ def rows(
         yield results.completed(found, device)
 
 
-def standard(device: torch.device, path: Path, seconds: float = 2.0, deadline: float = float("inf")) -> int:
-    """The whole registry of a device into a CSV file; returns 1 where ours fails or its answer is wrong."""
+def write(cases: Iterable[Case], device: torch.device, path: Path | None, **options: Any) -> int:
+    """Measure cases into a CSV file, if there is a path. Returns 1 if this library fails or an answer of it is wrong.
+
+    Args:
+        options: those of `rows`.
+    """
     status = 0
-    aims = {(target.op, target.size) for target in targets.TARGETS[device.type]}
-
-    def comes(case: tuple[Entry, Size]) -> tuple[bool, int]:
-        # A deadline leaves out first what no target is held against, then the later sizes of each entry.
-        entry, size = case
-        return (entry.name, size) not in aims, entry.sizes[device.type].index(size)
-
-    cases = sorted(select(None, None, device), key=comes)
-    with results.writing(path) as add:
-        for table in rows(cases, device, seconds=seconds, deadline=deadline):
+    with results.writing(path) if path else nullcontext(lambda rows: None) as add:
+        for table in rows(cases, device, **options):
             add(table)
-            status |= int(any_of_ours_is_wrong(table))
+            status |= int(is_library_wrong(table))
     return status
 
 
-def any_of_ours_is_wrong(table: list[results.Row]) -> bool:
-    """Whether an answer of ours is wrong, or ours raised an error."""
-    ours = [row for row in table if row.get("contender", "").startswith("dlvae_kernels")]
-    wrong = [row for row in ours if row["status"] == "wrong"]
-    failed = [row for row in ours if row["status"].startswith("failed")]
+def is_library_wrong(table: list[results.Row]) -> bool:
+    """Whether an answer of this library is wrong or this library raised an exception; prints each such row."""
+    wrong = [
+        row
+        for row in table
+        if row.get("implementation", "").startswith(LIBRARY) and row["status"].startswith(("wrong", "failed"))
+    ]
     for row in wrong:
-        print(f"WRONG: {row['op']} at {row['size']} errs by {row['error']}; its times mean nothing")
-    for row in failed:
-        print(f"FAILED: {row['op']} at {row['size']}: {row['status']}")
-    return bool(wrong or failed)
+        print(f"INVALID: {row['op']} at {row['size']}: {row['status']}, error {row.get('error', 'unknown')}")
+    return bool(wrong)

@@ -1,13 +1,15 @@
-"""Sizes that real users run, from the configurations of the projects that they are named after."""
+"""The sizes of real workloads, from the configurations of the projects that the workloads are named after."""
 
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 
 import torch
 
-from .entry import Size
+from .inputs import Size
 
+# N vectors, K codes, D features, and k selected codes.
 CIFAR = Size("VQ-VAE, CIFAR-10", 16_384, 512, 64)
 DICTIONARY = Size("dictionary VAE", 16_384, 512, 256, 100)
 VQVAE2 = Size("VQ-VAE-2", 131_072, 512, 64)
@@ -26,25 +28,26 @@ KMEANS = Size("k-means", 1_000_000, 8_192, 64)
 WIDE = Size("large codebook", 16_384, 8_192, 256)
 FEATURES = Size("many features", 16_384, 512, 256)
 WIDE_SMALL = Size("large codebook, small batch", 4_096, 8_192, 256)
+ONE_VECTOR = Size("one vector", 1, 16, 64)
 FINE = Size("large codebook, few features", 16_384, 16_384, 8)
 LARGEST = Size("largest", 1_048_576, 262_144, 8)
 
 
-def _growth(n: int, k: int, d: int, ns: tuple[int, ...], ks: tuple[int, ...], ds: tuple[int, ...]) -> tuple[Size, ...]:
-    """How cost grows: one of N, K and D varied from a middle, which comes first."""
-    middle = Size("growth", n, k, d)
-    return (
-        middle,
-        *(dataclasses.replace(middle, n=each) for each in ns),
-        *(dataclasses.replace(middle, k=each) for each in ks),
-        *(dataclasses.replace(middle, d=each) for each in ds),
-    )
+def _growth(middle: Size, n: tuple[int, ...], k: tuple[int, ...], d: tuple[int, ...]) -> tuple[Size, ...]:
+    """Sizes that show how the cost grows: the middle size, then one of N, K and D at a time varied from it."""
+    vary = partial(dataclasses.replace, middle)
+    return middle, *(vary(n=each) for each in n), *(vary(k=each) for each in k), *(vary(d=each) for each in d)
 
 
 GROWTH = {
-    "cpu": _growth(4_096, 1_024, 64, (1_024, 16_384, 65_536), (256, 4_096, 16_384), (8, 256, 1_024)),
+    "cpu": _growth(
+        Size("growth", 4_096, 1_024, 64), n=(1_024, 16_384, 65_536), k=(256, 4_096, 16_384), d=(8, 256, 1_024)
+    ),
     "cuda": _growth(
-        65_536, 1_024, 64, (4_096, 16_384, 262_144, 1_048_576), (256, 4_096, 16_384, 65_536), (8, 256, 1_024)
+        Size("growth", 65_536, 1_024, 64),
+        n=(4_096, 16_384, 262_144, 1_048_576),
+        k=(256, 4_096, 16_384, 65_536),
+        d=(8, 256, 1_024),
     ),
 }
 

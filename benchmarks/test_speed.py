@@ -1,65 +1,57 @@
 """`pytest benchmarks`: the registry through pytest-benchmark, for its statistics and its comparisons between runs.
 
-Contenders are not interleaved here; the figures that we publish come from `python -m benchmarks`.
+Implementations are not interleaved here. The published results come from `python -m benchmarks`.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 
 from . import measure
-from .entry import Contender, Entry, Size
+from .entry import Entry, Implementation
+from .inputs import Size, draw
 from .registry import ENTRIES
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 _ROUNDS = 7
 CASES = [
-    pytest.param(entry, size, contender, id=f"{entry.name}-{size.workload}-{size.precision}-{contender.name}")
+    pytest.param(entry, size, each, id=f"{entry.name}-{size.workload}-{size.precision}-{each.name}")
     for entry in ENTRIES.values()
     for size in entry.sizes[DEVICE.type]
     if size.workload != "growth"
-    for contender in entry.contenders
+    for each in entry.implementations
 ]
 
 
 @functools.lru_cache(maxsize=1)
-def _result(entry: Entry, size: Size, contender: Contender) -> measure.Result:
-    result = measure.prepare(entry, contender, measure.input_sets(entry, size, DEVICE))
-    if result.verdict is not None and contender is entry.contenders[0]:
-        assert not result.verdict.wrong, f"our answer errs by {result.verdict.error:.2g}"
-    return result
-
-
-def _finished(function: Callable[..., Any]) -> Callable[..., Any]:
-    """On a GPU a call counts until the device is done."""
-
-    def run(*args: Any) -> Any:
-        out = function(*args)
-        if DEVICE.type == "cuda":
-            torch.cuda.synchronize(DEVICE)
-        return out
-
-    return run
+def _result(entry: Entry, size: Size, implementation: Implementation) -> measure.Result:
+    return measure.prepare(entry, implementation, draw(size, DEVICE, unit=entry.unit))
 
 
 @pytest.mark.parametrize("name", ["forward", "backward"])
-@pytest.mark.parametrize(("entry", "size", "contender"), CASES)
-def test_speed(benchmark: Any, entry: Entry, size: Size, contender: Contender, name: str) -> None:
-    result = _result(entry, size, contender)
-    if result.reason is not None or result.verdict is None:
+@pytest.mark.parametrize(("entry", "size", "implementation"), CASES)
+def test_speed(benchmark: Any, entry: Entry, size: Size, implementation: Implementation, name: str) -> None:
+    result = _result(entry, size, implementation)
+    if result.verdict is None or result.call is None:
         pytest.skip(result.reason or "")
-    call = result.calls[0]
+    if name not in result.call.passes:
+        pytest.skip("the operation has no backward pass")
+    assert not (result.verdict.wrong and implementation is entry.implementations[0])
+    forward, backward = result.call.forward, result.call.backward
     benchmark.group = f"{entry.name} {name}, {size.workload}: {size}"
-    benchmark.extra_info |= {"wrong": result.verdict.wrong, "error": result.verdict.error}
-    if name == "forward":
-        benchmark.pedantic(_finished(call.forward), rounds=_ROUNDS, iterations=result.repeats, warmup_rounds=1)
-    elif call.backward is None:
-        pytest.skip("it has no backward")
-    else:
-        forward = _finished(call.forward)
-        benchmark.pedantic(_finished(call.backward), setup=lambda: ((forward(),), {}), rounds=_ROUNDS)
+    benchmark.extra_info |= result.verdict.cells()
+
+    def run(*out: Any) -> None:
+        # On a GPU a call ends when the device has finished.
+        backward(*out) if backward and out else forward()
+        if DEVICE.type == "cuda":
+            torch.cuda.synchronize(DEVICE)
+
+    def setup() -> tuple[tuple[Any, ...], dict[str, Any]]:
+        return (forward(),) if name == "backward" else (), {}
+
+    benchmark.pedantic(run, setup=setup, rounds=_ROUNDS, warmup_rounds=1)

@@ -1,4 +1,4 @@
-"""Whether a change made an operation faster: its tests first, then this tree against another commit, in turns."""
+"""Verify a change: run the tests of an operation, then time this tree and another commit in turns."""
 
 from __future__ import annotations
 
@@ -12,38 +12,41 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from . import gpu, measure, results
-from .entry import Entry, Size
+from . import gpu, measure, results, run
+from .entry import Entry
+from .inputs import draw
 
 _ROUNDS = 15
-# Medians that differ by less are not called different, however even the rounds are.
-_LEAST_CHANGE = 0.03
+# A smaller change of the median is not called a difference.
+_MIN_CHANGE = 0.03
 
 
 class RefusedError(Exception):
-    """No time counts: the message says what is wrong with this tree."""
+    """A time would not be valid; the message states what is wrong with this tree."""
 
 
-def verify(entry: Entry, sizes: list[Size], base: str, device: torch.device) -> list[str]:
-    """Time ours in this tree, uncommitted changes included, against commit `base`: a line for each size and pass.
+def verify(op: str, sizes: list[str] | None, base: str, device: torch.device) -> list[str]:
+    """Time this library in this tree, with uncommitted changes, and in commit `base`: a line for each size and pass.
 
     Raises:
         RefusedError: a test of the operation fails, or an answer at these sizes is wrong.
-        ValueError: there is no such commit.
+        ValueError: the operation, a size or the commit does not exist.
     """
+    entry = run.select([op], sizes, device)[0][0]
     if _test(entry) != 0:
-        raise RefusedError(f"{entry.tests} fails: a time on a red test is worth nothing")
-    with _worktree(base) as other, _Worker(results.ROOT, entry, sizes, device) as new:
-        if new.wrong:
-            raise RefusedError(f"the answer of {entry.name} is wrong at {', '.join(new.wrong)}")
-        with _Worker(other, entry, sizes, device) as old:
+        raise RefusedError(f"{entry.tests} fails; a time without passing tests is not valid")
+    with _worktree(base) as other, _worker(results.ROOT, op, sizes, device) as new:
+        if wrong := _ask(new)["wrong"]:
+            raise RefusedError(f"the answer of {op} is wrong at {', '.join(wrong)}")
+        with _worker(other, op, sizes, device) as old:
+            _ask(old)
             rounds = []
             for number in range(_ROUNDS):
-                # Taking turns at going first.
-                pair = {worker: worker.round() for worker in ((new, old) if number % 2 else (old, new))}
+                pair = {worker: _ask(worker) for worker in ((new, old) if number % 2 else (old, new))}
                 rounds.append((pair[old], pair[new]))
     return [_line(name, [(before[name], after[name]) for before, after in rounds]) for name in rounds[0][0]]
 
@@ -56,9 +59,9 @@ def _line(name: str, pairs: list[tuple[float, float]]) -> str:
     ratios = [before / after for before, after in pairs]
     low, *_, high = statistics.quantiles(ratios, n=5, method="inclusive")
     middle = statistics.median(ratios)
-    if low > 1 and middle > 1 + _LEAST_CHANGE:
+    if low > 1 and middle > 1 + _MIN_CHANGE:
         outcome = "faster"
-    elif high < 1 and middle < 1 - _LEAST_CHANGE:
+    elif high < 1 and middle < 1 - _MIN_CHANGE:
         outcome = "SLOWER"
     else:
         outcome = "no difference"
@@ -68,88 +71,64 @@ def _line(name: str, pairs: list[tuple[float, float]]) -> str:
 
 @contextmanager
 def _worktree(base: str) -> Iterator[Path]:
-    """A throwaway checkout of a commit, with the benchmark of this tree."""
+    """A temporary checkout of a commit, with the benchmarks of this tree."""
     folder = Path(tempfile.mkdtemp(prefix="dlvae-base-")) / "tree"
     words = ["git", "worktree", "add", "--quiet", "--detach", str(folder), base]
     made = subprocess.run(words, cwd=results.ROOT, capture_output=True, text=True)
     try:
         if made.returncode != 0:
-            raise ValueError(f"base is {base!r}; it needs to be a commit: {made.stderr.strip()}")
-        shutil.copytree(results.ROOT / "benchmarks", folder / "benchmarks", dirs_exist_ok=True)
+            raise ValueError(f"expected base to be a commit, got {base!r}: {made.stderr.strip()}")
+        for name in ("benchmarks", "tests/oracles"):
+            shutil.copytree(results.ROOT / name, folder / name, dirs_exist_ok=True)
         if gpu.build(folder) != 0:
-            raise ValueError(f"base is {base!r}, whose csrc cannot be built here")
+            raise ValueError(f"expected base to be a commit whose csrc can be built here, got {base!r}")
         yield folder
     finally:
         subprocess.run(["git", "worktree", "remove", "--force", str(folder)], cwd=results.ROOT, capture_output=True)
         shutil.rmtree(folder.parent, ignore_errors=True)
 
 
-class _Worker:
-    """A process that times the package of one tree, a round whenever it is asked."""
-
-    def __init__(self, tree: Path, entry: Entry, sizes: list[Size], device: torch.device) -> None:
-        job = {"op": entry.name, "device": device.type, "sizes": [_packed(size) for size in sizes]}
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.verify", json.dumps(job)],
-            cwd=tree,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join([str(tree), os.environ.get("PYTHONPATH", "")])},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        ready = self._read()
-        if Path(ready["package"]).parents[1] != tree.resolve():
-            raise RuntimeError(f"the worker of {tree} imports {ready['package']}")
-        self.wrong: list[str] = ready["wrong"]
-
-    def round(self) -> dict[str, float]:
-        """Seconds of each size and pass."""
-        assert self._process.stdin is not None
-        self._process.stdin.write("\n")
-        self._process.stdin.flush()
-        return self._read()
-
-    def _read(self) -> dict:
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        if not line:
-            raise RuntimeError(f"a worker ended with status {self._process.wait()}; its error stands above")
-        return json.loads(line)
-
-    def __enter__(self) -> _Worker:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._process.kill()
-        self._process.communicate()
+def _worker(tree: Path, op: str, sizes: list[str] | None, device: torch.device) -> subprocess.Popen[str]:
+    """A process that times the package of one tree. It ends when its input is closed."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "benchmarks.verify", json.dumps([op, sizes, device.type])],
+        cwd=tree,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(tree), os.environ.get("PYTHONPATH", "")])},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
 
 
-def _packed(size: Size) -> list:
-    return [size.workload, size.n, size.k, size.d, size.kept, size.precision]
+def _ask(worker: subprocess.Popen[str]) -> dict[str, Any]:
+    """The next answer of a worker: first the sizes at which it is wrong, then the seconds of each size and pass."""
+    assert worker.stdin is not None
+    assert worker.stdout is not None
+    worker.stdin.write("\n")
+    worker.stdin.flush()
+    line = worker.stdout.readline()
+    if not line:
+        raise RuntimeError(f"a worker ended with status {worker.wait()}; its error is printed above")
+    return json.loads(line)
 
 
-def _unpacked(values: list) -> Size:
-    workload, n, k, d, kept, precision = values
-    return Size(workload, n, k, d, kept, getattr(torch, precision))
-
-
-def _serve(job: dict) -> None:
+def _answers(op: str, texts: list[str] | None, device_type: str) -> Iterator[dict[str, Any]]:
     import dlvae_kernels
 
-    from .registry import ENTRIES
-
-    entry, device = ENTRIES[job["op"]], torch.device(job["device"])
-    sizes = [_unpacked(each) for each in job["sizes"]]
-    ours = {str(size): measure.ours(entry, size, device) for size in sizes}
-    wrong = [name for name, result in ours.items() if result.verdict is not None and result.verdict.wrong]
-    print(json.dumps({"package": dlvae_kernels.__file__, "wrong": wrong}), flush=True)
-    for _ in sys.stdin:
-        found = {}
-        for name, result in ours.items():
-            for part, seconds in measure.sample(result, device).items():
-                found[f"{name}, {part}"] = seconds
-        print(json.dumps(found), flush=True)
+    if Path(dlvae_kernels.__file__).parents[1] != Path.cwd().resolve():
+        raise RuntimeError(f"the worker of {Path.cwd()} imports {dlvae_kernels.__file__}")
+    device = torch.device(device_type)
+    cases = [case for case in run.select([op], texts, device) if texts or case[1].workload != "growth"]
+    prepared = {
+        str(size): measure.prepare(entry, entry.implementations[0], draw(size, device, unit=entry.unit))
+        for entry, size in cases
+    }
+    yield {"wrong": [name for name, each in prepared.items() if each.verdict is None or each.verdict.wrong]}
+    while True:
+        samples = {name: measure.sample(result, device) for name, result in prepared.items()}
+        yield {f"{name}, {key}": seconds for name, found in samples.items() for key, seconds in found.items()}
 
 
 if __name__ == "__main__":
-    _serve(json.loads(sys.argv[1]))
+    for _, answer in zip(sys.stdin, _answers(*json.loads(sys.argv[1])), strict=False):
+        print(json.dumps(answer), flush=True)

@@ -44,7 +44,7 @@ def without_launching() -> Iterator[None]:
     """Triton's launchers allocate and launch nothing: what they would take on a GPU is seen without one."""
     from triton.runtime.jit import JITFunction
 
-    from benchmarks.offline import driver_of
+    from tools.offline import driver_of
 
     with driver_of(90), mock.patch.object(JITFunction, "run", return_value=None):
         yield

@@ -1,3 +1,5 @@
+"""The measuring harness: ratios, verdicts, reasons, backends, peak memory and ceilings."""
+
 from __future__ import annotations
 
 import time
@@ -7,112 +9,109 @@ import torch
 
 import dlvae_kernels as dlvae
 from benchmarks import judge, measure, memory, results, run
+from benchmarks.calls import Call, MissingError
 from benchmarks.ceilings import Ceilings
-from benchmarks.entry import Call, Contender, Entry, MissingError, Size, Work
+from benchmarks.entry import Entry, Implementation, Work
+from benchmarks.inputs import Size
 
 CPU = torch.device("cpu")
 SIZE = Size("test", 2_000, 40, 6)
+# 10^9 operations and 10^9 bytes a second. A pass has 2 * 2000 * 40 * 6 operations: 0.96 ms.
 CEILINGS = Ceilings({"float32": 1e9}, 1e9)
 
 
-def search(inputs):
-    return Call(lambda: dlvae.nearest_code(inputs.x, inputs.codes))
+def fast(inputs):
+    indices = dlvae.nearest_code(inputs.x, inputs.codes)
+    return Call(lambda: indices)
 
 
 def slow(inputs):
-    return Call(lambda: (time.sleep(0.02), dlvae.nearest_code(inputs.x, inputs.codes))[1])
+    indices = dlvae.nearest_code(inputs.x, inputs.codes)
+    return Call(lambda: (time.sleep(0.02), indices)[1])
 
 
-def one_in_a_thousand_off(inputs):
+def one_in_a_thousand_wrong(inputs):
     indices = dlvae.nearest_code(inputs.x, inputs.codes)
     indices[::1000] = (indices[::1000] + 1) % inputs.size.k
     return Call(lambda: indices)
 
 
-def entry(*others, ours=search):
-    contenders = (Contender("dlvae_kernels", ours, exact=True), *others)
-    work = {"forward": lambda size: Work(1e6, 1e3)}
-    return Entry("nearest_code", "", ("nearest_code",), {"cpu": (SIZE,)}, contenders, judge.nearest, work)
+def missing(inputs):
+    raise MissingError("no such library")
 
 
-def race(of, **options):
-    found = measure.race(of, SIZE, CPU, seconds=0.1, memory=False, **options)
-    return found, measure.rows(found, of, SIZE, CEILINGS)
+def failing(inputs):
+    raise RuntimeError("a bug")
 
 
-def test_ratios_are_over_ours_with_their_spread():
-    _, (ours, other) = race(entry(Contender("slow", slow)), backend="reference")
-    assert ours["ratio"] == ours["ratio_p80"] == "1.000"
-    assert float(other["ms"]) > 20
-    assert float(other["ratio"]) > 2
-    assert float(other["ratio_p20"]) <= float(other["ratio"]) <= float(other["ratio_p80"])
-    assert ours["backend"] == "reference"
-    # 10^6 operations at 10^9 a second are a millisecond.
-    assert float(ours["limit_percent"]) == pytest.approx(100 / float(ours["ms"]), rel=0.05)
+def race(*baselines, library=fast, **options):
+    """Results and rows of this library and of baselines (name, prepare)."""
+    implementations = tuple(Implementation(*each) for each in (("dlvae_kernels", library), *baselines))
+    work = Work(pairs=1)
+    entry = Entry("nearest_code", "", ("nearest_code",), {"cpu": (SIZE,)}, implementations, judge.nearest, work)
+    found = measure.race(entry, SIZE, CPU, seconds=0.1, memory=False, **options)
+    return found, measure.rows(found, entry, SIZE, CEILINGS)
 
 
-def test_a_wrong_kernel_is_flagged(capsys):
-    _, rows = race(entry(Contender("off", one_in_a_thousand_off)))
+def test_rows_state_ratios_to_this_library_with_their_spread():
+    _, (own, baseline) = race(("slow", slow), backend="reference")
+    assert own["ratio"] == own["ratio_p80"] == "1.000"
+    assert float(baseline["ms"]) > 20
+    assert float(baseline["ratio"]) > 2
+    assert float(baseline["ratio_p20"]) <= float(baseline["ratio"]) <= float(baseline["ratio_p80"])
+    assert own["backend"] == "reference"
+    assert float(own["limit_percent"]) == pytest.approx(96 / float(own["ms"]), rel=0.05)
+
+
+def test_rows_of_a_wrong_answer_are_flagged(capsys):
+    _, rows = race(("wrong", one_in_a_thousand_wrong))
     assert [row["status"] for row in rows] == ["ok", "wrong"]
     assert float(rows[1]["differing"]) == pytest.approx(0.001)
-    assert not run.any_of_ours_is_wrong(rows)
-    _, rows = race(entry(ours=one_in_a_thousand_off))
-    assert run.any_of_ours_is_wrong(rows)
-    assert "WRONG: nearest_code at 2000 x 40 x 6" in capsys.readouterr().out
+    assert not run.is_library_wrong(rows)
+    _, rows = race(library=one_in_a_thousand_wrong)
+    assert run.is_library_wrong(rows)
+    assert "INVALID: nearest_code at 2000 x 40 x 6: wrong, error" in capsys.readouterr().out
 
 
-def test_who_is_missing_or_fails_says_why():
-    def missing(inputs):
-        raise MissingError("no such library")
-
-    def failing(inputs):
-        return Call(lambda: torch.zeros(2) @ torch.zeros(3))
-
-    _, rows = race(entry(Contender("missing", missing), Contender("failing", failing)))
-    assert [row["status"].split(":")[0] for row in rows] == ["ok", "missing", "failed"]
-    assert "no such library" in rows[1]["status"]
-    assert "RuntimeError" in rows[2]["status"]
+def test_rows_of_a_missing_or_failing_baseline_state_the_reason():
+    _, rows = race(("missing", missing), ("failing", failing))
+    assert [row["status"] for row in rows] == ["ok", "missing: no such library", "failed: RuntimeError: a bug"]
     assert "ms" not in rows[1]
     assert results.line(rows[1]).endswith(rows[1]["status"])
 
 
-def test_a_failure_of_ours_is_told_and_the_others_are_timed(capsys):
-    def failing(inputs):
-        raise RuntimeError("a bug")
-
-    _, rows = race(entry(Contender("slow", slow), ours=failing))
+def test_race_with_a_failure_of_this_library_still_times_the_baselines(capsys):
+    _, rows = race(("slow", slow), library=failing)
     assert [row["status"] for row in rows] == ["failed: RuntimeError: a bug", "ok"]
     assert "ratio" not in rows[1]
     assert 'raise RuntimeError("a bug")' in capsys.readouterr().err
-    assert run.any_of_ours_is_wrong(rows)
-    assert "FAILED: nearest_code at 2000 x 40 x 6: failed: RuntimeError: a bug" in capsys.readouterr().out
-    _, rows = race(entry(ours=failing))
+    assert run.is_library_wrong(rows)
+    assert "INVALID: nearest_code at 2000 x 40 x 6: failed: RuntimeError: a bug" in capsys.readouterr().out
+    _, rows = race(library=failing)
     assert len(rows) == 1
 
 
-def test_baselines_can_be_chosen_and_ours_forced():
-    of = entry(Contender("slow", slow), Contender("off", one_in_a_thousand_off))
-    found, _ = race(of, names=["slow"])
-    assert [each.contender.name for each in found] == ["dlvae_kernels", "slow"]
+def test_race_takes_the_named_baselines_and_the_forced_backend():
+    found, _ = race(("slow", slow), ("wrong", one_in_a_thousand_wrong), names=["slow"])
+    assert [each.implementation.name for each in found] == ["dlvae_kernels", "slow"]
     with pytest.raises(dlvae.BackendUnavailable):
-        race(of, backend="triton")
+        race(backend="triton")
 
 
-def test_peak_memory_is_seen():
+def test_peak_memory_contains_the_distance_matrix():
     size = Size("test", 4_000, 500, 8)
-    of = run.ENTRIES["nearest_code"]
-    peaks = {
-        each.name: memory.peak_on_cpu(of, size, each, None)
-        for each in of.contenders
-        if each.name in ("dlvae_kernels", "plain PyTorch")
-    }
-    # The matrix of distances takes 8 MB, and its temporaries as much again.
-    assert peaks["plain PyTorch"].keys() == {"forward"}
-    assert 8 <= peaks["plain PyTorch"]["forward"] < 40
+    entry = run.ENTRIES["nearest_code"]
+    (plain,) = (each for each in entry.implementations if each.name == "plain PyTorch")
+    peak = memory.peak_on_cpu(entry, size, plain, None)
+    assert peak.keys() == {"forward"}
+    # The N x K matrix has 8 MB, and its temporaries have several times as much.
+    assert 8 <= peak["forward"] < 40
 
 
-def test_limits():
+def test_ceilings_bound_the_time_by_operations_and_by_bytes():
+    size = Size("test", 10, 5, 2, 3)
     ceilings = Ceilings({"float32": 100.0}, 10.0)
-    assert ceilings.seconds(Work(200, 10), "float32") == 2
-    assert ceilings.seconds(Work(100, 50), "float32") == 5
-    assert {row["contender"] for row in ceilings.rows()} == {"copy", "matrix product, float32"}
+    assert ceilings.seconds(Work(pairs=1), size, "float32") == 2 * 10 * 5 * 2 / 100
+    assert ceilings.seconds(Work(selected=2), size, "bfloat16") == 2 * 2 * 10 * 3 * 2 / 100
+    assert ceilings.seconds(Work(pairs=1, vectors=2, indices=1), size, "float32") == (2 * 80 + 240) / 10
+    assert {row["implementation"] for row in ceilings.rows()} == {"copy", "matrix product, float32"}

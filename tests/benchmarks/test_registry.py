@@ -1,4 +1,4 @@
-"""Every contender of the registry, at a small size."""
+"""Every implementation of the registry, at a small size."""
 
 from __future__ import annotations
 
@@ -8,27 +8,30 @@ import pytest
 import torch
 
 from benchmarks import measure
-from benchmarks.entry import MissingError, Size, draw
+from benchmarks.baselines import library
+from benchmarks.calls import MissingError
+from benchmarks.inputs import Size, draw
 from benchmarks.registry import ENTRIES
+from benchmarks.results import ROOT
 from dlvae_kernels.backends.reference import __all__ as ALL_OPS
 
 CPU = torch.device("cpu")
-# 128 rows are two images.
+# 128 vectors are the positions of two images.
 SMALL = Size("small", 128, 40, 8, 3)
 CASES = [
-    pytest.param(entry, contender, id=f"{entry.name}-{contender.name}")
+    pytest.param(entry, implementation, id=f"{entry.name}-{implementation.name}")
     for entry in ENTRIES.values()
-    for contender in entry.contenders
+    for implementation in entry.implementations
 ]
 
 
-@pytest.mark.parametrize(("entry", "contender"), CASES)
-def test_everyone_who_is_here_is_right(entry, contender):
-    size = dataclasses.replace(SMALL, kept=min(SMALL.kept, entry.sizes["cpu"][0].kept))
-    result = measure.prepare(entry, contender, [draw(size, CPU, unit=entry.unit)])
+@pytest.mark.parametrize(("entry", "implementation"), CASES)
+def test_implementations_match_float64(entry, implementation):
+    size = dataclasses.replace(SMALL, selected=min(SMALL.selected, entry.sizes["cpu"][0].selected))
+    result = measure.prepare(entry, implementation, draw(size, CPU, unit=entry.unit))
     if result.reason is not None:
-        # What `make setup` installs must run; the rest needs a GPU.
-        assert result.reason == "missing: it needs a CUDA device"
+        # `make setup` installs all baselines of the CPU; the others need a GPU.
+        assert result.reason == "missing: needs a CUDA device"
         return
     assert not result.verdict.wrong
     sample = measure.sample(result, CPU)
@@ -36,28 +39,30 @@ def test_everyone_who_is_here_is_right(entry, contender):
     assert all(value > 0 for value in sample.values())
 
 
-def test_every_operation_has_an_entry():
+def test_registry_has_an_entry_for_every_operation():
     assert {op for entry in ENTRIES.values() for op in entry.ops} == set(ALL_OPS)
 
 
 @pytest.mark.parametrize("entry", ENTRIES.values(), ids=ENTRIES)
-def test_entries_are_whole(entry):
-    from benchmarks.results import ROOT
-
+def test_entries_are_complete(entry):
     assert (ROOT / entry.tests).is_file()
-    assert entry.contenders[0].name == "dlvae_kernels"
-    assert entry.contenders[0].exact
-    assert len({each.name for each in entry.contenders}) == len(entry.contenders)
+    assert entry.implementations[0].name == "dlvae_kernels"
+    assert len({each.name for each in entry.implementations}) == len(entry.implementations)
     for device in ("cpu", "cuda"):
         sizes = entry.sizes[device]
         assert sizes
         assert len(set(sizes)) == len(sizes)
-        for size in sizes:
-            for work in entry.work.values():
-                assert work(size).bytes > 0
+        assert all(work.bytes(size) > 0 for size in sizes for work in entry.work.values())
 
 
-def test_inputs_are_of_their_size_and_repeat():
+def test_tolerance_of_this_library_is_that_of_float32():
+    size = dataclasses.replace(SMALL, dtype=torch.bfloat16)
+    own, baseline = (ENTRIES["nearest_code"].implementations[i] for i in (0, 2))
+    assert own.tolerance_at(size) == own.tolerance_at(SMALL)
+    assert baseline.tolerance_at(size).relative > own.tolerance_at(size).relative
+
+
+def test_inputs_have_their_size_and_repeat_with_the_seed():
     size = dataclasses.replace(SMALL, dtype=torch.bfloat16)
     one, same, other = (draw(size, CPU, seed) for seed in (0, 0, 1))
     assert torch.equal(one.x, same.x)
@@ -68,8 +73,6 @@ def test_inputs_are_of_their_size_and_repeat():
     torch.testing.assert_close(draw(SMALL, CPU, unit=True).codes.norm(dim=1), torch.ones(SMALL.k))
 
 
-def test_a_library_that_is_not_installed_is_named():
-    from benchmarks.baselines import library
-
+def test_library_that_is_not_installed_raises_with_its_extra():
     with pytest.raises(MissingError, match=r"no_such_library.*'bench'"):
         library("no_such_library")

@@ -1,45 +1,51 @@
+"""Targets are measured by the registry and checked against rows."""
+
 from __future__ import annotations
 
 import pytest
 
-from benchmarks import targets
+from benchmarks import latency, results, targets
 from benchmarks.registry import ENTRIES
 from benchmarks.sizes import CIFAR, LARGEST, WIDE, half
+from benchmarks.targets import Most, Speed
 
 
-def row(op, size, contender, **values):
-    return {"op": op, "size": str(size), "contender": contender, "pass": "forward", "status": "ok", **values}
+def row(op, size, implementation, name="forward", precision="float32", **values):
+    common = {"op": op, "size": str(size), "implementation": implementation, "status": "ok"}
+    return {**common, "pass": name, "precision": precision, **values}
 
 
 @pytest.mark.parametrize(
     ("kind", "target"), [(kind, each) for kind, found in targets.TARGETS.items() for each in found], ids=str
 )
-def test_a_run_measures_it(kind, target):
-    entry = ENTRIES[target.op]
-    assert target.size in entry.sizes[kind]
-    if isinstance(target, targets.Speed):
-        assert target.contender in [each.name for each in entry.contenders]
+def test_targets_are_measured_by_the_registry(kind, target):
+    entry = (latency.ENTRIES if kind == "latency" else ENTRIES)[target.op]
+    assert target.size in entry.sizes["cpu" if kind == "latency" else kind]
+    if isinstance(target, Speed):
+        assert {target.baseline, target.own} <= {each.name for each in entry.implementations}
+    else:
+        assert target.column in (latency.COLUMNS if kind == "latency" else results.COLUMNS)
 
 
-def test_speed_is_of_all_passes_in_one_precision():
-    target = targets.Speed("nearest_code", WIDE, "flash-kmeans", 2)
+def test_speed_adds_all_passes_in_one_precision():
+    target = Speed("nearest_code", WIDE, "flash-kmeans", 2)
     rows = [
-        row("nearest_code", WIDE, "dlvae_kernels", ms="3", precision="float32"),
-        row("nearest_code", WIDE, "dlvae_kernels", ms="1", precision="float32", **{"pass": "backward"}),
-        row("nearest_code", WIDE, "flash-kmeans", ms="8", precision="tf32"),
-        row("nearest_code", WIDE, "flash-kmeans", ms="1", precision="bfloat16"),
+        row("nearest_code", WIDE, "dlvae_kernels", ms="3"),
+        row("nearest_code", WIDE, "dlvae_kernels", "backward", ms="1"),
+        row("nearest_code", WIDE, "flash-kmeans", precision="tf32", ms="8"),
+        row("nearest_code", WIDE, "flash-kmeans", precision="bfloat16", ms="1"),
     ]
-    assert target.reached(rows) == (True, "2.00x: 4 ms against 8 ms")
+    assert target.outcome(rows) == (True, "2.00x: 4 ms and 8 ms")
     rows[0]["ms"] = "3.1"
-    assert target.reached(rows)[0] is False
-    assert targets.Speed("nearest_code", half(WIDE), "flash-kmeans", 2).reached(rows) is None
+    assert target.outcome(rows)[0] is False
+    assert Speed("nearest_code", half(WIDE), "flash-kmeans", 2).outcome(rows) is None
     rows[2]["status"] = "wrong"
-    assert target.reached(rows) is None
+    assert target.outcome(rows) is None
 
 
-def test_speed_can_be_of_one_pass():
+def test_speed_of_one_pass_ignores_the_other():
     rows = [
-        row("sparse_decode", WIDE, name, ms=ms, precision="float32", **{"pass": which})
+        row("sparse_decode", WIDE, name, which, ms=ms)
         for name, which, ms in (
             ("dlvae_kernels", "forward", "3"),
             ("dlvae_kernels", "backward", "1"),
@@ -47,28 +53,23 @@ def test_speed_can_be_of_one_pass():
             ("sparsify", "backward", "2"),
         )
     ]
-    of = {only: targets.Speed("sparse_decode", WIDE, "sparsify", 1.5, only) for only in ("forward", "backward", None)}
-    assert {only: target.reached(rows)[0] for only, target in of.items()} == {
-        "forward": False,
-        "backward": True,
-        None: False,
-    }
-    assert str(of["backward"]).startswith("sparse_decode backward at")
+    by_pass = {only: Speed("sparse_decode", WIDE, "sparsify", 1.5, only) for only in ("forward", "backward", None)}
+    reached = {only: target.outcome(rows)[0] for only, target in by_pass.items()}
+    assert reached == {"forward": False, "backward": True, None: False}
+    assert str(by_pass["backward"]).startswith("sparse_decode backward at")
 
 
-def test_memory():
-    target = targets.Memory("nearest_code", LARGEST, 200)
-    assert target.reached([]) is None
-    found = row("nearest_code", LARGEST, "dlvae_kernels", peak_mb="31.5", precision="float32")
-    assert target.reached([found]) == (True, "31.5 MB")
-    assert target.reached([{**found, "peak_mb": "200.1"}])[0] is False
+def test_most_is_checked_against_the_column():
+    target = Most("nearest_code", LARGEST, "peak_mb", 200, "MB")
+    assert target.outcome([]) is None
+    found = row("nearest_code", LARGEST, "dlvae_kernels", peak_mb="31.5")
+    assert target.outcome([found]) == (True, "31.5")
+    assert target.outcome([{**found, "peak_mb": "200.1"}])[0] is False
+    assert target.outcome([{**found, "status": "wrong"}]) is None
 
 
-def test_each_target_has_a_line():
-    slow = [
-        row("VectorQuantizerEMA", CIFAR, name, ms="1", precision="float32")
-        for name in ("dlvae_kernels", "vector-quantize-pytorch")
-    ]
+def test_check_has_a_line_for_each_target():
+    slow = [row("VectorQuantizerEMA", CIFAR, name, ms="1") for name in ("dlvae_kernels", "vector-quantize-pytorch")]
     lines = targets.check(slow, "cuda")
     assert len(lines) == len(targets.TARGETS["cuda"])
     (missed,) = [line for line in lines if line.startswith("MISSED")]

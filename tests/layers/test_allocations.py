@@ -52,7 +52,7 @@ def sparse_autoencoder(n, num_atoms, d, k, device="cpu"):
 
 
 def test_dictionary_learning_step_allocates_no_n_by_k_matrix():
-    size = DICTIONARY.n, DICTIONARY.k, DICTIONARY.d, DICTIONARY.kept
+    size = DICTIONARY.n, DICTIONARY.k, DICTIONARY.d, DICTIONARY.selected
     found = dictionary_learning(*size)
     assert found.elements <= allowed(*size), found.operation
 
@@ -95,7 +95,7 @@ print(peak() - before)
 @pytest.mark.slow
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_sparse_autoencoder_full_size_allocates_no_n_by_k_matrix():
-    size = SAE.n, SAE.k, SAE.d, SAE.kept
+    size = SAE.n, SAE.k, SAE.d, SAE.selected
     found = sparse_autoencoder(*size, device="cuda")
     assert found.elements <= allowed(*size), found.operation
 
@@ -105,7 +105,7 @@ def test_triton_operations_allocate_no_n_by_k_matrix(size):
     """Each operation of the layers allocates less than an N x K matrix."""
     x, dictionary = torch.zeros(size.n, size.d), torch.zeros(size.k, size.d)
     with without_launching(), Allocations() as found:
-        indices, values = kernels.topk_codes(x, dictionary, size.kept, "l2" if size == DICTIONARY else "dot", None)
+        indices, values = kernels.topk_codes(x, dictionary, size.selected, "l2" if size == DICTIONARY else "dot", None)
         # The launcher wrote nothing, so the indices may lie out of range.
         indices.zero_()
         if size == DICTIONARY:

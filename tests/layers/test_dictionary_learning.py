@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch.nn.functional import mse_loss
 
-from benchmarks import notebook
 from dlvae_kernels import DictionaryLearning
 from dlvae_kernels.testing import assert_same_topk, exact_distances
+
+from ..oracles import notebook
 
 DIM, ATOMS, KEPT = 6, 24, 5
 

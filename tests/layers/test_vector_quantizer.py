@@ -8,8 +8,9 @@ import pickle
 import pytest
 import torch
 
-from benchmarks import notebook
 from dlvae_kernels import VectorQuantizer, VectorQuantizerEMA
+
+from ..oracles import notebook
 
 K, D = 24, 6
 

@@ -5,8 +5,9 @@ import copy
 import pytest
 import torch
 
-from benchmarks import notebook
 from dlvae_kernels import VectorQuantizerEMA
+
+from ..oracles import notebook
 
 K, D = 24, 6
 

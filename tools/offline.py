@@ -1,12 +1,13 @@
-"""Compile every Triton kernel for each architecture on a machine without a GPU, and read what the compiler made.
+"""Compile every Triton kernel for each architecture on a machine without a GPU, and inspect the machine code.
 
-`python -m benchmarks offline` launches the operations as they are, with a driver that compiles and does not run.
+`python -m tools.offline` calls the operations unchanged, with a driver that compiles kernels and does not run them.
 """
 
 from __future__ import annotations
 
 import re
 import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -27,10 +28,10 @@ from dlvae_kernels.backends import triton as kernels
 from dlvae_kernels.backends.triton.tuning import search_config
 
 ARCHITECTURES = (80, 90, 100)
-# Bytes of shared memory that a program may take.
+# The shared memory that one program can use, in bytes.
 _SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 _TOOL = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-# Kernels on the matrix units; one that the compiler made a trap has no such instructions.
+# Kernels that use the matrix units. A kernel that the compiler replaced by a trap has no matrix instructions.
 _PRODUCTS = (
     *("_search_kernel", "_select_kernel", "_filter_kernel", "_one_hot_sum_kernel", "_chunk_sum_kernel"),
     *("_dense_decode", "_log_sum_exp_kernel", "_softmax_sum_kernel"),
@@ -39,7 +40,7 @@ _MATRIX = re.compile(r"^(HGMMA|HMMA|IMMA|QGMMA|UTC\w*MMA)")
 _INSTRUCTION = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)([^;]*);")
 
 
-# Kernels of bfloat16 are those of float16 with other instructions of the same kind: one of them stands for all.
+# The bfloat16 kernels differ from the float16 kernels in the type of their instructions only: one case covers them.
 _PRECISIONS = (
     (torch.float32, "float32"),
     (torch.float32, "exact"),
@@ -51,24 +52,24 @@ _PRECISIONS = (
 
 @dataclass(frozen=True)
 class Kernel:
-    """What one kernel became on one architecture."""
+    """The resources and instructions of one kernel, compiled for one architecture."""
 
     label: str
     hash: str
     arch: int
     registers: int
-    spilled: int  # bytes of local memory, where it is used
+    spilled: int  # bytes of local memory, if any instruction accesses it
     shared: int  # bytes
-    matrix: dict[str, int]  # matrix instructions by name
-    bulk_copies: int  # TMA
-    per_distance: float | None  # non-matrix instructions of the search loop; None: no loop of that kind
+    matrix: dict[str, int]  # number of matrix instructions by name
+    bulk_copies: int  # number of TMA instructions
+    per_distance: float | None  # non-matrix instructions a distance in the search loop; None: no search loop
 
     def faults(self) -> list[str]:
         found = [f"spills {self.spilled} bytes"] if self.spilled else []
         if self.shared > _SHARED[self.arch]:
-            found.append(f"takes {self.shared} bytes of shared memory, of which there are {_SHARED[self.arch]}")
+            found.append(f"uses {self.shared} bytes of shared memory; the limit is {_SHARED[self.arch]}")
         if self.label.startswith(_PRODUCTS) and not self.matrix:
-            found.append("its products have no matrix instructions")
+            found.append("has no matrix instructions for its products")
         return found
 
     def line(self) -> str:
@@ -83,7 +84,7 @@ class Kernel:
 def _searches() -> Iterator[tuple[int, torch.dtype, str, int]]:
     for d in (8, 16, 64, 100, 128, 256):
         for dtype, precision in _PRECISIONS:
-            # Few codes and many make groups of different sizes.
+            # Few codes and many codes lead to groups of different sizes.
             for num_codes in (512, 16_384) if (dtype, precision) in _PRECISIONS[:3] else (16_384,):
                 yield d, dtype, precision, num_codes
 
@@ -93,7 +94,7 @@ def _name(d: int, dtype: torch.dtype, precision: str, num_codes: int) -> str:
 
 
 def _distinct(arch: int) -> list[str]:
-    """All cases but searches that on this architecture differ from another one by numbers of tiles or blocks alone."""
+    """All cases, without searches whose kernel differs from that of another case in numbers of tiles or blocks only."""
     last: dict[tuple[Any, ...], str] = {}
     with driver_of(arch):
         for search in _searches():
@@ -106,7 +107,7 @@ def _distinct(arch: int) -> list[str]:
 
 
 def cases() -> dict[str, Callable[[], Any]]:
-    """Calls that together launch every kernel in every configuration."""
+    """Calls that together launch every kernel in every configuration, by name."""
     found: dict[str, Callable[[], Any]] = {}
     for d, dtype, precision, num_codes in _searches():
         x, codebook = torch.zeros(65_536, d, dtype=dtype), torch.zeros(num_codes, d, dtype=dtype)
@@ -135,11 +136,11 @@ def cases() -> dict[str, Callable[[], Any]]:
     )
     found["ema, few codes"] = lambda: kernels.ema_statistics(x, indices, 512)
     found["ema, few codes, bfloat16"] = lambda: kernels.ema_statistics(x.bfloat16(), indices, 512)
-    # A one becomes a constant of the compiled kernel.
+    # Triton compiles an argument that is 1 into a constant.
     single, first = torch.zeros(1, 1), torch.zeros(1, 1, dtype=torch.int64)
     for name, call in _ALL.items():
         found[f"{name}, all sizes 1"] = partial(call, single, first)
-    # Of many atoms the kept ones are read, of few all.
+    # Large dictionaries use the gather design, small dictionaries the dense design.
     for name, n, num_atoms, d, k, dtype in (
         ("many atoms", 1_024, 16_384, 256, 32, torch.float32),
         ("many atoms, D=64", 1_024, 16_384, 64, 32, torch.float32),
@@ -156,9 +157,9 @@ def cases() -> dict[str, Callable[[], Any]]:
     for d, num_codes, dtype in ((256, 512, torch.float32), (256, 512, torch.bfloat16), (64, 8_192, torch.float32)):
         name = f"kept softmax D={d} K={num_codes} {str(dtype)[6:]}"
         found[name] = partial(_softmax, torch.zeros(16_384, d, dtype=dtype), torch.zeros(num_codes, d, dtype=dtype))
-    # Rows whose features lie apart, as those of a map do.
+    # The features of a vector of a channel-first map are not contiguous.
     found["kept softmax, map"] = lambda: _softmax(torch.zeros(64, 256, 256).transpose(1, 2), torch.zeros(512, 256))
-    # Scores on the chip, and tiles of them that stream past.
+    # Small codebooks keep all scores on the chip; large codebooks stream tiles of scores.
     for n, num_codes, d, k, metric, dtype in (
         (16_384, 512, 256, 100, "l2", torch.float32),
         (16_384, 512, 256, 100, "l2", torch.bfloat16),
@@ -175,7 +176,7 @@ def cases() -> dict[str, Callable[[], Any]]:
     return found
 
 
-# Of x [1, 1] and indices [1, 1].
+# Calls of every operation on x [1, 1] and indices [1, 1].
 _ALL: dict[str, Callable[[torch.Tensor, torch.Tensor], Any]] = {
     "nearest_code": lambda x, i: kernels.nearest_code(x, x, True, "exact"),
     "topk_codes": lambda x, i: kernels.topk_codes(x, x, 1, "l2", None),
@@ -196,25 +197,25 @@ def _search(x: torch.Tensor, codebook: torch.Tensor, precision: str) -> None:
 
 
 def _softmax(x: torch.Tensor, weight: torch.Tensor) -> None:
-    """Forward and backward, with one kept code for each row."""
+    """Call the forward and the backward pass with one selected code for each vector."""
     indices = torch.zeros(*x.shape[:-1], 1, dtype=torch.int64)
     values, sums = kernels.kept_softmax_fwd(x, weight, None, indices)
     kernels.kept_softmax_bwd(values, values, sums, x, weight, None, indices, True, True, True)
 
 
 def compile_case(arch: int, case: str) -> list[Kernel]:
-    """The kernels that a case launches; those that it shares with earlier ones are compiled once.
+    """The kernels that a case launches. Kernels shared with earlier cases are compiled once.
 
     Raises:
-        Whatever the compiler raises.
+        Exception: any exception of the compiler.
     """
     return [_read(*each, case, arch) for each in _compiled_by(cases()[case], arch)]
 
 
 def compile_all(architectures: tuple[int, ...] = ARCHITECTURES, names: tuple[str, ...] = ()) -> Iterator[Kernel]:
-    """Every kernel of the cases of these names (none: all), once for each configuration, by all cores."""
+    """Every kernel of the named cases (no names: all cases), once for each configuration; uses all CPU cores."""
     seen = set()
-    # Each process has compiled kernels of its own, and all share those on disk.
+    # Every process has its own cache in memory; the cache on disk is shared.
     with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
         tasks = [pool.submit(compile_case, arch, case) for arch in architectures for case in names or _distinct(arch)]
         for task in tasks:
@@ -225,7 +226,7 @@ def compile_all(architectures: tuple[int, ...] = ARCHITECTURES, names: tuple[str
 
 
 def _compiled_by(call: Callable[[], Any], arch: int) -> list[tuple[Any, dict[str, Any]]]:
-    """What a call launches, compiled for an architecture and not run."""
+    """The kernels that a call launches, compiled for an architecture and not run, with their options."""
     found: list[tuple[Any, dict[str, Any]]] = []
     original = JITFunction.run
 
@@ -245,7 +246,7 @@ def _compiled_by(call: Callable[[], Any], arch: int) -> list[tuple[Any, dict[str
 
 @contextmanager
 def driver_of(arch: int) -> Iterator[None]:
-    """A driver of a GPU that is not there; the device differs by architecture, as kernels are kept by device."""
+    """Install a driver for a GPU that does not exist. Triton caches by device, so each architecture is a device."""
     fake = SimpleNamespace(
         get_current_target=lambda: GPUTarget("cuda", arch, 32),
         get_current_device=lambda: arch,
@@ -261,7 +262,10 @@ def driver_of(arch: int) -> Iterator[None]:
 
 @cache
 def _read_code(hash: str, cubin: bytes, is_disassembled: bool) -> tuple[dict[str, str], list[tuple[int, str, str]]]:
-    """Resources and, where asked for or memory may hold registers, instructions: the slower part to read."""
+    """The resource usage of a cubin, and its instructions.
+
+    Disassembly is slow. The instructions are empty unless `is_disassembled` is set or the kernel uses local memory.
+    """
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
@@ -304,7 +308,7 @@ def _read(compiled: Any, constants: dict[str, Any], case: str, arch: int) -> Ker
 
 
 def _per_distance(code: list[tuple[int, str, str]], distances: float) -> float | None:
-    """Instructions beside the matrix ones of the innermost loop that has some, by the distances of one turn."""
+    """Non-matrix instructions of the innermost loop with matrix instructions, divided by the distances an iteration."""
     loops = []
     for address, name, operands in code:
         target = re.search(r"0x([0-9a-f]+)", operands) if name.startswith("BRA") else None
@@ -319,7 +323,7 @@ def _per_distance(code: list[tuple[int, str, str]], distances: float) -> float |
 
 
 def main() -> int:
-    """Print every kernel; returns 1 where one has a fault."""
+    """Print every kernel. The exit status is 1 if any kernel has a fault."""
     faults, architectures = [], set()
     for kernel in compile_all():
         print(kernel.line(), flush=True)
@@ -328,3 +332,7 @@ def main() -> int:
     faults += [f"sm_{arch} is missing" for arch in set(ARCHITECTURES) - architectures]
     print(*faults, sep="\n")
     return int(bool(faults))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,7 +1,15 @@
-"""The notebook's three layers, transcribed with the faults that it has mended: the formulas the layers must equal.
+"""The three layers of the VQ-VAE notebook with its bugs fixed: the formulas that this library's layers must match.
 
-Mended: argmin for argmax; EMA state that starts consistent and is updated in place, unsmoothed, used codes alone;
-the transpose in the distances of the dictionary; the map's order; the straight-through formula; L1 as a mean.
+The source is a VQ-VAE notebook of 2023 that contains a DictionaryLearning layer; it is not the notebook of
+zalandoresearch. These bugs of the notebook are fixed here:
+
+- It assigned vectors to the farthest code (argmax) instead of the nearest code (argmin).
+- Its EMA state started inconsistent, was replaced instead of updated, was stored smoothed, and moved codes that no
+  vector of the batch was assigned to.
+- The distances to the atoms of the dictionary lacked a transpose.
+- The quantized feature map had its dimensions in the wrong order.
+- The straight-through output was 2 R - x instead of the reconstruction R.
+- The L1 penalty was a sum over positions instead of a mean.
 """
 
 from __future__ import annotations
@@ -19,14 +27,14 @@ def _flat(inputs: Tensor) -> Tensor:
     return inputs.permute(0, 2, 3, 1).reshape(-1, inputs.shape[1])
 
 
-def _map(rows: Tensor, like: Tensor) -> Tensor:
+def _map(vectors: Tensor, like: Tensor) -> Tensor:
     batch, _, height, width = like.shape
-    return rows.view(batch, height, width, -1).permute(0, 3, 1, 2)
+    return vectors.view(batch, height, width, -1).permute(0, 3, 1, 2)
 
 
 def _perplexity(encodings: Tensor) -> Tensor:
-    share = encodings.mean(0)
-    return torch.exp(-torch.sum(share * torch.log(share + 1e-10)))
+    usage = encodings.mean(0)
+    return torch.exp(-torch.sum(usage * torch.log(usage + 1e-10)))
 
 
 class VectorQuantizer(nn.Module):
@@ -63,8 +71,8 @@ class VectorQuantizerEMA(nn.Module):
         self.sums = self.sums * self.decay + (1 - self.decay) * encodings.T @ x
         n = self.sizes.sum()
         smoothed = (self.sizes + self.epsilon) / (n + len(self.sizes) * self.epsilon) * n
-        used = encodings.sum(0) > 0
-        self.codebook = torch.where(used[:, None], self.sums / smoothed[:, None], self.codebook)
+        is_assigned = encodings.sum(0) > 0
+        self.codebook = torch.where(is_assigned[:, None], self.sums / smoothed[:, None], self.codebook)
 
 
 class DictionaryLearning(nn.Module):
