@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from dlvae_kernels.functional.checks import check_size
-from models.build import pick_device
+from models.training.device import pick_device
 
 from . import gpu, plot, readme, recipes, results, run, targets, updates, verify
 from .registry import ENTRIES

@@ -13,9 +13,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from models.config import parse
-from models.evaluate import evaluate
-from models.train import Run
+from models.report.evaluate import evaluate
+from models.training.config import parse
+from models.training.run import Run
 
 from . import results
 

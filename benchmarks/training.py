@@ -17,8 +17,8 @@ from torch.nn.functional import mse_loss
 from torch.utils.data import DataLoader, Dataset
 
 from models.autoencoder import Autoencoder
-from models.config import Config
-from models.train import Run
+from models.training.config import Config
+from models.training.run import Run
 
 from . import baselines, judge, notebook
 from .entry import Call, Contender, Entry, Inputs, Tolerance, Verdict

@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from models.config import Config, parse
-from models.train import Run
+from models.training.config import Config, parse
+from models.training.run import Run
 
 from . import ceilings, training
 from .results import Row, completed, writing

@@ -22,8 +22,8 @@ sys.path.insert(0, str(ROOT))
 
 from models.autoencoder import Autoencoder  # noqa: E402
 from models.build import build_model  # noqa: E402
-from models.checkpoint import load_weights  # noqa: E402
-from models.config import Config  # noqa: E402
+from models.training.checkpoint import load_weights  # noqa: E402
+from models.training.config import Config  # noqa: E402
 
 IMAGES = ROOT / "docs" / "images"
 NUMBERS = IMAGES / "reconstructions.csv"

@@ -1,3 +1,5 @@
+"""The autoencoder with a vector-quantizer bottleneck."""
+
 from __future__ import annotations
 
 from torch import Tensor
@@ -9,7 +11,7 @@ from .autoencoder import Autoencoder, Coding
 
 
 class VQVAE(Autoencoder):
-    """VQ-VAE: `VectorQuantizerEMA` where decay > 0, else `VectorQuantizer`, which learns by gradient.
+    """VQ-VAE: `VectorQuantizerEMA` for decay > 0, else `VectorQuantizer`, whose codebook learns by gradient.
 
     Source: van den Oord et al. 2017, arXiv:1711.00937.
     """
@@ -59,6 +61,6 @@ class VQVAE(Autoencoder):
         return Coding(loss, quantized, indices, None)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Images [B, C, H, W] -> (loss of the quantizer, reconstruction [B, C, H, W], perplexity)."""
+        """Images [B, C, H, W] -> (quantizer loss, reconstruction [B, C, H, W], perplexity)."""
         loss, quantized, perplexity, _ = self._vq_vae(self.encode(x))
         return loss, self.decode(quantized), perplexity

@@ -291,7 +291,7 @@ def test_a_step_that_takes_too_long_ends_with_its_children(tmp_path, capsys):
 
 
 def test_training_has_images_without_scikit_image(monkeypatch, capsys):
-    from models.data import load
+    from models.training.data import load
 
     monkeypatch.setattr(training.importlib.util, "find_spec", lambda name: None)
     monkeypatch.setattr(training, "_CROPS", 10)

@@ -6,7 +6,7 @@ import dataclasses
 import pytest
 
 from benchmarks import __main__, recipes
-from models.config import parse
+from models.training.config import parse
 
 
 @pytest.mark.slow
