@@ -26,6 +26,8 @@ LEVELS = {
 }
 OWN = ("dlvae_kernels", "models", "benchmarks", "tests")
 
+pytestmark = pytest.mark.small
+
 
 def modules() -> dict[str, Path]:
     files = (file for name in OWN[:3] for file in (ROOT / name).rglob("*.py"))

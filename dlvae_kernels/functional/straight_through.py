@@ -28,9 +28,7 @@ class _StraightThrough(torch.autograd.Function):
     def forward(x: Tensor, decoded: Tensor, indices: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         # The residual has the wider dtype, at least float32 as coefficients have, and the strides of x.
         residual = x - decoded
-        # The sum of squares may overflow float32 where the mean does not, so it is computed in float64.
-        squares = torch.linalg.vector_norm(residual, dtype=torch.float64).square()
-        loss = (squares / max(1, residual.numel())).to(residual.dtype)
+        loss = _mean_of_squares(residual)
         # The output is a copy, because the caller may change it in place.
         return decoded.clone(), loss, loss.clone(), residual
 
@@ -65,6 +63,17 @@ class _StraightThrough(torch.autograd.Function):
         if need_decoded and grad_decoded_loss is not None:
             grad_decoded = residual * (grad_decoded_loss * -slope)
         return grad_x.to(ctx.dtype) if need_x and grad_x is not None else None, grad_decoded, None
+
+
+def _mean_of_squares(residual: Tensor) -> Tensor:
+    """The mean in the dtype of the residual, finite where only the sum would overflow."""
+    count = max(1, residual.numel())
+    if residual.is_cpu and type(residual) is Tensor and not torch.compiler.is_compiling():
+        # A norm in float64 takes the CPU ten times as long, so it waits for a sum that overflows.
+        mean = torch.linalg.vector_norm(residual).square() / count
+        if mean < float("inf"):
+            return mean
+    return (torch.linalg.vector_norm(residual, dtype=torch.float64).square() / count).to(residual.dtype)
 
 
 def straight_through(x: Tensor, decoded: Tensor, indices: Tensor) -> StraightThroughOutput:
