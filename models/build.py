@@ -38,13 +38,8 @@ class NetworkConfig:
 
 
 def build_model(config: NetworkConfig, in_channels: int) -> Autoencoder:
-    sizes = (
-        config.hiddens,
-        config.residual_layers,
-        config.residual_hiddens,
-        config.num_embeddings,
-        config.embedding_dim,
-    )
+    sizes = config.hiddens, config.residual_layers, config.residual_hiddens
+    sizes += config.num_embeddings, config.embedding_dim
     if config.model == "dlvae":
         return DictionaryLearningVAE(
             *sizes, config.sparsity, config.sparsity_level, in_channels=in_channels, gradient=config.gradient

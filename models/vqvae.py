@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from dlvae_kernels import VectorQuantizer, VectorQuantizerEMA
@@ -31,26 +33,13 @@ class VQVAE(Autoencoder):
         dead_code_threshold: float = 0.0,
     ) -> None:
         super().__init__(num_hiddens, num_residual_layers, num_residual_hiddens, embedding_dim, in_channels)
+        sizes = num_embeddings, embedding_dim, commitment_cost
+        options: dict[str, Any] = {"encodings": "indices", "dead_code_threshold": dead_code_threshold}
         self._vq_vae: VectorQuantizer | VectorQuantizerEMA
         if decay > 0:
-            self._vq_vae = VectorQuantizerEMA(
-                num_embeddings,
-                embedding_dim,
-                commitment_cost,
-                decay,
-                encodings="indices",
-                init=init or "normal",
-                dead_code_threshold=dead_code_threshold,
-            )
+            self._vq_vae = VectorQuantizerEMA(*sizes, decay, init=init or "normal", **options)
         else:
-            self._vq_vae = VectorQuantizer(
-                num_embeddings,
-                embedding_dim,
-                commitment_cost,
-                encodings="indices",
-                init=init or "uniform",
-                dead_code_threshold=dead_code_threshold,
-            )
+            self._vq_vae = VectorQuantizer(*sizes, init=init or "uniform", **options)
 
     @property
     def codes(self) -> Tensor:

@@ -51,10 +51,10 @@ class Config(NetworkConfig):
             types, described = _TYPES[type(entry.default)]
             if type(value := getattr(self, entry.name)) not in types:
                 raise ValueError(f"expected {entry.name} to be {described}, got {value!r}")
+            if type(value) is type(entry.default) is int:
+                check_size(entry.name, value, *_BOUNDS.get(entry.name, (1, _LARGEST)))
         for name, choices in _CHOICES.items():
             check_choice(name, getattr(self, name), choices)
-        for name, (least, most) in _BOUNDS.items():
-            check_size(name, getattr(self, name), least, most)
         for name in ("lr", "commitment_cost", "dead_code_threshold", "sparsity"):
             check_between(name, getattr(self, name), 0, sys.float_info.max)
         check_between("decay", self.decay, 0, 1)
@@ -94,20 +94,8 @@ _TYPES: dict[type, tuple[tuple[type, ...], str]] = {
 }
 # The product of two sizes fits into 64 bits.
 _LARGEST = 2**31 - 1
-_BOUNDS = {
-    "updates": (1, _LARGEST),
-    "batch_size": (1, _LARGEST),
-    "warmup": (0, _LARGEST),
-    "hiddens": (2, _LARGEST),
-    "residual_layers": (0, 1000),
-    "residual_hiddens": (1, _LARGEST),
-    "num_embeddings": (1, _LARGEST),
-    "embedding_dim": (1, _LARGEST),
-    "sparsity_level": (1, _LARGEST),
-    "checkpoint_every": (1, _LARGEST),
-    "rank_timeout": (1, _LARGEST),
-    "seed": (0, 2**32 - 1),
-}
+# The whole numbers with other bounds than [1, _LARGEST].
+_BOUNDS = {"warmup": (0, _LARGEST), "hiddens": (2, _LARGEST), "residual_layers": (0, 1000), "seed": (0, 2**32 - 1)}
 _CHOICES = {name: get_args(kind) for name, kind in get_type_hints(Config).items() if get_args(kind)}
 _HELP = {name: kind.__metadata__[0] for name, kind in get_type_hints(Config, include_extras=True).items()}
 

@@ -47,11 +47,9 @@ def _gpu_of_rank(device: torch.device, local_rank: int) -> torch.device:
 
 def autocast(precision: str, device: torch.device) -> AbstractContextManager[Any]:
     """The context of a forward pass; "auto" is bfloat16 autocast if the hardware computes in bfloat16."""
-    if precision == "auto":
-        if device.type == "cuda":
-            has_bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
-        else:
-            has_bfloat16 = torch.cpu._is_avx512_bf16_supported()
-    else:
-        has_bfloat16 = precision == "bfloat16"
-    return torch.autocast(device.type, torch.bfloat16) if has_bfloat16 else nullcontext()
+    in_bfloat16 = precision == "bfloat16"
+    if precision == "auto" and device.type == "cuda":
+        in_bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    elif precision == "auto":
+        in_bfloat16 = torch.cpu._is_avx512_bf16_supported()
+    return torch.autocast(device.type, torch.bfloat16) if in_bfloat16 else nullcontext()

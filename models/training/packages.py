@@ -34,7 +34,4 @@ def note_missing() -> None:
     """Print a note on stderr if the report will lack a plot."""
     # Only found, not imported: the import of umap takes seconds.
     if importlib.util.find_spec("umap") is None:
-        print(
-            f"umap-learn is not installed: the report will show the codes by PCA; {_INSTALL}",
-            file=sys.stderr,
-        )
+        print(f"umap-learn is not installed: the report will show the codes by PCA; {_INSTALL}", file=sys.stderr)
