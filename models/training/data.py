@@ -112,7 +112,7 @@ def _photograph(name: str) -> Tensor:
             f"the photograph {name} cannot be read ({reason}); install scikit-image and scikit-learn again with:"
             " pip install 'dlvae-kernels[viz]'"
         ) from error
-    # The stereo pair shows one scene twice, and a map of depth.
+    # A stereo pair has two views and a disparity map; only the first view is used.
     image = image[0] if isinstance(image, tuple) else image
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 

@@ -7,7 +7,6 @@ import math
 import sys
 from collections.abc import Iterable
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from .files import write_whole
@@ -62,7 +61,7 @@ class Metrics:
             last = int(row[0])
         return rows
 
-    def open_board(self, update: int) -> Metrics:
+    def open_board(self, update: int) -> None:
         """Write TensorBoard events as well, from an update on, if TensorBoard is installed."""
         try:
             from torch.utils.tensorboard import SummaryWriter
@@ -70,7 +69,6 @@ class Metrics:
             print("tensorboard is not installed: no events are written", file=sys.stderr)
         else:
             self._board = SummaryWriter(str(self._folder), purge_step=update)
-        return self
 
     def add(self, rows: Iterable[tuple[float, ...]]) -> None:
         """Append rows; the first value of a row is its update, counted from 1."""
@@ -81,12 +79,8 @@ class Metrics:
                 for name, value in zip(COLUMNS[1:], values, strict=True) if self._board else ():
                     self._board.add_scalar(name, value, update)
 
-    def __enter__(self) -> Metrics:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def close(self) -> None:
+        """Close the TensorBoard events, if they are open."""
         if self._board:
             self._board.close()
 

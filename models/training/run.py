@@ -8,7 +8,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from functools import partial
 from pathlib import Path
 from types import FrameType
@@ -176,8 +176,9 @@ class Run:
         bar = tqdm(total=config.updates, initial=self.update, unit="update", mininterval=refresh, disable=not writes)
         alone = self.ranks.count == 1
         profile = Profile(self.folder, self.device) if config.profile and writes else None
-        metrics = self.metrics.open_board(self.update) if writes else self.metrics
-        with metrics, bar, _interrupts(second_ends=alone) as interrupted, self.ranks.watched():
+        if writes:
+            self.metrics.open_board(self.update)
+        with closing(self.metrics), bar, _interrupts(second_ends=alone) as interrupted, self.ranks.watched():
             begin = time.perf_counter() - self.seconds
             stops = False
             while self.update < config.updates and not stops:

@@ -38,6 +38,7 @@ def test_residual_adds_rectified_input_as_in_notebook():
     torch.testing.assert_close(block(x.clone()), expected)
 
 
+@pytest.mark.small
 @pytest.mark.parametrize("decay", [0.0, 0.9])
 def test_vqvae_trains_and_encodes(decay):
     model = VQVAE(*SIZES, 32, 8, 0.25, decay)
@@ -54,6 +55,7 @@ def test_vqvae_trains_and_encodes(decay):
     torch.testing.assert_close(model.decode(coding.latents), model(x)[1])
 
 
+@pytest.mark.small
 @pytest.mark.parametrize("gradient", ["straight_through", "direct"])
 def test_dlvae_trains_and_encodes(gradient):
     model = DictionaryLearningVAE(*SIZES, 32, 8, 0.1, 5, gradient=gradient)

@@ -51,6 +51,7 @@ def contents(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
+@pytest.mark.small
 def test_report_replaces_all_its_files(run, reported):
     assert report_main([str(run)]) == 0
     assert all((run / name).read_bytes() != b"old" for name in FILES)

@@ -108,8 +108,8 @@ def test_folder_with_too_large_image_names_size_limit_and_remedy(folder):
         loaded(folder)
 
 
-def test_folder_passes_over_what_is_no_regular_file(folder):
-    # Images are sought under the data set's folder at any depth.
+def test_folder_with_special_files_skips_them(folder):
+    # The data set contains the images of all sub-folders.
     (folder / "deeper.png").mkdir()
     write_images(folder / "deeper.png", 1)
     (folder / "dangling.png").symlink_to("nowhere")
