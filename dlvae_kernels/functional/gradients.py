@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable
 from typing import Any, NoReturn
@@ -48,6 +49,69 @@ def differentiable(function: type[torch.autograd.Function], *args: Any) -> Any:
     """
     needs_function = forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
     return function.apply(*args) if needs_function and not torch.compiler.is_compiling() else function.forward(*args)
+
+
+class _SecondDerivative(torch.autograd.Function):
+    """A gradient unchanged, whose own derivative raises."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(name: str, grad: Tensor, *depends_on: Tensor) -> Tensor:
+        return grad.view_as(grad)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.name = inputs[0]
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> NoReturn:
+        raise RuntimeError(f"{ctx.name} has no second derivative; call backward without create_graph=True")
+
+    @staticmethod
+    def jvp(ctx: Any, *_: Tensor) -> NoReturn:
+        raise NotImplementedError(f"{ctx.name} has no second derivative; take its first by torch.autograd.grad")
+
+
+_LEAF = torch.empty(0, requires_grad=True)
+
+
+def inputs_of_func(*inputs: Tensor) -> tuple[Tensor, ...]:
+    """The inputs under a transform of torch.func, for `ctx.save_for_backward`; none elsewhere.
+
+    There, a gradient depends on an input if the input is among the saved tensors of `once_differentiable`.
+    """
+    return inputs if torch._C._are_functorch_transforms_active() else ()
+
+
+def once_differentiable(name: str, *, saves_inputs: bool = True) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Decorate the backward of `name`, so that differentiating its gradients raises, unless they are constants.
+
+    torch's decorator of this name looks at incoming gradients alone: where these are constants and the gradient depends
+    on inputs, the second derivative would silently be zero. Here, it also depends on saved tensors that require a
+    gradient, and without `saves_inputs` on inputs that are not saved.
+    """
+
+    def decorate(backward: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(backward)
+        def run(ctx: Any, *grads: Tensor | None) -> Any:
+            with torch.no_grad():
+                results = backward(ctx, *grads)
+            if not torch.is_grad_enabled():
+                return results
+            depends_on = [t for t in (*grads, *ctx.saved_tensors) if t is not None and t.requires_grad]
+            if not depends_on and not saves_inputs:
+                depends_on = [_LEAF]
+            if not depends_on:
+                return results
+            return tuple(
+                _SecondDerivative.apply(name, result, *depends_on) if isinstance(result, Tensor) else result
+                for result in (results if isinstance(results, tuple) else (results,))
+            )
+
+        return run
+
+    return decorate
 
 
 def no_forward_mode(name: str) -> NoReturn:

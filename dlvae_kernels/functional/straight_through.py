@@ -4,10 +4,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn.functional import mse_loss
 
 from .checks import check_floating, check_indices_of, check_same_device
+from .gradients import inputs_of_func, once_differentiable
 
 
 class StraightThroughOutput(NamedTuple):
@@ -34,20 +34,20 @@ class _StraightThrough(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:
-        x, _, indices = inputs
+        x, decoded, indices = inputs
         *_, residual = output
-        ctx.save_for_backward(residual, indices)
+        ctx.save_for_backward(residual, indices, *inputs_of_func(x, decoded))
         ctx.mark_non_differentiable(residual)
         ctx.dtype = x.dtype
         # An output that nobody differentiates has the gradient None, all the way to the parameters.
         ctx.set_materialize_grads(False)
 
     @staticmethod
-    @once_differentiable
+    @once_differentiable("straight_through", saves_inputs=False)
     def backward(
         ctx: Any, grad: Tensor | None, grad_decoded_loss: Tensor | None, grad_x_loss: Tensor | None, _: None
     ) -> tuple[Tensor | None, Tensor | None, None]:
-        residual, indices = ctx.saved_tensors
+        residual, indices, *_ = ctx.saved_tensors
         need_x, need_decoded, _ = ctx.needs_input_grad
         slope = 2 / max(1, residual.numel())
         grad_x, grad_decoded = grad, None
