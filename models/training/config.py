@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn, get_args, get_type_hints
 
+import torch
+
 from dlvae_kernels.functional.checks import check_between, check_choice, check_size
 
 from ..build import NetworkConfig
@@ -55,7 +57,8 @@ class Config(NetworkConfig):
                 check_size(entry.name, value, *_BOUNDS.get(entry.name, (1, _LARGEST)))
         for name, choices in _CHOICES.items():
             check_choice(name, getattr(self, name), choices)
-        for name in ("lr", "commitment_cost", "dead_code_threshold", "sparsity"):
+        check_between("lr", self.lr, 0, torch.finfo(torch.float32).max)
+        for name in ("commitment_cost", "dead_code_threshold", "sparsity"):
             check_between(name, getattr(self, name), 0, sys.float_info.max)
         check_between("decay", self.decay, 0, 1)
         if self.model == "vqvae-ema" and self.decay == 0:
