@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from dlvae_kernels.functional.checks import check_size
-from models.build import pick_device
+from models.training.device import pick_device
 
 from . import gpu, latency, plot, readme, results, run, targets, training, verify
 from .registry import ENTRIES

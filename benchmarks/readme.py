@@ -66,7 +66,7 @@ def _training(rows: list[Row], file: str) -> str:
         (
             f"{row['model']} | {row['updates']} | {float(row['training_seconds']):.0f} s | {float(row['nmse']):.4f} |"
             f" {float(row['psnr']):.1f} dB | {float(row['perplexity']):.0f} of {row['num_embeddings']} |"
-            f" {float(row['in_use']):.0%}"
+            f" {float(row['utilisation']):.0%}"
             for row in rows
         ),
     )

@@ -24,9 +24,9 @@ from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 from torch.utils.flop_counter import FlopCounterMode
 
-from models.config import parse
-from models.evaluate import evaluate
-from models.train import Run
+from models.report.evaluate import evaluate
+from models.training.config import parse
+from models.training.run import Run
 from tests.oracles import notebook_training
 
 from . import ceilings, judge, results, sizes

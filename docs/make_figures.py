@@ -22,8 +22,8 @@ sys.path.insert(0, str(ROOT))
 
 from models.autoencoder import Autoencoder  # noqa: E402
 from models.build import build_model  # noqa: E402
-from models.checkpoint import load_weights  # noqa: E402
-from models.config import Config  # noqa: E402
+from models.training.checkpoint import load_weights  # noqa: E402
+from models.training.config import Config  # noqa: E402
 
 IMAGES = ROOT / "docs" / "images"
 NUMBERS = IMAGES / "reconstructions.csv"
@@ -31,7 +31,7 @@ PHOTOGRAPHS = ("astronaut", "chelsea", "coffee")
 BEGIN, END = "<!-- figure: docs/make_figures.py -->", "<!-- end of figure -->"
 # The encoder halves height and width twice.
 _STRIDE = 4
-# Training takes its patches from the left four fifths of a photograph: see models/data.py.
+# Training takes its patches from the left four fifths of a photograph: see models/training/data.py.
 _HELD_OUT_WIDTH = 0.2
 _HEIGHT, _GAP, _MOST_BYTES = 256, 6, 400_000
 

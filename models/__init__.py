@@ -1,1 +1,4 @@
-"""Models, data, training and reports; run from the checkout, not part of the installed package."""
+"""Autoencoders with the layers of dlvae_kernels, their training and their report.
+
+The package runs from the checkout and is not installed.
+"""

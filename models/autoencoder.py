@@ -1,4 +1,7 @@
-"""The convolutional encoder and decoder around a quantizing bottleneck, with the notebook's layers and names."""
+"""The convolutional encoder and decoder around a bottleneck.
+
+Layers and names are those of the VQ-VAE notebook that docs/training.md describes.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ class Residual(nn.Module):
     def __init__(self, in_channels: int, num_hiddens: int, num_residual_hiddens: int) -> None:
         super().__init__()
         self._block = nn.Sequential(
-            # In place, as in the notebook: what the skip adds is therefore the rectified input.
+            # In place, as in the notebook: the skip connection therefore adds the rectified input.
             nn.ReLU(True),
             nn.Conv2d(in_channels, num_residual_hiddens, kernel_size=3, padding=1, bias=False),
             nn.ReLU(True),
@@ -77,32 +80,32 @@ class Decoder(nn.Module):
 
 
 class Coding(NamedTuple):
-    """What the bottleneck makes of the encoder's latents [B, D, h, w]."""
+    """The output of the bottleneck for latents [B, D, h, w]."""
 
     loss: Tensor
-    latents: Tensor  # [B, D, h, w], what the decoder sees
+    latents: Tensor  # [B, D, h, w], the input of the decoder
     indices: Tensor  # [B, h, w] codes, or [B, h, w, k] atoms
-    values: Tensor | None  # [B, h, w, k] coefficients of the atoms; None for codes, which have one of 1
+    values: Tensor | None  # [B, h, w, k] coefficients of the atoms; None for codes, whose only coefficient is 1
 
-    def use(self, num_codes: int) -> Tensor:
-        """How often each code or atom was taken, int64 [K]."""
-        # Not bincount, which waits for a GPU.
-        taken = self.indices.flatten()
-        return taken.new_zeros(num_codes).scatter_add_(0, taken, torch.ones_like(taken))
+    def counts(self, num_codes: int) -> Tensor:
+        """Number of latent vectors that are assigned to each code or atom, int64 [K]."""
+        # bincount would wait for the GPU.
+        indices = self.indices.flatten()
+        return indices.new_zeros(num_codes).scatter_add_(0, indices, torch.ones_like(indices))
 
     def nonzeros(self) -> Tensor:
-        """How many coefficients are not zero, a scalar."""
+        """Number of coefficients that are not zero, a scalar."""
         return torch.tensor(self.indices.numel()) if self.values is None else self.values.count_nonzero()
 
 
-def perplexity(use: Tensor) -> Tensor:
-    """exp of the entropy of how often codes were taken [..., K]: how many are in even use."""
-    share = use / use.sum(-1, keepdim=True).clamp(min=1)
-    return torch.special.entr(share).sum(-1).exp()
+def perplexity(counts: Tensor) -> Tensor:
+    """Exponential of the entropy of the assignments; `counts` is [..., K], the result [...] in [1, K]."""
+    probability = counts / counts.sum(-1, keepdim=True).clamp(min=1)
+    return torch.special.entr(probability).sum(-1).exp()
 
 
 class Autoencoder(nn.Module):
-    """Encoder, 1x1 convolution to D channels, a bottleneck given by the subclass, decoder."""
+    """Encoder, 1x1 convolution to D channels, the bottleneck of a subclass, decoder."""
 
     def __init__(
         self,

@@ -1,3 +1,5 @@
+"""The autoencoder with a dictionary-learning bottleneck."""
+
 from __future__ import annotations
 
 from torch import Tensor
@@ -38,6 +40,6 @@ class DictionaryLearningVAE(Autoencoder):
         return Coding(loss, reconstruction, indices, values)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, SparseRepresentation]:
-        """Images [B, C, H, W] -> (loss of the dictionary, reconstruction [B, C, H, W], kept coefficients)."""
+        """Images [B, C, H, W] -> (dictionary loss, reconstruction [B, C, H, W], sparse representation)."""
         loss, latents, representation = self._dl(self.encode(x))
         return loss, self.decode(latents), representation

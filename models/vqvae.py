@@ -1,4 +1,8 @@
+"""The autoencoder with a vector-quantizer bottleneck."""
+
 from __future__ import annotations
+
+from typing import Any
 
 from torch import Tensor
 
@@ -9,7 +13,7 @@ from .autoencoder import Autoencoder, Coding
 
 
 class VQVAE(Autoencoder):
-    """VQ-VAE: `VectorQuantizerEMA` where decay > 0, else `VectorQuantizer`, which learns by gradient.
+    """VQ-VAE: `VectorQuantizerEMA` for decay > 0, else `VectorQuantizer`, whose codebook learns by gradient.
 
     Source: van den Oord et al. 2017, arXiv:1711.00937.
     """
@@ -29,26 +33,13 @@ class VQVAE(Autoencoder):
         dead_code_threshold: float = 0.0,
     ) -> None:
         super().__init__(num_hiddens, num_residual_layers, num_residual_hiddens, embedding_dim, in_channels)
+        sizes = num_embeddings, embedding_dim, commitment_cost
+        options: dict[str, Any] = {"encodings": "indices", "dead_code_threshold": dead_code_threshold}
         self._vq_vae: VectorQuantizer | VectorQuantizerEMA
         if decay > 0:
-            self._vq_vae = VectorQuantizerEMA(
-                num_embeddings,
-                embedding_dim,
-                commitment_cost,
-                decay,
-                encodings="indices",
-                init=init or "normal",
-                dead_code_threshold=dead_code_threshold,
-            )
+            self._vq_vae = VectorQuantizerEMA(*sizes, decay, init=init or "normal", **options)
         else:
-            self._vq_vae = VectorQuantizer(
-                num_embeddings,
-                embedding_dim,
-                commitment_cost,
-                encodings="indices",
-                init=init or "uniform",
-                dead_code_threshold=dead_code_threshold,
-            )
+            self._vq_vae = VectorQuantizer(*sizes, init=init or "uniform", **options)
 
     @property
     def codes(self) -> Tensor:
@@ -59,6 +50,6 @@ class VQVAE(Autoencoder):
         return Coding(loss, quantized, indices, None)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Images [B, C, H, W] -> (loss of the quantizer, reconstruction [B, C, H, W], perplexity)."""
+        """Images [B, C, H, W] -> (quantizer loss, reconstruction [B, C, H, W], perplexity)."""
         loss, quantized, perplexity, _ = self._vq_vae(self.encode(x))
         return loss, self.decode(quantized), perplexity

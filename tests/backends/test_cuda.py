@@ -15,8 +15,8 @@ import triton
 from torch._subclasses import FakeTensorMode
 
 from dlvae_kernels.backends import BACKENDS, choose, native, reference, unavailable_reason, use_backend
-from models.config import Config
-from models.train import Run
+from models.training.config import Config
+from models.training.run import Run
 from tests.emulated_cuda import HAS_COMPILER, LIBRARY, ROOT, EmulatedCuda, make
 from tests.models.runs import write_images
 

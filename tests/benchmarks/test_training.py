@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from benchmarks import __main__, ceilings, results, training
-from models.config import parse
-from models.data import load
+from models.training.config import parse
+from models.training.data import load
 
 CPU = torch.device("cpu")
 

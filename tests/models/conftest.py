@@ -22,5 +22,5 @@ def _hidden_umap(tmp_path_factory):
 
 @pytest.fixture
 def without_umap(_hidden_umap, monkeypatch):
-    """UMAP compiles for half a minute in each process: here only the test of it pays."""
+    """Hide UMAP from subprocesses, because it compiles for half a minute in each of them."""
     monkeypatch.setenv("PYTHONPATH", str(_hidden_umap))

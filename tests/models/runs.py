@@ -1,4 +1,4 @@
-"""Training as a user starts it, with small models."""
+"""Commands that train small models, and the ranks of tests."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch
 import torch.multiprocessing as mp
 from PIL import Image
 
-from models.ranks import end_process, join, leave
+from models.training.ranks import end_process, join, leave
 
 ROOT = Path(__file__).parents[2]
 SMALL = ["--hiddens", "16", "--residual-hiddens", "8", "--num-embeddings", "32", "--embedding-dim", "8"]
@@ -44,7 +44,7 @@ def free_port():
 
 
 def spawn(work, *args, ranks=2, on_each_machine=2, timeout=50):
-    """Run work(ranks, *args) in processes that have met over gloo."""
+    """Run work(ranks, *args) in processes that are joined over gloo."""
     mp.spawn(_work_as_rank, (free_port(), ranks, on_each_machine, timeout, work, args), nprocs=ranks)
 
 

@@ -11,14 +11,14 @@ SIZES = (16, 2, 4)
 NOTEBOOK_SIZES = (128, 2, 32)
 
 
-def test_notebook_shapes():
+def test_encoder_and_decoder_have_shapes_of_notebook():
     x = torch.randn(2, 3, 32, 32)
     latents = Encoder(3, *NOTEBOOK_SIZES)(x)
     assert latents.shape == (2, 128, 8, 8)
     assert Decoder(128, *NOTEBOOK_SIZES)(latents).shape == x.shape
 
 
-def test_notebook_keys_and_parameters():
+def test_state_dict_has_keys_and_shapes_of_notebook():
     state = DictionaryLearningVAE(*NOTEBOOK_SIZES, 512, 256).state_dict()
     shapes = {name: tuple(value.shape) for name, value in state.items()}
     assert shapes["_encoder._conv_1.weight"] == (64, 3, 4, 4)
@@ -30,7 +30,7 @@ def test_notebook_keys_and_parameters():
     assert len(shapes) == 25
 
 
-def test_residual_is_the_notebooks():
+def test_residual_adds_rectified_input_as_in_notebook():
     block = Residual(8, 8, 4)
     x = torch.randn(2, 8, 5, 5)
     rectified = x.relu()
@@ -38,13 +38,14 @@ def test_residual_is_the_notebooks():
     torch.testing.assert_close(block(x.clone()), expected)
 
 
+@pytest.mark.small
 @pytest.mark.parametrize("decay", [0.0, 0.9])
-def test_vqvae(decay):
+def test_vqvae_trains_and_encodes(decay):
     model = VQVAE(*SIZES, 32, 8, 0.25, decay)
     x = torch.randn(2, 3, 32, 32)
-    loss, reconstruction, in_use = model(x)
+    loss, reconstruction, perplexity_of_batch = model(x)
     assert reconstruction.shape == x.shape
-    assert 1 <= in_use <= 32
+    assert 1 <= perplexity_of_batch <= 32
     (loss + reconstruction.square().mean()).backward()
     assert all(p.grad is not None for p in model.parameters())
     assert model.codes.requires_grad == (decay == 0)
@@ -54,8 +55,9 @@ def test_vqvae(decay):
     torch.testing.assert_close(model.decode(coding.latents), model(x)[1])
 
 
+@pytest.mark.small
 @pytest.mark.parametrize("gradient", ["straight_through", "direct"])
-def test_dlvae(gradient):
+def test_dlvae_trains_and_encodes(gradient):
     model = DictionaryLearningVAE(*SIZES, 32, 8, 0.1, 5, gradient=gradient)
     x = torch.randn(2, 3, 32, 32)
     loss, reconstruction, (values, indices) = model(x)
@@ -63,14 +65,14 @@ def test_dlvae(gradient):
     (loss + reconstruction.square().mean()).backward()
     assert all(p.grad is not None for p in model.parameters())
     coding = model.code(model.encode(x))
-    assert coding.use(32).sum() == coding.nonzeros() == 2 * 64 * 5
+    assert coding.counts(32).sum() == coding.nonzeros() == 2 * 64 * 5
 
 
-def test_other_channels():
+def test_vqvae_with_one_channel_reconstructs_shape():
     model = VQVAE(*SIZES, 32, 8, 0.25, 0.9, in_channels=1)
     assert model(torch.randn(2, 1, 28, 28))[1].shape == (2, 1, 28, 28)
 
 
-def test_perplexity_by_hand():
+def test_perplexity_of_counts_equals_value_by_hand():
     assert perplexity(torch.tensor([2, 1, 1, 0])).item() == pytest.approx(2**1.5)
     assert perplexity(torch.zeros(3)).item() == 1

@@ -1,4 +1,4 @@
-"""The training script as a user runs it: a subprocess on small images."""
+"""The training command in a subprocess, on small images."""
 
 from __future__ import annotations
 
@@ -21,12 +21,13 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from models import report
 from models.build import build_model
-from models.config import Config, parse
-from models.metrics import Metrics
-from models.step import learning_rate
-from models.train import Run, TrainingDiverged
+from models.report.__main__ import main as report_main
+from models.report.page import CAPTIONS
+from models.training.config import Config, parse
+from models.training.metrics import Metrics
+from models.training.run import Run, TrainingDiverged
+from models.training.step import rate_factor
 
 from .runs import ROOT, command, rows, train
 
@@ -34,7 +35,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("without_umap")]
 
 
 @pytest.mark.parametrize("model", ["vqvae", "vqvae-ema", "dlvae"])
-def test_trains_and_reports(model, images, tmp_path):
+def test_train_of_each_model_learns_and_reports(model, images, tmp_path):
     run = tmp_path / "run"
     patches = ["--data", "patches", "--hiddens", 32, "--batch-size", 16, "--lr", 3e-3, "--warmup", 5]
     result = train("--model", model, "--updates", 200, "--out", run, *images, *patches)
@@ -47,7 +48,7 @@ def test_trains_and_reports(model, images, tmp_path):
     assert summary["updates"] == 200
     assert 0 < summary["nmse"] < 1
     assert 1 <= summary["perplexity"] <= 32
-    assert 0 < summary["in_use"] <= 1
+    assert 0 < summary["utilisation"] <= 1
     assert summary["nonzero"] == pytest.approx(4 / 32 if model == "dlvae" else 1 / 32)
     assert f"{summary['nmse']:.4f}" in result.stdout
     assert list(run.glob("events.out.tfevents.*"))
@@ -55,7 +56,7 @@ def test_trains_and_reports(model, images, tmp_path):
 
     page = (run / "report.html").read_text()
     shown = dict(re.findall(r'<img id="(\w+)" alt="[^"]+" src="data:image/png;base64,([^"]+)">', page))
-    assert set(shown) == set(report._CAPTIONS)
+    assert set(shown) == set(CAPTIONS)
     for name, data in shown.items():
         pixels = np.asarray(Image.open(io.BytesIO(base64.b64decode(data))).convert("L"))
         assert pixels.std() > 5, name
@@ -68,7 +69,7 @@ def test_trains_and_reports(model, images, tmp_path):
     build_model(config, 3).load_state_dict(weights)
 
     before = (run / "summary.json").read_text()
-    assert report.main([str(run)]) == 0
+    assert report_main([str(run)]) == 0
     assert (run / "summary.json").read_text() == before
     refused = train("--out", run, *images)
     assert refused.returncode == 1
@@ -77,14 +78,14 @@ def test_trains_and_reports(model, images, tmp_path):
 
 @pytest.fixture(scope="module")
 def whole(images, tmp_path_factory):
-    """A run of 60 updates that nothing interrupted."""
+    """A run of 60 updates without an interrupt."""
     run = tmp_path_factory.mktemp("whole") / "run"
     assert train("--updates", 60, "--out", run, *images).returncode == 0
     return run
 
 
 def interrupted(images, run, number, *flags):
-    """Start a run of 60 updates, stop it and its children by a signal once it has saved; returns the process."""
+    """Start a run of 60 updates, send it and its children a signal after it has saved; returns the process."""
     process = subprocess.Popen(
         command("--updates", 60, "--out", run, *images, *flags),
         cwd=ROOT,
@@ -107,7 +108,7 @@ def assert_same_end(run, whole):
     assert rows(run) == rows(whole)
 
 
-def test_a_killed_run_resumes_to_the_same_bits(images, whole, tmp_path):
+def test_resume_after_kill_is_bitwise_equal_to_whole_run(images, whole, tmp_path):
     run = tmp_path / "run"
     process = interrupted(images, run, signal.SIGKILL)
     assert process.returncode == -signal.SIGKILL
@@ -119,7 +120,7 @@ def test_a_killed_run_resumes_to_the_same_bits(images, whole, tmp_path):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_resumes_on_a_gpu(images, tmp_path):
+def test_resume_on_gpu_continues(images, tmp_path):
     run = tmp_path / "run"
     assert train(*images, "--device", "cuda", "--updates", 20, "--out", run).returncode == 0
     result = train("--resume", run, "--updates", 40)
@@ -128,29 +129,29 @@ def test_resumes_on_a_gpu(images, tmp_path):
 
 
 @pytest.mark.parametrize(("number", "loading"), [(signal.SIGINT, "resident"), (signal.SIGTERM, "streamed")])
-def test_an_interrupted_run_saves_and_resumes(number, loading, images, whole, tmp_path):
+def test_resume_after_interrupt_is_bitwise_equal_to_whole_run(number, loading, images, whole, tmp_path):
     run = tmp_path / "run"
     process = interrupted(images, run, number, "--loading", loading)
     assert process.returncode == 130, process.output
-    done = int(re.search(r"interrupted after (\d+) updates; go on with: .* --resume", process.output[0])[1])
+    done = int(re.search(r"interrupted after (\d+) updates; resume with: .* --resume", process.output[0])[1])
     assert len(rows(run)) == done
     assert "Traceback" not in process.output[1]
     assert train("--resume", run).returncode == 0
     assert_same_end(run, whole)
 
 
-def test_a_finished_run_goes_on(images, tmp_path):
+def test_resume_of_finished_run_with_more_updates_continues(images, tmp_path):
     run = tmp_path / "run"
     assert train("--updates", 10, "--out", run, *images).returncode == 0
     assert train("--resume", run, "--updates", 20).returncode == 0
     assert len(rows(run)) == 20
 
 
-def test_a_loss_that_is_no_number_stops_and_keeps_the_last_good_checkpoint(images, tmp_path):
+def test_train_with_loss_not_finite_stops_and_keeps_last_checkpoint(images, tmp_path):
     run = tmp_path / "run"
     assert train("--updates", 20, "--out", run, *images).returncode == 0
     config = json.loads((run / "config.json").read_text())
-    # Streamed: the workers need to end with an error too.
+    # Streamed, because the workers have to end after an error as well.
     changes = {"lr": 1e35, "schedule": "constant", "loading": "streamed"}
     (run / "config.json").write_text(json.dumps(config | changes))
     before = (run / "checkpoint.safetensors").read_bytes()
@@ -164,7 +165,7 @@ def test_a_loss_that_is_no_number_stops_and_keeps_the_last_good_checkpoint(image
     assert (run / "checkpoint.safetensors").read_bytes() == before
 
 
-def test_weights_that_are_not_finite_are_never_saved(images, tmp_path):
+def test_save_of_weights_not_finite_raises(images, tmp_path):
     run = Run(parse([*images, "--out", str(tmp_path / "run")]).config, tmp_path / "run")
     run.start()
     run._save()
@@ -175,27 +176,27 @@ def test_weights_that_are_not_finite_are_never_saved(images, tmp_path):
     assert run.checkpoint_path.read_bytes() == before
 
 
-def test_broken_runs_say_so(whole, images, tmp_path):
+def test_resume_of_broken_run_ends_with_message(whole, images, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(whole, run)
     result = train("--resume", run, "--updates", 20)
-    assert f"error: updates is 20; {run} has done 60 already" in result.stderr
+    assert f"error: expected updates to be at least 60, which {run} has done already, got 20" in result.stderr
     (run / "metrics.csv").unlink()
     assert Run(parse(["--resume", str(run)]).config, run).resume() is None
     (run / "checkpoint.safetensors").write_bytes(b"no checkpoint")
     result = train("--resume", run)
     assert result.returncode == 1
-    assert "checkpoint.safetensors is not a whole checkpoint of this run" in result.stderr
+    assert "checkpoint.safetensors is not a valid checkpoint of this run" in result.stderr
     assert "Traceback" not in result.stderr
-    assert report.main([str(run)]) == 1
+    assert report_main([str(run)]) == 1
     result = train(*images, "--device", "nowhere", "--out", tmp_path / "other")
-    assert "error: device is 'nowhere', which cannot be used here" in result.stderr
+    assert "error: expected device to be usable on this machine, got 'nowhere'" in result.stderr
     result = train(*images, "--device", "meta", "--out", tmp_path / "other")
-    assert "error: device is 'meta'; it needs to be cpu, cuda, cuda:N or auto" in result.stderr
+    assert "error: expected device to be cpu, cuda, cuda:N or auto, got 'meta'" in result.stderr
     assert not (tmp_path / "other").exists()
 
 
-def test_a_full_disk_says_so_and_keeps_the_last_checkpoint(whole, images, tmp_path):
+def test_resume_with_full_disk_keeps_last_checkpoint(whole, images, tmp_path):
     def refuse_large_files():
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
 
@@ -209,47 +210,49 @@ def test_a_full_disk_says_so_and_keeps_the_last_checkpoint(whole, images, tmp_pa
     result = resumed(run)
     assert result.returncode == 1
     message = (
-        rf"^error: {run}/checkpoint.safetensors cannot be written \(.*\); go on with: python -m .* --resume {run}$"
+        rf"^error: {run}/checkpoint.safetensors cannot be written \(.*\); resume with: python -m .* --resume {run}$"
     )
     assert re.search(message, result.stderr, re.MULTILINE), result.stderr
     assert "Traceback" not in result.stderr
     assert (run / "checkpoint.safetensors").read_bytes() == before
     assert not list(run.glob("*.partial"))
     (run / "checkpoint.safetensors").unlink()
-    assert re.search("cannot be written .*; nothing was saved before", resumed(run).stderr)
+    assert re.search("cannot be written .*; there is no checkpoint yet", resumed(run).stderr)
     assert train("--resume", run, "--updates", 60).returncode == 0
     assert_same_end(run, whole)
 
 
-def test_metrics_are_cut_by_their_updates(tmp_path):
+def test_cut_removes_rows_of_later_updates(tmp_path):
     lines = ["update,nmse,loss,perplexity,lr", "1,1,1,1,1", "4,1,1,1,1", "5,1,1,1,1", "5,1"]
     (tmp_path / "metrics.csv").write_text("\n".join(lines))
     Metrics(tmp_path).cut(4)
     assert (tmp_path / "metrics.csv").read_text().splitlines() == lines[:3]
 
 
-def test_bad_data_and_sizes_say_so(images, tmp_path):
+def test_train_with_invalid_data_or_size_ends_with_message(images, tmp_path):
     result = train("--data", "folder:nowhere", "--out", tmp_path / "a")
     assert result.returncode == 1
-    message = f"error: {ROOT / 'nowhere'} is not a folder; --data folder:PATH needs one that holds images"
+    message = (
+        f"error: expected --data folder:PATH to be a folder of images, got {ROOT / 'nowhere'}, which is not a folder"
+    )
     assert result.stderr.strip() == message
     result = train("--model", "dlvae", *images, "--sparsity-level", 33, "--out", tmp_path / "b")
     assert "expected sparsity_level to be a whole number in [1, 32], got 33" in result.stderr
     assert not (tmp_path / "a").exists()
     assert not (tmp_path / "b").exists()
-    assert report.main([str(tmp_path)]) == 1
+    assert report_main([str(tmp_path)]) == 1
 
 
-def test_the_schedule():
-    config = Config(updates=100, warmup=10, lr=1.0)
-    rates = [learning_rate(config, update) for update in range(100)]
+def test_rate_factor_of_each_schedule_has_its_shape():
+    config = Config(updates=100, warmup=10)
+    rates = [rate_factor(config, update) for update in range(100)]
     assert rates[0] == 0.1
     assert max(rates) == pytest.approx(rates[9], abs=0.02)
     assert rates[-1] < 1e-3
-    assert {learning_rate(Config(schedule="constant", lr=0.5), update) for update in (0, 7)} == {0.5}
+    assert {rate_factor(Config(schedule="constant"), update) for update in (0, 7)} == {1.0}
 
 
-def test_bfloat16_trains(images, tmp_path):
+def test_train_in_bfloat16_has_finite_losses_and_float32_weights(images, tmp_path):
     config = parse([*images, "--precision", "bfloat16", "--updates", "5", "--out", str(tmp_path / "run")]).config
     run = Run(config, tmp_path / "run")
     run.start()
@@ -258,14 +261,14 @@ def test_bfloat16_trains(images, tmp_path):
     assert all(parameter.dtype == torch.float32 for parameter in run.model.parameters())
 
 
-def test_streamed_images_train_to_the_same_bits(images, whole, tmp_path):
+def test_train_with_streamed_images_is_bitwise_equal_to_resident_images(images, whole, tmp_path):
     run = tmp_path / "run"
     assert train("--updates", 60, "--loading", "streamed", "--out", run, *images).returncode == 0
     assert_same_end(run, whole)
 
 
-def test_a_compiled_model_trains_the_same(images, tmp_path, monkeypatch):
-    # Without the code generator, which takes a minute.
+def test_train_of_compiled_model_equals_eager_model(images, tmp_path, monkeypatch):
+    # Without inductor, which compiles for a minute.
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
     ends = []
     for flag in ("--compile", "--no-compile"):
@@ -278,7 +281,7 @@ def test_a_compiled_model_trains_the_same(images, tmp_path, monkeypatch):
         torch.testing.assert_close(ends[0][name], value, rtol=1e-4, atol=1e-5)
 
 
-def test_trains_without_tensorboard(images, tmp_path, capsys, monkeypatch):
+def test_train_without_tensorboard_prints_note(images, tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     run = Run(parse([*images, "--updates", "3"]).config, tmp_path / "run")
     run.start()
@@ -288,6 +291,6 @@ def test_trains_without_tensorboard(images, tmp_path, capsys, monkeypatch):
     assert not list(run.folder.glob("events.out*"))
 
 
-def test_umap_is_optional_at_import():
-    code = "import sys; sys.modules['umap'] = None; import models.train, models.report"
+def test_import_without_umap_works():
+    code = "import sys; sys.modules['umap'] = None; import models.train, models.report.__main__"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0

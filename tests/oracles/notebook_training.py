@@ -10,8 +10,8 @@ from torch.nn.functional import mse_loss
 from torch.utils.data import DataLoader, Dataset
 
 from models.autoencoder import Autoencoder
-from models.config import Config
-from models.train import Run
+from models.training.config import Config
+from models.training.run import Run
 
 from .notebook import DictionaryLearning, VectorQuantizerEMA
 

@@ -1,0 +1,1 @@
+"""The report on a run: held-out metrics, plots and one HTML page."""
