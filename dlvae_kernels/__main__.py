@@ -12,7 +12,7 @@ def main() -> None:
     width = max(map(len, info))
     print(f"torch {torch.__version__}, CUDA {'available' if torch.cuda.is_available() else 'not available'}")
     print(f"instruction set of the C++ kernels: {_instruction_set()}")
-    print(f"CUDA kernels of the native backend: {native.cuda_unavailable_reason() or 'available'}")
+    print(f"CUDA kernels of the native backend: {_availability(native.cuda_unavailable_reason())}")
     print(f"forced backend: {forced_backend() or 'none'}\n")
     print(" " * width, *(f"{backend:10}" for backend in BACKENDS))
     for op, reasons in info.items():
@@ -27,12 +27,16 @@ def main() -> None:
             print(f"{backend}, {'all' if len(ops) == len(info) else ', '.join(ops)}: {reason}")
 
 
+def _availability(reason: str | None) -> str:
+    return "available" if reason is None else f"unavailable: {reason}"
+
+
 def _instruction_set() -> str:
     if not native.instruction_sets():
         return "none"
     used = native.instruction_set()
     others = [name for name in native.instruction_sets() if name != used]
-    return f"{used} (DLVAE_CPU may name {', '.join(others)})" if others else used
+    return f"{used} (DLVAE_CPU can select {', '.join(others)})" if others else used
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
-"""The table of operations: the schema of each `dlvae::` operation, its fake, and the indices that it checks.
+"""The table of operations: the schema of each `dlvae::` operation, its fake implementation, and a function that returns
+the indices to range-check.
 
-The one implementation of an operation routes each call to a backend. Do not register a kernel on the CPU or CUDA key of
-these operations: it would bypass the router.
+The one implementation of an operation is its router, which runs each call on a backend. Do not register a kernel on the
+CPU or CUDA key of these operations: it would bypass the router.
 """
 
 from __future__ import annotations
@@ -24,12 +25,12 @@ class Operation(NamedTuple):
     schema: str
     # Takes the arguments of the operation and returns empty outputs of the right shapes and dtypes.
     fake: Callable[..., Any]
-    # Takes the arguments of the operation and returns indices of the caller and the number of codes that bounds them.
+    # Takes the arguments of the operation and returns the caller's indices and the number of codes that bounds them.
     indices: Callable[..., tuple[Tensor, int]] | None = None
 
 
 def register_autograd(name: str, backward: Callable[..., Any], setup_context: Callable[..., Any]) -> None:
-    """Give `dlvae::<name>` a gradient, for graphs that hold the operation itself."""
+    """Give `dlvae::<name>` a gradient for reverse mode, in eager code and in graphs."""
     torch.library.register_autograd(f"dlvae::{name}", backward, setup_context=setup_context, lib=_LIBRARY)
 
 
@@ -194,13 +195,13 @@ OPERATIONS = (
 
 
 def _router(operation: Operation) -> Callable[..., Any]:
-    """The implementation of an operation: it runs each call on the backend of its route."""
+    """The implementation of an operation, which runs each call on the backend of its route."""
     name, indices_of = operation.schema.partition("(")[0], operation.indices
 
     def run(*args: Any) -> Any:
         return find_route(name, *args).function(*args)
 
-    def run_checked(*args: Any) -> Any:
+    def run_with_range_check(*args: Any) -> Any:
         function, checks_indices = find_route(name, *args)
         if not checks_indices:
             _check_range(*indices_of(*args))  # type: ignore[misc]
@@ -208,11 +209,11 @@ def _router(operation: Operation) -> Callable[..., Any]:
         try:
             return function(*args)
         except RuntimeError:
-            # The C++ kernels check indices as they read them; every backend raises the same ValueError.
+            # The C++ kernels check indices as they read them. This check raises the ValueError of all backends.
             _check_range(*indices_of(*args))  # type: ignore[misc]
             raise
 
-    return run if indices_of is None else run_checked
+    return run if indices_of is None else run_with_range_check
 
 
 def _check_range(indices: Tensor, num_codes: int) -> None:

@@ -28,9 +28,9 @@ def exact_products(x: Tensor, codes: Tensor, bias: Tensor | None = None) -> Tens
 
 def _by_pairs(function: Callable[[Tensor, Tensor], Tensor], x: Tensor, codes: Tensor) -> Tensor:
     x, codes = x.double(), codes.double()
-    chunk = max(1, _CHUNK_ELEMENTS // max(1, codes.numel()))
-    parts = [function(part[:, None], codes) for part in x.split(chunk)]
-    return torch.cat(parts) if parts else x.new_empty(0, len(codes))
+    size = max(1, _CHUNK_ELEMENTS // max(1, codes.numel()))
+    chunks = [function(chunk[:, None], codes) for chunk in x.split(size)]
+    return torch.cat(chunks) if chunks else x.new_empty(0, len(codes))
 
 
 def assert_same_codes(indices: Tensor, x: Tensor, codebook: Tensor, *, max_near_ties: float = 0.01) -> int:
@@ -46,25 +46,25 @@ def assert_same_codes(indices: Tensor, x: Tensor, codebook: Tensor, *, max_near_
     """
     assert indices.dtype == torch.int64, f"expected indices of dtype torch.int64, got {indices.dtype}"
     assert indices.shape == x.shape[:-1], f"expected indices of shape {tuple(x.shape[:-1])}, got {tuple(indices.shape)}"
-    vectors, chosen = x.reshape(-1, x.shape[-1]), indices.flatten()
+    vectors, assigned = x.reshape(-1, x.shape[-1]), indices.flatten()
     if len(vectors) == 0:
         return 0
-    assert ((chosen >= 0) & (chosen < len(codebook))).all(), f"expected indices in [0, {len(codebook)}), got others"
+    assert ((assigned >= 0) & (assigned < len(codebook))).all(), f"expected indices in [0, {len(codebook)}), got others"
     distances = exact_distances(vectors, codebook)
     best, expected = distances.min(1)
-    excess = distances.gather(1, chosen[:, None]).squeeze(1) - best
-    differs = chosen != expected
-    wrong = differs & ((excess > near_tie_bound(vectors, codebook, chosen)) | (excess == 0))
+    excess = distances.gather(1, assigned[:, None]).squeeze(1) - best
+    differs = assigned != expected
+    wrong = differs & ((excess > near_tie_bound(vectors, codebook, assigned)) | (excess == 0))
     if wrong.any():
         i = int(wrong.nonzero()[0])
         raise AssertionError(
             f"{int(wrong.sum())} of {len(vectors)} vectors have a wrong code: expected code {int(expected[i])} at the"
-            f" squared distance {float(best[i]):.6g} for vector {i}, got code {int(chosen[i])}, which is"
+            f" squared distance {float(best[i]):.6g} for vector {i}, got code {int(assigned[i])}, which is"
             f" {float(excess[i]):.3g} farther"
         )
     near = int(differs.sum())
-    most = max(1.0, max_near_ties * len(vectors))
-    assert near <= most, f"expected at most {most:g} near-ties among {len(vectors)} vectors, got {near}"
+    allowed = max(1.0, max_near_ties * len(vectors))
+    assert near <= allowed, f"expected at most {allowed:g} near-ties among {len(vectors)} vectors, got {near}"
     return near
 
 
@@ -85,25 +85,25 @@ def assert_same_topk(
         AssertionError: names the difference: a repeated or worse code, the order, or a value.
     """
     k = indices.shape[-1]
-    vectors, chosen, given = x.reshape(-1, x.shape[-1]), indices.reshape(-1, k), values.reshape(-1, k).double()
+    vectors, selected, actual = x.reshape(-1, x.shape[-1]), indices.reshape(-1, k), values.reshape(-1, k).double()
     if metric == "l2":
         exact = exact_distances(vectors, dictionary)
-        bound = torch.stack([near_tie_bound(vectors, dictionary, chosen[:, j]) for j in range(k)], dim=1)
-        best, word = bound, "distance"
+        bound = torch.stack([near_tie_bound(vectors, dictionary, selected[:, j]) for j in range(k)], dim=1)
+        rank_bound, word = bound, "distance"
     else:
-        exact, given = -exact_products(vectors, dictionary, bias), -given
+        exact, actual = -exact_products(vectors, dictionary, bias), -actual
         bounds = NEAR_TIE * vectors.double().norm(dim=1, keepdim=True) * dictionary.double().norm(dim=1)
         bounds = bounds if bias is None else bounds + NEAR_TIE * bias.double().abs()
         # The product that belongs at a rank may be that of any code, so the largest bound applies.
-        bound, best, word = bounds.gather(1, chosen), bounds.amax(1, keepdim=True), "product"
+        bound, rank_bound, word = bounds.gather(1, selected), bounds.amax(1, keepdim=True), "product"
     ordered = exact.sort(dim=1).values[:, :k]
-    found = exact.gather(1, chosen)
-    assert (chosen.sort(dim=1).values.diff(dim=1) > 0).all(), "an index is repeated for a vector"
-    assert ((found - ordered).abs() <= best).all(), "a code is not among the best, or out of order"
-    assert ((given - found).abs() <= bound).all(), f"a {word} is wrong"
-    assert (given.diff(dim=1) >= 0).all(), f"{word}s are out of order"
+    found = exact.gather(1, selected)
+    assert (selected.sort(dim=1).values.diff(dim=1) > 0).all(), "an index is repeated for a vector"
+    assert ((found - ordered).abs() <= rank_bound).all(), "a code is not among the best, or out of order"
+    assert ((actual - found).abs() <= bound).all(), f"a {word} is wrong"
+    assert (actual.diff(dim=1) >= 0).all(), f"{word}s are out of order"
     ties = found.diff(dim=1) == 0
-    assert (chosen.diff(dim=1)[ties] > 0).all(), "a tie is not ordered by index"
+    assert (selected.diff(dim=1)[ties] > 0).all(), "a tie is not ordered by index"
 
 
 def assert_accurate(actual: Tensor, exact: Tensor, expression: Tensor, *, floor: float = 1e-6) -> None:

@@ -66,7 +66,7 @@ def caption(rows: list[dict[str, str]]) -> str:
         "![Three photographs, each beside its reconstruction](docs/images/reconstructions.png)\n\n"
         f"*Left: original. Right: reconstruction from {first['bits_per_pixel']} bits per pixel, by the"
         f" {first['model']} that `make train` trains in {first['updates']} updates on 32 x 32 patches. PSNR of the"
-        " whole photograph, and in brackets of its rightmost fifth, from which training took no patch:"
+        " whole photograph, and in brackets that of its held-out rightmost fifth:"
         f" {of_each}. Photographs: scikit-image, shown smaller and in 256 colours.*"
     )
 

@@ -15,10 +15,10 @@ from dlvae_kernels.backends import choose
 
 
 class Allocations(TorchDispatchMode):
-    """While active, keeps the largest storage that an operation returned, in elements, and who returned it.
+    """While active, record the largest storage that an operation returned, in elements, and the name of the operation.
 
-    It looks into the `dlvae::` operations, which reach it as one call; what a kernel of torch takes for itself and
-    gives back is not seen.
+    The operations inside a `dlvae::` operation are recorded too. Memory that a kernel of torch allocates and frees
+    internally is not.
     """
 
     def __init__(self) -> None:
@@ -33,7 +33,7 @@ class Allocations(TorchDispatchMode):
         else:
             out = func(*args, **(kwargs or {}))
         for each in tree_leaves(out):
-            # The storage of a view is that of its base: an expanded tensor takes no more.
+            # A view has the storage of its base, so an expanded tensor needs no more memory.
             if isinstance(each, torch.Tensor) and (size := each.untyped_storage().nbytes() // each.itemsize):
                 self.elements, self.operation = max((self.elements, self.operation), (size, str(func)))
         return out
@@ -41,7 +41,7 @@ class Allocations(TorchDispatchMode):
 
 @contextmanager
 def without_launching() -> Iterator[None]:
-    """Triton's launchers allocate and launch nothing: what they would take on a GPU is seen without one."""
+    """Let Triton's launchers allocate but launch nothing, to record without a GPU what they allocate."""
     from triton.runtime.jit import JITFunction
 
     from tools.offline import driver_of

@@ -1,4 +1,4 @@
-"""Fixtures of all tests: each operation is tested at every place, a backend on a device, that can run it."""
+"""Fixtures of all tests: each operation is tested on every (backend, device) pair that can run it."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from dlvae_kernels.backends.reference import __all__ as ALL_OPS
 
 from .emulated_cuda import EmulatedCuda
 
-# Named by tests/backends/test_cuda.py, in a process of its own.
+# tests/backends/test_cuda.py sets this variable for a separate process.
 if emulated := os.environ.get("DLVAE_EMULATED_CUDA"):
     BACKENDS["emulated"] = EmulatedCuda(emulated)
 
-_PLACES = [(backend, device) for backend in BACKENDS for device in ("cpu", "cuda")]
-# Places that only exist where a simulation runs them have a marker that selects their tests.
-_PLACE_MARKERS = {
+_PAIRS = [(backend, device) for backend in BACKENDS for device in ("cpu", "cuda")]
+# Markers that select the tests of a pair which needs a GPU or a simulation.
+_PAIR_MARKERS = {
     ("triton", "cpu"): pytest.mark.interpreter,
     ("emulated", "cpu"): pytest.mark.emulator,
     **{(backend, "cuda"): pytest.mark.gpu for backend in BACKENDS},
@@ -28,7 +28,7 @@ _PLACE_MARKERS = {
 
 
 def _missing(backend: str, device: str, ops: tuple[str, ...]) -> list[str]:
-    """Why a backend cannot be tested on a device, a reason for each operation that it lacks."""
+    """Why a backend cannot be tested on a device: one reason for each operation that is unavailable."""
     if device == "cuda" and not torch.cuda.is_available():
         return ["no CUDA device"] * len(ops)
     probe = torch.empty(0, device=device)
@@ -36,7 +36,7 @@ def _missing(backend: str, device: str, ops: tuple[str, ...]) -> list[str]:
 
 
 def _instruction_sets(backend: str, device: str, definition: pytest.Function) -> list[str]:
-    """Values of DLVAE_CPU to run a test with: the best set, or all for `every_isa`; "" where there is no choice."""
+    """Values of DLVAE_CPU to run a test with: the best set, or all for `every_isa`; "" leaves the variable as it is."""
     if (backend, device) != ("native", "cpu") or os.environ.get("DLVAE_CPU"):
         return [""]
     sets = native.instruction_sets()
@@ -44,8 +44,8 @@ def _instruction_sets(backend: str, device: str, definition: pytest.Function) ->
 
 
 def pytest_report_header() -> list[str]:
-    """List what is not tested here, with the reason: once, and not as a skip of each test."""
-    lacks = {(backend, device): _missing(backend, device, tuple(ALL_OPS)) for backend, device in _PLACES}
+    """List once what is not tested on this machine and why, instead of skipping each test."""
+    lacks = {(backend, device): _missing(backend, device, tuple(ALL_OPS)) for backend, device in _PAIRS}
     return [
         f"not tested: {len(reasons)} of {len(ALL_OPS)} operations on {backend}-{device}: {reasons[0]}"
         for (backend, device), reasons in lacks.items()
@@ -54,33 +54,34 @@ def pytest_report_header() -> list[str]:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """A test that takes `device` runs at each place that has all operations in OPS of its module.
+    """Run a test that takes `device` on each (backend, device) pair that has all operations in OPS of its module.
 
-    Where a backend has several WAYS, of which sizes choose one, it runs each of them; the module forces it.
+    A backend may have several algorithms for one operation and select one by the sizes. The module lists them in WAYS,
+    one suffix of the test's id for each, and forces the algorithm of the suffix; the test runs with each.
     """
     if "device" in metafunc.fixturenames:
         ways = getattr(metafunc.module, "WAYS", {})
-        places = [
+        pairs = [
             pytest.param(
                 (backend, device, cpu, way),
                 id="-".join(filter(None, (backend, device, cpu))) + way,
-                marks=_PLACE_MARKERS.get((backend, device), ()),
+                marks=_PAIR_MARKERS.get((backend, device), ()),
             )
-            for backend, device in _PLACES
+            for backend, device in _PAIRS
             if not _missing(backend, device, metafunc.module.OPS)
             for cpu in _instruction_sets(backend, device, metafunc.definition)
             for way in ways.get(backend, ("",))
         ]
-        metafunc.parametrize("device", places, indirect=True)
+        metafunc.parametrize("device", pairs, indirect=True)
 
 
 @pytest.fixture
 def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.device]:
     """A device, with the backend and the instruction set forced."""
     backend, name, cpu, _ = request.param
-    takes_float64 = request.node.get_closest_marker("float64") or torch.float64 in request.node.callspec.params.values()
-    if backend != "reference" and takes_float64:
-        pytest.skip("float64 is the reference's alone")
+    is_float64 = request.node.get_closest_marker("float64") or torch.float64 in request.node.callspec.params.values()
+    if backend != "reference" and is_float64:
+        pytest.skip("only the reference supports float64")
     if cpu:
         monkeypatch.setenv("DLVAE_CPU", cpu)
     with use_backend(backend):
@@ -89,13 +90,13 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
 
 @pytest.fixture(autouse=True)
 def _fresh_routes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Give each test a router that has memoised nothing, since tests replace what routes depend on."""
+    """Start each test without memoised routes, since tests replace what routes depend on."""
     monkeypatch.setattr(backends, "_routes", {})
 
 
 @pytest.fixture(autouse=True)
-def _poison() -> Iterator[None]:
-    """`torch.empty` gives NaN and extreme integers, so that an element that nobody wrote is seen."""
+def _fill_uninitialised_memory() -> Iterator[None]:
+    """Make `torch.empty` return NaN and extreme integers, so that an element that is never written fails a test."""
     torch.manual_seed(0)
     torch.use_deterministic_algorithms(True, warn_only=True)
     assert torch.utils.deterministic.fill_uninitialized_memory

@@ -45,7 +45,7 @@ def test_every_op_is_registered_and_has_a_reference():
     for name in registered:
         op = getattr(torch.ops.dlvae, name).default
         assert torch.Tag.pt2_compliant_tag in op.tags
-        # A kernel on these keys would bypass the choice of a backend.
+        # A kernel on these keys would bypass the router.
         for key in ("CPU", "CUDA"):
             assert not torch._C._dispatch_has_kernel_for_dispatch_key(f"dlvae::{name}", key)
 

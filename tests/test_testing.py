@@ -1,4 +1,4 @@
-"""The assertions that are shipped must be able to fail."""
+"""The assertions of dlvae_kernels.testing fail on wrong results."""
 
 from __future__ import annotations
 

@@ -24,13 +24,13 @@ _TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.int64)
 
 @functools.cache
 def library_unavailable_reason() -> str | None:
-    """Load the C++ library, once and when an operation first needs it; the reason why it is unavailable, or None."""
+    """Load the C++ library at the first call; return the reason why it is unavailable, or None."""
     return _load_library("C++", _LIBRARY, _REASON)
 
 
 @functools.cache
 def _load_cuda() -> str | None:
-    """Load the CUDA library, whose operations the C++ library defines; the reason why it is unavailable, or None."""
+    """Load the CUDA library, whose operations the C++ library defines; return why it is unavailable, or None."""
     if (reason := library_unavailable_reason()) is not None:
         return reason
     if torch.version.cuda is None:
@@ -43,7 +43,7 @@ def _load_library(name: str, library: Path, reason: Path) -> str | None:
         text = reason.read_text().strip() if reason.exists() else "setup.py has not run here"
         return f"the {name} library was not built: {text}"
     if tuple(map(int, torch.__version__.split(".")[:2])) < _OLDEST_TORCH:
-        return f"torch is {torch.__version__}, and the {name} library needs 2.10 or newer"
+        return f"the {name} library requires torch 2.10 or newer, got {torch.__version__}"
     try:
         torch.ops.load_library(library)
     except OSError as error:
@@ -53,20 +53,20 @@ def _load_library(name: str, library: Path, reason: Path) -> str | None:
 
 @functools.cache
 def instruction_sets(everywhere: bool = False) -> list[str]:
-    """The values of DLVAE_CPU on this processor, or on any, the fastest first; none without the C++ library."""
+    """The values of DLVAE_CPU for this processor (or all values), the fastest first; none without the C++ library."""
     return [] if library_unavailable_reason() is not None else torch.ops.dlvae_native.cpu_names(everywhere).split()
 
 
 def instruction_set() -> str:
-    """The instruction set in use, which DLVAE_CPU may name."""
+    """The instruction set in use: that of DLVAE_CPU, or else the fastest of this processor."""
     return os.environ.get("DLVAE_CPU") or instruction_sets()[0]
 
 
 def instruction_set_unavailable_reason() -> str | None:
-    """Why the instruction set that DLVAE_CPU names is unavailable; None if it is available, or without the C++ library.
+    """Why the instruction set of DLVAE_CPU is unavailable; None if it is available, or without the C++ library.
 
     Raises:
-        ValueError: DLVAE_CPU names no instruction set.
+        ValueError: DLVAE_CPU is not an instruction set.
     """
     name = os.environ.get("DLVAE_CPU")
     if not name or library_unavailable_reason() is not None or name in instruction_sets():
@@ -88,10 +88,11 @@ def _cuda_operation_unavailable_reason(op: str, device: torch.device) -> str | N
     if (reason := _load_cuda()) is not None:
         return reason
     if not torch._C._dispatch_has_kernel_for_dispatch_key(f"dlvae_native::{op}", "CUDA"):
-        return "this version has no CUDA kernel for it"
+        return f"the CUDA C++ library has no kernel for {op}"
     capability = torch.cuda.get_device_capability(device)
     if capability < _OLDEST_GPU:
-        return f"it needs compute capability {_OLDEST_GPU} or newer, and {device} has {capability}"
+        oldest, found = (f"{major}.{minor}" for major, minor in (_OLDEST_GPU, capability))
+        return f"compute capability {oldest} or newer is required, {device} has {found}"
     return None
 
 
@@ -99,21 +100,21 @@ def unavailable_reason(op: str, *args: Any) -> str | None:
     """Why this backend is unavailable for `op` on `args`, or None.
 
     Raises:
-        ValueError: DLVAE_CPU names no instruction set.
+        ValueError: DLVAE_CPU is not an instruction set.
     """
     if (reason := library_unavailable_reason()) is not None:
         return reason
     if not hasattr(torch.ops.dlvae_native, op):
-        return "this version has no compiled kernel for it"
+        return f"the C++ library has no kernel for {op}"
     tensors = [arg for arg in args if isinstance(arg, torch.Tensor)]
     for tensor in tensors:
         if tensor.device.type not in ("cpu", "cuda"):
-            return f"the tensors are on {tensor.device.type}, and it runs on the CPU and on CUDA"
+            return f"it runs on the CPU and on CUDA, and the tensors are on {tensor.device.type}"
         if tensor.dtype not in _TYPES:
             return f"it has no kernel for {tensor.dtype}"
     if tensors and tensors[0].device.type == "cuda":
         if op == "topk_codes" and len(args) > 2 and args[2] > _MOST_SELECTED:
-            return f"it keeps at most {_MOST_SELECTED} codes of a row, and k is {args[2]}"
+            return f"topk_codes on CUDA supports k <= {_MOST_SELECTED}, got {args[2]}"
         return _cuda_operation_unavailable_reason(op, tensors[0].device)
     return instruction_set_unavailable_reason()
 

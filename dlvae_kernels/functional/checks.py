@@ -17,7 +17,7 @@ def check_tensor(name: str, value: Tensor) -> None:
     """Check for a dense tensor on a device that has float64."""
     if not isinstance(value, Tensor):
         kind = f"{type(value).__module__}.{type(value).__qualname__}".removeprefix("builtins.")
-        raise ValueError(f"expected {name} to be a torch.Tensor, got a {kind}; pass torch.as_tensor({name})")
+        raise ValueError(f"expected {name} to be a torch.Tensor, got {kind}; pass torch.as_tensor({name})")
     if value.is_nested:
         raise ValueError(
             f"expected {name} to be a dense tensor, got a nested tensor; pass {name}.values() or a padded tensor"
@@ -80,11 +80,25 @@ def check_bias(name: str, bias: Tensor, codebook_name: str, codebook: Tensor) ->
 
 def _check_parameter_dtype(name: str, parameter: Tensor, other_name: str, other: Tensor) -> None:
     """Check that a parameter has the dtype of the other tensor, or float32 where the other has half precision."""
-    if parameter.dtype != other.dtype and (parameter.dtype != torch.float32 or other.dtype == torch.float64):
+    if not _fits(parameter.dtype, other.dtype):
         raise ValueError(
             f"expected {name} of dtype {other.dtype}, as {other_name} has, or float32 if {other_name} has half"
             f" precision, got {parameter.dtype}; pass {name}.to({other_name}.dtype)"
         )
+
+
+def check_layer_dtype(name: str, inputs: Tensor, parameter: Tensor) -> None:
+    """Check that the inputs of a layer have the dtype of its parameter, or half precision beside float32."""
+    check_floating(name, inputs)
+    if not _fits(parameter.dtype, inputs.dtype):
+        raise ValueError(
+            f"expected {name} of the layer's dtype, {parameter.dtype}, or of half precision for a float32 layer,"
+            f" got {inputs.dtype}; pass {name}.to({parameter.dtype}) or call .to({inputs.dtype}) on the layer"
+        )
+
+
+def _fits(parameter: torch.dtype, other: torch.dtype) -> bool:
+    return parameter == other or (parameter == torch.float32 and other != torch.float64)
 
 
 def check_indices(name: str, indices: Tensor) -> None:

@@ -25,7 +25,7 @@ def ema_statistics(x: Tensor, indices: Tensor, num_codes: int) -> Tensor:
         num_codes: K.
     Returns:
         [K, D + 1] float32 (float64 for float64): D columns of sums, then one of counts. No gradient.
-        A vector that holds NaN or infinity is left out of both: it would stay in the moving averages for good.
+        A vector that holds NaN or infinity is left out of both: it would make the moving averages NaN or infinite.
     Raises:
         ValueError: shape, dtype or device do not fit, or (on the CPU) an index lies outside [0, K).
         BackendUnavailable: the forced backend cannot run these inputs.
@@ -59,8 +59,8 @@ def ema_step(
 
     Autograd sees the change: a backward that needs the previous codebook raises, as after `codebook.add_(1)`.
 
-    Laplace smoothing changes the divisor of codebook = embed_sum / cluster_size alone, not the averages. A code that
-    no vector of the batch is assigned to keeps its place.
+    Laplace smoothing changes only the divisor of codebook = embed_sum / cluster_size, not the averages. A code that no
+    vector of the batch is assigned to is not changed.
 
     >>> codebook, cluster_size = torch.zeros(1, 2), torch.ones(1)
     >>> embed_sum, statistics = torch.zeros(1, 2), torch.tensor([[4.0, 6.0, 2.0]])

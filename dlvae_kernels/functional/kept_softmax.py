@@ -82,6 +82,6 @@ def kept_softmax(x: Tensor, weight: Tensor, bias: Tensor | None, indices: Tensor
     if is_differentiated(x, weight, bias):
         values, _ = differentiable(_KeptSoftmax, x, weight, bias, indices)
     else:
-        fixed_bias = None if bias is None else bias.detach()
-        values, _ = torch.ops.dlvae.kept_softmax_fwd(x.detach(), weight.detach(), fixed_bias, indices)
+        detached_bias = None if bias is None else bias.detach()
+        values, _ = torch.ops.dlvae.kept_softmax_fwd(x.detach(), weight.detach(), detached_bias, indices)
     return values

@@ -31,13 +31,12 @@ def nearest_code(
         x: [..., D] float16, bfloat16, float32 or (reference) float64, any strides.
         codebook: [K, D], same device; the dtype of x, or float32 beside a half-precision x.
         return_distance: also return the squared distances.
-        precision: precision of the search. "float32": the index is that of a float64 reference wherever the two best
-            distances differ by more than float32 rounding; "exact": vectors whose two best codes are closer than that
-            are searched again by differences; "tf32": products of ten bits of each feature. On the CPU the search is
-            always exact.
+        precision: precision of the search in Triton; the other backends always return the float64 argmin. "float32":
+            the float64 argmin wherever the two best distances differ by more than float32 rounding; "exact": near-ties
+            are compared again by differences; "tf32": products of ten bits of each feature.
     Returns:
-        [...] int64; a tie gives the lowest index, a vector that holds NaN index 0, and a code that holds NaN is chosen
-        only if all do.
+        [...] int64; a tie gives the lowest index, a vector that holds NaN index 0, and a code that holds NaN is
+        assigned only if all do.
         With `return_distance`, also the squared distances, [...] float32 (float64 for float64). No gradient.
     Raises:
         ValueError: D, dtype or device do not fit, or K == 0.

@@ -8,10 +8,10 @@ from .checks import check_indices, check_size
 
 
 def one_hot(indices: Tensor, num_codes: int, *, dtype: torch.dtype = torch.float32) -> Tensor:
-    """A row for each vector, with a one at each of its indices and zeros elsewhere.
+    """One-hot or k-hot vectors: a one at each index of a vector and zeros elsewhere.
 
     Args:
-        indices: [N] int64 for one-hot rows, or [N, k] for k-hot rows.
+        indices: [N] int64 for one-hot vectors, or [N, k] for k-hot vectors.
         num_codes: K, the number of columns.
         dtype: dtype of the result.
     Returns:

@@ -19,10 +19,7 @@ class StraightThroughOutput(NamedTuple):
 
 
 class _StraightThrough(torch.autograd.Function):
-    """Each gradient takes one pass over the residuals.
-
-    Composed of single operations, the gradients would take most of the time of a step that kernels do not take.
-    """
+    """Fused backward; composed PyTorch operations would dominate the step time outside the kernels."""
 
     @staticmethod
     def forward(x: Tensor, decoded: Tensor, indices: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -39,7 +36,7 @@ class _StraightThrough(torch.autograd.Function):
         ctx.save_for_backward(residual, indices, *inputs_of_func(x, decoded))
         ctx.mark_non_differentiable(residual)
         ctx.dtype = x.dtype
-        # An output that nobody differentiates has the gradient None, all the way to the parameters.
+        # An output that is not differentiated has the gradient None, and so may x and decoded.
         ctx.set_materialize_grads(False)
 
     @staticmethod
@@ -54,8 +51,8 @@ class _StraightThrough(torch.autograd.Function):
         if need_x and grad is None and grad_x_loss is not None:
             grad_x = residual * (grad_x_loss * slope)
         elif need_x and grad_x_loss is not None:
-            # This is the backward of a quantizer whose codes are the decoded vectors. The residual stands for half
-            # the error of that operation: it has twice the size and the other sign, hence the factor -0.5.
+            # This is the backward of a quantizer whose codes are the decoded vectors. That operation saves half of
+            # decoded - x, and the residual is x - decoded: hence the factor -0.5.
             grad_loss = -0.5 * grad_x_loss
             grad_x, _ = torch.ops.dlvae.vector_quantize_bwd(
                 grad, grad_loss, grad_loss, residual, indices, 1, True, False
@@ -69,7 +66,7 @@ def _mean_of_squares(residual: Tensor) -> Tensor:
     """The mean in the dtype of the residual, finite where only the sum would overflow."""
     count = max(1, residual.numel())
     if residual.is_cpu and type(residual) is Tensor and not torch.compiler.is_compiling():
-        # A norm in float64 takes the CPU ten times as long, so it waits for a sum that overflows.
+        # A norm in float64 takes the CPU ten times as long, so it is used only if the float32 sum overflows.
         mean = torch.linalg.vector_norm(residual).square() / count
         if mean < float("inf"):
             return mean
@@ -82,8 +79,8 @@ def straight_through(x: Tensor, decoded: Tensor, indices: Tensor) -> StraightThr
     Args:
         x: [..., D] float16, bfloat16, float32 or float64, any strides.
         decoded: [..., D], same shape and device: the reconstruction of x.
-        indices: [...] int64, same device; any index for each vector of x. The backward passes them on to
-            `vector_quantize_bwd`, which reads none of their values here.
+        indices: [...] int64, same device. The kernel of the backward requires one index for each vector of x, but
+            no result depends on their values; pass for example `torch.zeros(x.shape[:-1], dtype=torch.int64)`.
     Returns:
         decoded: [..., D], a copy of `decoded`; its gradient goes to x unchanged, and not to `decoded`.
         decoded_loss, x_loss: scalars, at least float32: both are the mean of (x - decoded)^2 over all elements. The
@@ -112,8 +109,8 @@ def straight_through(x: Tensor, decoded: Tensor, indices: Tensor) -> StraightThr
         straight, decoded_loss, x_loss, _ = _StraightThrough.apply(x, decoded, indices)
         return StraightThroughOutput(straight, decoded_loss, x_loss)
     # An exported graph holds operations and no Functions: there, detached tensors give the same gradients.
-    fixed_x, fixed_decoded = x.detach(), decoded.detach()
-    straight = fixed_decoded + (x - fixed_x)
+    detached_x, detached_decoded = x.detach(), decoded.detach()
+    straight = detached_decoded + (x - detached_x)
     return StraightThroughOutput(
-        straight, mse_loss(decoded, fixed_x.to(decoded.dtype)), mse_loss(x.to(decoded.dtype), fixed_decoded)
+        straight, mse_loss(decoded, detached_x.to(decoded.dtype)), mse_loss(x.to(decoded.dtype), detached_decoded)
     )

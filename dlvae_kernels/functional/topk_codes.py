@@ -14,7 +14,10 @@ METRICS = get_args(Metric)
 
 @gradient_of("topk_codes")
 class _TopkCodes(torch.autograd.Function):
-    """The gradients of the products with the k selected atoms are sums over these; distances have no gradient."""
+    """Gradients of the selected inner products flow to x, dictionary and bias.
+
+    Squared distances are not differentiable.
+    """
 
     generate_vmap_rule = True
 
@@ -77,7 +80,8 @@ def topk_codes(
         k - 1; infinite and undefined products come after all finite ones, by index, and an atom or bias that holds
         NaN comes last.
     Raises:
-        ValueError: D, dtype or device do not fit, K == 0, k is not in [1, K], or a bias does not fit or has no use.
+        ValueError: D, dtype or device do not fit, K == 0, k is not in [1, K], or bias has the wrong shape
+            or dtype, or metric is not "dot".
         BackendUnavailable: the forced backend cannot run these inputs.
 
     >>> dictionary = torch.tensor([[5.0], [1.0], [3.0], [1.0]])
@@ -100,6 +104,6 @@ def topk_codes(
     if metric == "dot" and is_differentiated(x, dictionary, bias):
         indices, values = differentiable(_TopkCodes, x, dictionary, k, metric, bias)
     else:
-        fixed_bias = None if bias is None else bias.detach()
-        indices, values = torch.ops.dlvae.topk_codes(x.detach(), dictionary.detach(), k, metric, fixed_bias)
+        detached_bias = None if bias is None else bias.detach()
+        indices, values = torch.ops.dlvae.topk_codes(x.detach(), dictionary.detach(), k, metric, detached_bias)
     return indices, values

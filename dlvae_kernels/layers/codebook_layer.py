@@ -1,4 +1,4 @@
-"""Base of both vector quantizers: arguments, initialisation, revival of dead codes, and the forward over a map."""
+"""Base of both vector quantizers: arguments, initialisation of the codebook, and the forward over a feature map."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ class CodebookLayer(nn.Module):
 
     A subclass defines `_total_loss`, `_update_state` and `_reset_state`.
 
-    Activation checkpointing repeats a forward inside the backward; only the first forward updates the state of the
-    layer. The repeated forward sees the updated codebook: keep the layer outside a checkpointed region where gradients
+    Activation checkpointing recomputes a forward inside the backward; only the first forward updates the state of the
+    layer. The recomputation sees the updated codebook: keep the layer outside a checkpointed region where gradients
     must be exact. Do not compile a layer by itself inside such a region, because compiled code cannot detect the
-    repetition.
+    recomputation.
     """
 
     _embedding: nn.Module
@@ -64,10 +64,10 @@ class CodebookLayer(nn.Module):
         self._dead_code_threshold = dead_code_threshold
         self._sync = sync
         self._channel_last = channel_last
-        # Whether a training batch initialises the codebook, unless the codebook is set by then.
-        self._awaits_data = init in ("data", "kmeans")
-        # Whether the last training batch did so: its repetition by activation checkpointing draws the same numbers.
-        self._took_data = False
+        # True until the first training batch has initialised the codebook, or it has been set otherwise.
+        self._is_uninitialised = init in ("data", "kmeans")
+        # Recomputation under activation checkpointing must consume the same random numbers as the step did.
+        self._initialised_in_last_step = False
 
     @property
     def codebook(self) -> Tensor:
@@ -101,16 +101,16 @@ class CodebookLayer(nn.Module):
             encodings: one-hot vectors [B * positions, K] float32, or with encodings="indices" int64 [B, *spatial].
         Raises:
             ValueError: rank, D, dtype or device do not fit, or the layer is exported in train mode while its codebook
-                awaits data or ranks all-reduce; nothing has been changed.
+                is uninitialised or ranks all-reduce; nothing has been changed.
         """
         vectors = self._as_vectors(inputs)
         if self.training and torch.compiler.is_exporting():
             self._check_exportable()
-        updates = self.training and not _is_repetition()
+        updates = self.training and not _is_recomputation()
         if updates:
-            self._initialize_from_data(vectors)
+            self._initialise_from_data(vectors)
         elif self.training:
-            self._repeat_draws(vectors)
+            self._consume_random_numbers(vectors)
         out = vector_quantize(vectors, self.codebook)
         if updates:
             self._update_state(vectors, out)
@@ -119,9 +119,9 @@ class CodebookLayer(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Initialise the codebook and all statistics anew, as the constructor does; after `to_empty` too."""
-        self._awaits_data = self._init in ("data", "kmeans")
-        self._took_data = False
+        """Initialise the codebook and all statistics anew, as the constructor does; call it after `to_empty`."""
+        self._is_uninitialised = self._init in ("data", "kmeans")
+        self._initialised_in_last_step = False
         self._reset_state(self._fill_initially(torch.empty_like(self.codebook)))
 
     def encode(self, inputs: Tensor) -> Tensor:
@@ -162,7 +162,7 @@ class CodebookLayer(nn.Module):
         raise NotImplementedError
 
     def _update_state(self, vectors: Tensor, out: VectorQuantizeOutput) -> None:
-        """Update buffers and revive dead codes after a training batch of vectors [..., D]."""
+        """Update buffers and reinitialise dead codes after a training batch of vectors [..., D]."""
         raise NotImplementedError
 
     def _reset_state(self, codes: Tensor) -> None:
@@ -170,8 +170,8 @@ class CodebookLayer(nn.Module):
         raise NotImplementedError
 
     def _check_exportable(self) -> None:
-        """Refuse to export a graph that would repeat what happens at one training step only."""
-        if self._awaits_data:
+        """Refuse to export a graph that would repeat what happens in one training step only."""
+        if self._is_uninitialised:
             raise ValueError(
                 f"{type(self).__name__} cannot be exported in train mode before a training batch has initialised its"
                 f" codebook (init={self._init!r}): run one training step first, or call .eval()"
@@ -187,28 +187,29 @@ class CodebookLayer(nn.Module):
         return map_to_vectors("inputs", inputs, "codebook", self.codebook, self._channel_last)
 
     def _fill_initially(self, weight: Tensor) -> Tensor:
-        """Fill a codebook [K, D]; one that awaits data is zero until then, also in a checkpoint."""
+        """Fill a codebook [K, D]; an uninitialised one is zero until the first training batch, also in a checkpoint."""
         bound = 1 / self._num_embeddings
-        if self._awaits_data:
+        if self._is_uninitialised:
             return weight.zero_()
         return weight.normal_() if self._init == "normal" else weight.uniform_(-bound, bound)
 
     @torch.no_grad()
-    def _initialize_from_data(self, vectors: Tensor) -> None:
-        """Where the codebook awaits data: set it to random vectors of the batch over all ranks, or their k-means."""
-        self._took_data = False
-        # The codebook may have been set in place, as torch.distributed.checkpoint does; only zeros await data. A
-        # compiled graph cannot look at the values here, and selects by them at the end.
-        if self._awaits_data and not torch.compiler.is_compiling() and self.codebook.any():
-            self._awaits_data = False
-        # An empty rank among several takes part: it gets the vectors of the others.
-        if not self._awaits_data or (vectors.numel() == 0 and num_ranks(self._sync) == 1):
+    def _initialise_from_data(self, vectors: Tensor) -> None:
+        """Set an uninitialised codebook to random vectors of the batch over all ranks, or to their k-means."""
+        self._initialised_in_last_step = False
+        # The codebook may have been set in place, as torch.distributed.checkpoint does: then it is not all zeros.
+        # Compiled code cannot branch on values; torch.where below restores a codebook that was set.
+        if self._is_uninitialised and not torch.compiler.is_compiling() and self.codebook.any():
+            self._is_uninitialised = False
+        # A rank with no vectors still joins the all-reduce.
+        if not self._is_uninitialised or (vectors.numel() == 0 and num_ranks(self._sync) == 1):
             return
         sampled = all_reduce_sum(sample_vectors(vectors, self._num_embeddings, self._sync), self._sync)
-        is_given = sampled[:, -1] > 0
-        given_first = is_given.argsort(descending=True, stable=True)
-        place = torch.arange(self._num_embeddings, device=vectors.device) % is_given.sum().clamp(min=1)
-        codes = sampled[given_first[place], :-1]
+        is_valid = sampled[:, -1] > 0
+        valid_first = is_valid.argsort(descending=True, stable=True)
+        # Valid vectors are repeated if there are fewer than codes.
+        position = torch.arange(self._num_embeddings, device=vectors.device) % is_valid.sum().clamp(min=1)
+        codes = sampled[valid_first[position], :-1]
         for _ in range(_KMEANS_ITERATIONS if self._init == "kmeans" else 0):
             statistics = ema_statistics(vectors, nearest_code(vectors, codes), self._num_embeddings)
             sums, counts = all_reduce_sum(statistics, self._sync).split([self._embedding_dim, 1], dim=1)
@@ -218,12 +219,12 @@ class CodebookLayer(nn.Module):
         self._reset_state(codes)
         for tensor, old in before:
             tensor.copy_(torch.where(is_set, old, tensor))
-        self._took_data = True
-        self._awaits_data = False
+        self._initialised_in_last_step = True
+        self._is_uninitialised = False
 
-    def _repeat_draws(self, vectors: Tensor) -> None:
-        """Draw as many random numbers as the forward that is repeated, so that the random stream continues alike."""
-        for _ in range(int(self._took_data) + int(self._dead_code_threshold > 0)):
+    def _consume_random_numbers(self, vectors: Tensor) -> None:
+        """Draw as many random numbers as the first forward did, so that the random stream continues as after it."""
+        for _ in range(int(self._initialised_in_last_step) + int(self._dead_code_threshold > 0)):
             sample_vectors(vectors, self._num_embeddings, self._sync)
 
     def _encodings_of(self, indices: Tensor, inputs: Tensor) -> Tensor:
@@ -236,7 +237,7 @@ class CodebookLayer(nn.Module):
         return indices.view(inputs.shape[0], *spatial)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CodebookLayer:
-        """Move or cast as any module does, but keep the buffers, which count, in float32 or wider."""
+        """Move or cast as any module does, but keep buffers in float32 or wider: half precision would lose counts."""
         before = dict(self.named_buffers())
         super()._apply(fn, recurse)
         for name, buffer in self.named_buffers():
@@ -250,11 +251,11 @@ class CodebookLayer(nn.Module):
         weight = state_dict.get(prefix + "_embedding.weight")
         if weight is not None and weight.shape == self.codebook.shape:
             is_zero = weight.is_meta or not weight.any()
-            self._awaits_data = self._init in ("data", "kmeans") and is_zero
+            self._is_uninitialised = self._init in ("data", "kmeans") and is_zero
 
 
-def _is_repetition() -> bool:
-    """Whether this forward runs inside a backward, where activation checkpointing repeats it."""
+def _is_recomputation() -> bool:
+    """Whether this forward runs inside a backward, where activation checkpointing recomputes it."""
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 

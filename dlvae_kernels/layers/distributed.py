@@ -38,8 +38,8 @@ def sample_vectors(x: Tensor, count: int, sync: bool) -> Tensor:
     if len(vectors) > 0:
         own = sampled[rank::ranks]
         order = torch.randperm(len(vectors), device=x.device)
-        chosen = vectors[order[torch.arange(len(own), device=x.device) % len(vectors)]]
-        is_finite = chosen.isfinite().all(1, keepdim=True)
-        own[:, :-1] = torch.where(is_finite, chosen, 0)
+        selected = vectors[order[torch.arange(len(own), device=x.device) % len(vectors)]]
+        is_finite = selected.isfinite().all(1, keepdim=True)
+        own[:, :-1] = torch.where(is_finite, selected, 0)
         own[:, -1:] = is_finite
     return sampled

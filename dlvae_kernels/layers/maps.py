@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..functional.checks import check_tensor, check_vectors
+from ..functional.checks import check_layer_dtype, check_tensor, check_vectors
 
 
 def map_to_vectors(name: str, inputs: Tensor, codes_name: str, codes: Tensor, channel_last: bool) -> Tensor:
     """View a map [B, D, *spatial] as vectors [B, S, D], S the number of positions; [B, *spatial, D] is returned as is.
 
     Raises:
-        ValueError: rank, D, dtype or device do not fit codes [K, D]; the message uses the names that are given.
+        ValueError: rank, D, dtype or device do not fit codes [K, D]; the message uses `name` and `codes_name`.
     """
     check_tensor(name, inputs)
     num_features = codes.shape[1]
@@ -25,6 +25,7 @@ def map_to_vectors(name: str, inputs: Tensor, codes_name: str, codes: Tensor, ch
         remedy = f"; for {kind} {name} of shape {other} pass channel_last={not channel_last}" if fits_other else ""
         raise ValueError(f"expected {name} of shape {expected}, got {tuple(inputs.shape)}{remedy}")
     vectors = inputs if channel_last or inputs.ndim == 2 else inputs.flatten(2).transpose(1, 2)
+    check_layer_dtype(name, vectors, codes)
     check_vectors(name, vectors, codes_name, codes)
     return vectors
 

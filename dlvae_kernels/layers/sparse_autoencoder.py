@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..functional.checks import check_size, check_vectors
+from ..functional.checks import check_layer_dtype, check_size, check_vectors
 from ..functional.sparse_decode import sparse_decode
 from ..functional.topk_codes import topk_codes
 
@@ -29,13 +29,13 @@ class _Encoder(nn.Linear):
 
 
 class SparseAutoencoder(nn.Module):
-    """Sparse autoencoder of the k most active of K latents; neither direction materialises the N x K matrix.
+    """Sparse autoencoder of the k most active of K latents (top-k SAE); no N x K matrix, forward or backward.
 
     values, indices = the k largest of ReLU(encoder(x - b_dec)),
     reconstruction = sum of values * W_dec[indices] + b_dec.
 
     Gradients are those of this formula given the indices: from the reconstruction to b_dec, W_dec and the values; from
-    the values, where they are not 0, to the selected rows of encoder.weight and their biases, to x and to b_dec.
+    the values that are not 0 to the selected rows of encoder.weight and their biases, to x and to b_dec.
     Latents that are not selected have no gradient. All sums are bitwise reproducible.
 
     Args:
@@ -92,6 +92,7 @@ class SparseAutoencoder(nn.Module):
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The values and indices of the selected latents; `x` as in `forward`."""
+        check_layer_dtype("x", x, self.encoder.weight)
         check_vectors("x", x, "encoder.weight", self.encoder.weight)
         indices, products = topk_codes(
             x - self.b_dec, self.encoder.weight, self.k, metric="dot", bias=self.encoder.bias

@@ -9,7 +9,7 @@ from ..functional.vector_quantize import VectorQuantizeOutput
 from .codebook_layer import CodebookLayer, Encodings, Init
 from .distributed import all_reduce_sum, sample_vectors
 
-# Weight of the past in the moving average of the count of a code; dead codes are those of a low average.
+# Weight of the past in the moving average of the count of a code, by which dead codes are found.
 _USE_DECAY = 0.99
 
 
@@ -32,8 +32,8 @@ class VectorQuantizer(CodebookLayer):
         commitment_cost: beta, >= 0.
         encodings: the form of the last output of `forward`: "one_hot" (dense [N, K]) or "indices" ([B, *spatial]).
         init: "uniform" in [-1/K, 1/K], "normal", or from the first training batch: "data" (random vectors), "kmeans".
-        dead_code_threshold: codes that on average fewer vectors of a batch (over all ranks) are assigned to are
-            reinitialised from the batch; 0 leaves them.
+        dead_code_threshold: reinitialise from the batch a code whose moving average of assigned vectors per batch,
+            over all ranks, is below this; 0 disables it.
         sync: all-reduce statistics over the ranks of torch.distributed whenever it is initialised.
         channel_last: maps are [B, *spatial, D].
     Raises:
@@ -95,9 +95,9 @@ class VectorQuantizer(CodebookLayer):
             return
         sampled = sample_vectors(vectors, self._num_embeddings, self._sync)
         packed = all_reduce_sum(torch.cat([sampled, out.counts[:, None].to(sampled.dtype)], dim=1), self._sync)
-        candidates, is_given, counts = packed.split([self._embedding_dim, 1, 1], dim=1)
+        candidates, is_valid, counts = packed.split([self._embedding_dim, 1, 1], dim=1)
         self._average_use.lerp_(counts.squeeze(1).to(self._average_use.dtype), 1 - _USE_DECAY)
-        is_dead = (self._average_use[:, None] < threshold) & (is_given > 0)
+        is_dead = (self._average_use[:, None] < threshold) & (is_valid > 0)
         self.codebook.copy_(torch.where(is_dead, candidates.to(self.codebook.dtype), self.codebook))
         self._average_use.masked_fill_(is_dead.squeeze(1), threshold)
 

@@ -27,8 +27,8 @@ class VectorQuantizerEMA(CodebookLayer):
 
     loss = commitment_cost * mean (sg[q] - x)^2. In training each forward quantizes with the current codebook, then
     updates it. Codebook and averages are buffers in float32 (float64 where that is the default dtype), updated in
-    place, and stay float32 after `module.to(torch.bfloat16)`. A code that no vector is assigned to keeps its place;
-    vectors that are not finite update nothing. For activation checkpointing see `CodebookLayer`.
+    place, and stay float32 after `module.to(torch.bfloat16)`. A code that no vector is assigned to is not
+    changed; vectors that are not finite update nothing. For activation checkpointing see `CodebookLayer`.
 
     Args:
         num_embeddings: K, the number of codes.
@@ -39,8 +39,8 @@ class VectorQuantizerEMA(CodebookLayer):
         encodings, sync, channel_last: as in `VectorQuantizer`.
         init: "normal", "uniform" in [-1/K, 1/K], or from the first training batch: "data" (random vectors),
             "kmeans".
-        dead_code_threshold: codes whose moving average of assigned vectors in a batch (over all ranks) falls below it
-            are reinitialised from the batch, with their sum and count; 0 leaves them.
+        dead_code_threshold: reinitialise from the batch, with its sum and count, a code whose moving average of
+            assigned vectors per batch, over all ranks, is below this; 0 disables it.
     Raises:
         ValueError: an argument is out of its range.
 
@@ -89,7 +89,7 @@ class VectorQuantizerEMA(CodebookLayer):
         dtype = torch.promote_types(torch.get_default_dtype(), torch.float32)
         weight = self._fill_initially(torch.empty(self._num_embeddings, self._embedding_dim, dtype=dtype))
         self._embedding = _CodebookBuffer(weight)
-        # Counts and sums that reproduce the codebook: those of one vector at each code.
+        # Counts and sums start as those of one vector at each code, and so reproduce the codebook.
         self.register_buffer("_ema_cluster_size", torch.ones(self._num_embeddings, dtype=dtype))
         self.register_buffer("_ema_w", weight.clone())
 
@@ -132,7 +132,7 @@ class VectorQuantizerEMA(CodebookLayer):
         dim = self._embedding_dim
         packed = ema_statistics(vectors, out.indices, self._num_embeddings)  # [K, D + 1]
         if self._dead_code_threshold > 0:
-            # One all-reduce takes sums, counts and candidates.
+            # One all-reduce adds sums, counts and candidates.
             packed = torch.cat([packed, sample_vectors(vectors, self._num_embeddings, self._sync)], dim=1)
         packed = all_reduce_sum(packed, self._sync)
         ema_step(
@@ -144,12 +144,12 @@ class VectorQuantizerEMA(CodebookLayer):
             epsilon=self._epsilon,
         )
         if self._dead_code_threshold > 0:
-            self._revive(*packed[:, dim + 1 :].split([dim, 1], dim=1))
+            self._reinitialise_dead_codes(*packed[:, dim + 1 :].split([dim, 1], dim=1))
 
-    def _revive(self, candidates: Tensor, is_given: Tensor) -> None:
-        """Reinitialise dead codes with their sum and count, so that the next update does not undo it."""
+    def _reinitialise_dead_codes(self, candidates: Tensor, is_valid: Tensor) -> None:
+        """Replace each dead code, its sum and its count by a valid candidate, so that the next update keeps it."""
         threshold = self._dead_code_threshold
-        is_dead = (self._ema_cluster_size[:, None] < threshold) & (is_given > 0)
+        is_dead = (self._ema_cluster_size[:, None] < threshold) & (is_valid > 0)
         self.codebook.copy_(torch.where(is_dead, candidates, self.codebook))
         self._ema_w.copy_(torch.where(is_dead, candidates * threshold, self._ema_w))
         self._ema_cluster_size.masked_fill_(is_dead.squeeze(1), threshold)
@@ -162,6 +162,6 @@ class VectorQuantizerEMA(CodebookLayer):
                 state_dict[prefix + name] = value.detach().to(wide, copy=True)
         size, total = (state_dict.get(prefix + name) for name in ("_ema_cluster_size", "_ema_w"))
         if size is not None and total is not None and total.shape[:1] == size.shape:
-            # The layer of the VQ-VAE notebook starts with counts of zero and random sums, which no vectors add up to.
+            # The layer of the VQ-VAE notebook starts with counts of 0 and random sums; a sum without vectors is 0.
             total.masked_fill_(size[:, None] == 0, 0)
         super()._load_from_state_dict(state_dict, prefix, *args)

@@ -1,4 +1,4 @@
-"""How much the tests that hypothesis drives try: the same examples at every run, or DLVAE_FUZZ=<examples> new ones."""
+"""The number of examples of the hypothesis tests: a fixed set, or DLVAE_FUZZ=<number> new random examples."""
 
 from __future__ import annotations
 

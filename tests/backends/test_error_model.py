@@ -1,4 +1,4 @@
-"""Models of the arithmetic that no machine here has, against the bounds that docs/numerics.md derives for it."""
+"""Models of the arithmetic of matrix units, against the bounds that docs/numerics.md derives for it."""
 
 from __future__ import annotations
 
@@ -76,6 +76,6 @@ def test_bfloat16_terms_miss_at_most_2_to_minus_17_and_omitted_product_2_to_minu
     high = bfloat16(values)
     low = bfloat16(values - high)
     missed = np.abs(values - high.astype(np.float64) - low) / values
-    # Both bounds are nearly reached: half of them would be too little.
+    # Both bounds are nearly reached: half of either bound would be too small.
     assert 0.9 * 2.0**-17 < missed.max() <= 2.0**-17
     assert 0.9 * 2.0**-16 < (np.abs(low.astype(np.float64)) / values).max() ** 2 <= 2.0**-16

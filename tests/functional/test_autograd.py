@@ -22,18 +22,18 @@ from dlvae_kernels import (
 from dlvae_kernels.functional import ema_statistics, ema_step
 
 OPS = ("ema_statistics", "ema_step", "nearest_code")
-N, K, D, KEPT = 7, 5, 4, 3
+N, K, D, SELECTED = 7, 5, 4, 3
 
 
 def tensors(*shapes: tuple[int, ...], dtype: torch.dtype = torch.float64) -> list[Tensor]:
     return [torch.randn(shape, dtype=dtype) for shape in shapes]
 
 
-def kept_indices() -> Tensor:
-    return torch.rand(N, K).argsort(1)[:, :KEPT]
+def selected_indices() -> Tensor:
+    return torch.rand(N, K).argsort(1)[:, :SELECTED]
 
 
-# Each with inputs that are differentiated, and the function of them.
+# Each returns inputs that are differentiated, and the function to apply to them.
 def _vector_quantize() -> tuple[list[Tensor], Callable[..., tuple[Tensor, ...]]]:
     def function(x: Tensor, codebook: Tensor) -> tuple[Tensor, ...]:
         out = vector_quantize(x, codebook)
@@ -48,19 +48,19 @@ def _gather_codes() -> tuple[list[Tensor], Callable[..., Tensor]]:
 
 
 def _sparse_decode() -> tuple[list[Tensor], Callable[..., Tensor]]:
-    indices = kept_indices()
-    return tensors((N, KEPT), (K, D)), lambda values, dictionary: sparse_decode(values, indices, dictionary)
+    indices = selected_indices()
+    return tensors((N, SELECTED), (K, D)), lambda values, dictionary: sparse_decode(values, indices, dictionary)
 
 
 def _topk_codes() -> tuple[list[Tensor], Callable[..., Tensor]]:
     def function(x: Tensor, dictionary: Tensor, bias: Tensor) -> Tensor:
-        return topk_codes(x, dictionary, KEPT, metric="dot", bias=bias)[1]
+        return topk_codes(x, dictionary, SELECTED, metric="dot", bias=bias)[1]
 
     return tensors((N, D), (K, D), (K,)), function
 
 
 def _kept_softmax() -> tuple[list[Tensor], Callable[..., Tensor]]:
-    indices = kept_indices()
+    indices = selected_indices()
     return tensors((N, D), (K, D), (K,)), lambda x, weight, bias: kept_softmax(x, weight, bias, indices)
 
 

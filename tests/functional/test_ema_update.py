@@ -7,13 +7,13 @@ from dlvae_kernels import ema_update
 from dlvae_kernels.functional import ema_statistics
 from dlvae_kernels.testing import assert_accurate
 
-from .cases import DTYPES, INTERPRETED, layouts, rows
+from .cases import DTYPES, INTERPRETED, layouts, vectors
 
 OPS = ("ema_statistics", "ema_step")
 
 
 def state(k, d, device, dtype=torch.float32):
-    codebook = rows(k, d, device, dtype)
+    codebook = vectors(k, d, device, dtype)
     return codebook, torch.ones(k, device=device, dtype=dtype), codebook.clone()
 
 
@@ -46,7 +46,7 @@ def test_ema_update_epsilon_by_hand(device):
 @pytest.mark.parametrize("size", [(0, 5, 4), (1, 1, 1), (507, 129, 64), (3000, 3, 7), (300, 1100, 5)])
 def test_ema_statistics_any_dtype_equals_float64(device, size, dtype):
     n, k, d = size
-    x, indices = rows(n, d, device, dtype), torch.randint(0, k, (n,), device=device)
+    x, indices = vectors(n, d, device, dtype), torch.randint(0, k, (n,), device=device)
     statistics = ema_statistics(x, indices, k)
     assert statistics.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     assert torch.equal(statistics[:, -1].long(), torch.bincount(indices, minlength=k))
@@ -69,7 +69,7 @@ def test_ema_update_many_steps_matches_float64(device):
     states = [state(17, 5, device), None]
     states[1] = [tensor.double() for tensor in states[0]]
     for step in range(50):
-        x = rows(100, 5, device) + 0.1 * step
+        x = vectors(100, 5, device) + 0.1 * step
         indices = torch.randint(0, 12, (100,), device=device)
         for each, batch in zip(states, (x, x.double()), strict=True):
             ema_update(*each, batch, indices, decay=0.9, epsilon=1e-5)
@@ -78,7 +78,7 @@ def test_ema_update_many_steps_matches_float64(device):
 
 
 def test_ema_update_decay_of_zero_or_one_keeps_the_batch_or_the_past(device):
-    x, indices = rows(30, 4, device), torch.arange(30, device=device) % 3
+    x, indices = vectors(30, 4, device), torch.arange(30, device=device) % 3
     codebook, *rest = state(3, 4, device)
     ema_update(codebook, *rest, x, indices, decay=0.0, epsilon=0.0)
     torch.testing.assert_close(codebook, torch.stack([x[i::3].mean(0) for i in range(3)]))
@@ -100,7 +100,7 @@ def test_ema_update_dead_codes_keep_their_place(device):
 @pytest.mark.every_isa
 @pytest.mark.parametrize("num_codes", [5, 2000])
 def test_ema_statistics_vectors_that_are_not_finite_are_left_out(device, num_codes):
-    x, indices = rows(60, 4, device), torch.arange(60, device=device) % 3
+    x, indices = vectors(60, 4, device), torch.arange(60, device=device) % 3
     expected = ema_statistics(x[3:], indices[3:], num_codes)
     x[0, 1], x[1, 0], x[2, 3] = float("nan"), float("inf"), float("-inf")
     assert torch.equal(ema_statistics(x, indices, num_codes), expected)
@@ -119,12 +119,12 @@ def test_ema_update_counts_of_zero_keep_the_codebook(device):
 @pytest.mark.large
 def test_ema_statistics_repeated_call_is_bitwise_reproducible(device):
     torch.use_deterministic_algorithms(False)
-    x, indices = rows(5000, 16, device), torch.randint(0, 7, (5000,), device=device)
+    x, indices = vectors(5000, 16, device), torch.randint(0, 7, (5000,), device=device)
     assert torch.equal(ema_statistics(x, indices, 7), ema_statistics(x, indices, 7))
 
 
 def test_ema_update_opcheck_and_compile_pass(device):
-    x, indices = rows(10, 3, device), torch.arange(10, device=device) % 4
+    x, indices = vectors(10, 3, device), torch.arange(10, device=device) % 4
     statistics = ema_statistics(x, indices, 5)
     torch.library.opcheck(torch.ops.dlvae.ema_statistics, (x, indices, 5))
     torch.library.opcheck(torch.ops.dlvae.ema_step, (*state(5, 3, device), statistics, 0.9, 1e-5))

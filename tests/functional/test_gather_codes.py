@@ -6,7 +6,7 @@ import torch
 from dlvae_kernels import gather_codes
 from dlvae_kernels.testing import assert_accurate
 
-from .cases import DTYPES, rows
+from .cases import DTYPES, vectors
 
 OPS = ("gather_codes_fwd", "gather_codes_bwd")
 
@@ -26,8 +26,8 @@ def test_gather_codes_two_codes_by_hand(device):
 @pytest.mark.parametrize("size", [(0, 5, 4), (1, 1, 1), (507, 129, 64), (3000, 3, 7)])
 def test_gather_codes_any_dtype_values_and_gradient_match_float64(device, size, dtype):
     n, k, d = size
-    codebook = rows(k, d, device, dtype).requires_grad_()
-    indices, grad = torch.randint(0, k, (n,), device=device), rows(n, d, device, dtype)
+    codebook = vectors(k, d, device, dtype).requires_grad_()
+    indices, grad = torch.randint(0, k, (n,), device=device), vectors(n, d, device, dtype)
     out = gather_codes(codebook, indices)
     assert torch.equal(out, codebook[indices])
     out.backward(grad)
@@ -38,7 +38,7 @@ def test_gather_codes_any_dtype_values_and_gradient_match_float64(device, size, 
 
 
 def test_gather_codes_one_index_returns_a_copy(device):
-    codebook = rows(4, 3, device)
+    codebook = vectors(4, 3, device)
     code = gather_codes(codebook, torch.tensor(1, device=device))
     expected = codebook[1].clone()
     codebook.zero_()
@@ -48,7 +48,7 @@ def test_gather_codes_one_index_returns_a_copy(device):
 
 @pytest.mark.every_isa
 def test_gather_codes_strided_gradient_is_summed(device):
-    codebook = rows(9, 6, device).requires_grad_()
+    codebook = vectors(9, 6, device).requires_grad_()
     indices = torch.randint(0, 9, (2, 5), device=device)
     grad = torch.randn(2, 6, 5, device=device).transpose(1, 2)
     gather_codes(codebook, indices).backward(grad)
@@ -59,7 +59,7 @@ def test_gather_codes_strided_gradient_is_summed(device):
 @pytest.mark.float64
 def test_gather_codes_gradcheck_passes(device):
     indices = torch.tensor([[0, 2, 2], [1, 0, 2]], device=device)
-    codebook = rows(4, 3, device, torch.float64).requires_grad_()
+    codebook = vectors(4, 3, device, torch.float64).requires_grad_()
     assert torch.autograd.gradcheck(lambda c: gather_codes(c, indices), codebook)
 
 
@@ -67,15 +67,15 @@ def test_gather_codes_gradcheck_passes(device):
 @pytest.mark.large
 def test_gather_codes_gradient_repeated_call_is_bitwise_reproducible(device):
     torch.use_deterministic_algorithms(False)
-    indices, grad = torch.randint(0, 7, (5000,), device=device), rows(5000, 16, device)
+    indices, grad = torch.randint(0, 7, (5000,), device=device), vectors(5000, 16, device)
     first, second = (torch.ops.dlvae.gather_codes_bwd(grad, indices, 7) for _ in range(2))
     assert torch.equal(first, second)
 
 
 def test_gather_codes_opcheck_and_compile_pass(device):
-    codebook, indices = rows(5, 3, device), torch.tensor([[0, 4], [1, 1]], device=device)
+    codebook, indices = vectors(5, 3, device), torch.tensor([[0, 4], [1, 1]], device=device)
     torch.library.opcheck(torch.ops.dlvae.gather_codes_fwd, (codebook, indices))
-    torch.library.opcheck(torch.ops.dlvae.gather_codes_bwd, (rows(4, 3, device), indices.flatten(), 5))
+    torch.library.opcheck(torch.ops.dlvae.gather_codes_bwd, (vectors(4, 3, device), indices.flatten(), 5))
     codebook.requires_grad_()
     compiled = torch.compile(gather_codes, fullgraph=True, backend="aot_eager")
     compiled(codebook, indices).sum().backward()

@@ -1,4 +1,4 @@
-"""Inputs that are no dense tensors: each function and layer says what to pass."""
+"""Inputs that are not dense tensors: each function and layer says what to pass instead."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from dlvae_kernels.functional import checks, ema_statistics
 
 OPS = ("nearest_code", "topk_codes", "vector_quantize_fwd", "gather_codes_fwd", "ema_statistics")
 X, CODES, INDICES = torch.randn(5, 4), torch.randn(3, 4), torch.zeros(5).long()
-VALUES, KEPT = torch.randn(5, 2), torch.zeros(5, 2).long()
+VALUES, SELECTED = torch.randn(5, 2), torch.zeros(5, 2).long()
 
 # The name of an argument, a good value of it, and a call of it.
 CALLS = {
@@ -37,9 +37,9 @@ CALLS = {
     "gather_codes": ("codebook", CODES, lambda bad: gather_codes(bad, INDICES)),
     "gather_codes, indices": ("indices", INDICES, lambda bad: gather_codes(CODES, bad)),
     "one_hot": ("indices", INDICES, lambda bad: one_hot(bad, 3)),
-    "sparse_decode": ("values", VALUES, lambda bad: sparse_decode(bad, KEPT, CODES)),
-    "kept_softmax": ("x", X, lambda bad: kept_softmax(bad, CODES, None, KEPT)),
-    "kept_softmax, bias": ("bias", CODES[:, 0], lambda bad: kept_softmax(X, CODES, bad, KEPT)),
+    "sparse_decode": ("values", VALUES, lambda bad: sparse_decode(bad, SELECTED, CODES)),
+    "kept_softmax": ("x", X, lambda bad: kept_softmax(bad, CODES, None, SELECTED)),
+    "kept_softmax, bias": ("bias", CODES[:, 0], lambda bad: kept_softmax(X, CODES, bad, SELECTED)),
     "ema_statistics": ("x", X, lambda bad: ema_statistics(bad, INDICES, 3)),
     "ema_update, embed_sum": (
         "embed_sum",
@@ -53,8 +53,8 @@ CALLS = {
     "SparseAutoencoder": ("x", X, SparseAutoencoder(4, 3, 2)),
 }
 KINDS = {
-    "numpy": (lambda good: good.numpy(), r"to be a torch.Tensor, got a numpy.ndarray; pass torch.as_tensor\("),
-    "list": (lambda good: good.tolist(), r"to be a torch.Tensor, got a list; pass torch.as_tensor\("),
+    "numpy": (lambda good: good.numpy(), r"to be a torch.Tensor, got numpy.ndarray; pass torch.as_tensor\("),
+    "list": (lambda good: good.tolist(), r"to be a torch.Tensor, got list; pass torch.as_tensor\("),
     "sparse": (
         lambda good: good.to_sparse(),
         r"to be a dense tensor, got one of layout torch.sparse_coo; pass \w+.to_dense\(\)",
@@ -63,7 +63,7 @@ KINDS = {
         lambda good: torch.nested.nested_tensor([good, good], layout=torch.jagged),
         r"to be a dense tensor, got a nested tensor; pass \w+.values\(\) or a padded tensor",
     ),
-    "none": (lambda good: None, "to be a torch.Tensor, got a NoneType"),
+    "none": (lambda good: None, "to be a torch.Tensor, got NoneType"),
 }
 
 
@@ -100,16 +100,16 @@ def test_sizes_numpy_integers_are_accepted():
 def test_input_many_dimensions_of_any_strides_equals_its_vectors(device, dimensions):
     x = torch.randn([2] * dimensions, device=device).permute(*range(dimensions)[::-1])
     codebook = torch.randn(5, 2, device=device)
-    rows = x.reshape(-1, 2)
+    vectors = x.reshape(-1, 2)
     indices = nearest_code(x, codebook)
-    assert torch.equal(indices.flatten(), nearest_code(rows, codebook))
-    assert torch.equal(topk_codes(x, codebook, 3)[0].flatten(0, -2), topk_codes(rows, codebook, 3)[0])
-    out, like = vector_quantize(x, codebook), vector_quantize(rows, codebook)
+    assert torch.equal(indices.flatten(), nearest_code(vectors, codebook))
+    assert torch.equal(topk_codes(x, codebook, 3)[0].flatten(0, -2), topk_codes(vectors, codebook, 3)[0])
+    out, like = vector_quantize(x, codebook), vector_quantize(vectors, codebook)
     assert torch.equal(out.quantized.reshape(-1, 2), like.quantized)
     torch.testing.assert_close(out.codebook_loss, like.codebook_loss)
     assert torch.equal(gather_codes(codebook, indices).reshape(-1, 2), gather_codes(codebook, indices.flatten()))
     statistics = ema_statistics(x, indices, 5)
-    torch.testing.assert_close(statistics, ema_statistics(rows, indices.flatten(), 5), rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(statistics, ema_statistics(vectors, indices.flatten(), 5), rtol=1e-4, atol=1e-3)
 
 
 @pytest.mark.every_isa

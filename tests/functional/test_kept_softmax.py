@@ -10,16 +10,16 @@ from dlvae_kernels import kept_softmax
 from dlvae_kernels.backends import choose, forced_backend
 from dlvae_kernels.testing import assert_accurate
 
-from .cases import DTYPES, HALVES, layouts, rows
+from .cases import DTYPES, HALVES, layouts, vectors
 
 OPS = ("kept_softmax_fwd", "kept_softmax_bwd", "sparse_decode_fwd", "sparse_decode_bwd")
-# (N, K, D, k): few kept values, as the interpreter sums them one by one.
+# (N, K, D, k): k is small, because the interpreter sums the selected values one by one.
 SIZES = ((0, 5, 4, 2), (1, 1, 1, 1), (9, 1, 8, 2), (9, 17, 3, 7), (20, 130, 20, 1))
 
 
 def case(n, num_codes, d, k, device, dtype=torch.float32):
-    """Logits of about 1; indices that repeat within rows."""
-    x, weight, bias = rows(n, d, device), rows(num_codes, d, device) / d**0.5, rows(num_codes, 1, device)[:, 0]
+    """Logits of about 1; indices that repeat within a vector."""
+    x, weight, bias = vectors(n, d, device), vectors(num_codes, d, device) / d**0.5, vectors(num_codes, 1, device)[:, 0]
     indices = torch.randint(0, num_codes, (n, k), device=device)
     return x.to(dtype), weight.to(dtype), bias.to(dtype), indices
 
@@ -37,7 +37,7 @@ def run(function, inputs, indices, grad):
 
 
 def assert_like_float64(inputs, indices):
-    """Errs at most twice as much as the formula in the widest dtype of the inputs."""
+    """The error is at most twice that of the formula in the widest dtype of the inputs."""
     grad = torch.randn(indices.shape, device=indices.device)
     actual = run(kept_softmax, inputs, indices, grad)
     exact, expression = (
@@ -78,11 +78,11 @@ def test_kept_softmax_any_size_and_dtype_equals_float64(device, size, dtype):
 
 def test_kept_softmax_several_tiles_and_chunks_match_float64(device, monkeypatch):
     if forced_backend() in ("native", "emulated"):
-        # Its sizes are fixed: chunks of 512 codes, blocks of at most 128 rows, and superblocks of 256 rows beside so
-        # many codes.
+        # The sizes of native kernels are fixed: chunks of 512 codes, blocks of at most 128 vectors, and superblocks of
+        # 256 vectors for this number of codes.
         *inputs, indices = case(600, 8300, 20, 3, device)
     elif forced_backend() == "emulated":
-        # Chunks of 128 rows, and chains of at most 1024 rows or codes.
+        # Chunks of 128 vectors, and chains of at most 1024 vectors or codes.
         *inputs, indices = case(300, 1200, 40, 3, device)
     else:
         module, name, few = {
@@ -162,7 +162,7 @@ def test_kept_softmax_nan_stays_in_its_vector(device):
 
 def test_kept_softmax_bias_of_minus_infinity_gives_zero(device):
     x, weight, bias, indices = case(9, 300, 8, 3, device)
-    # Those of the first tile, and some beyond.
+    # The codes of the first tile, and some of the next.
     bias[:200], indices[:, 0] = -torch.inf, 7
     grad = torch.randn(9, 3, device=device)
     actual, expected = (run(function, (x, weight, bias), indices, grad) for function in (kept_softmax, formula))

@@ -1,4 +1,4 @@
-"""Sums of very many rows or atoms: their error does not grow with the number of additions."""
+"""Sums of very many vectors or atoms: their error does not grow with the number of additions."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from dlvae_kernels.functional import ema_statistics
 from .cases import INTERPRETED
 
 OPS = ("ema_statistics", "gather_codes_bwd", "vector_quantize_bwd", "sparse_decode_fwd", "sparse_decode_bwd")
-# Triton's interpreter and the emulator of CUDA take minutes for a million rows: tests/backends/test_triton_sums.py has
-# the kernels that the few rows here do not show.
+# Triton's interpreter and the CUDA emulator take minutes for a million vectors, so fewer are used there;
+# tests/backends/test_triton_sums.py tests the kernels that need more.
 IS_EMULATED = "DLVAE_EMULATED_CUDA" in os.environ
-NUM_ROWS = 2**12 if INTERPRETED else 2**17 if IS_EMULATED else 2**20
-# The rounding errors of a float32 chain of equal terms add up; by how much differs from value to value.
+NUM_VECTORS = 2**12 if INTERPRETED else 2**17 if IS_EMULATED else 2**20
+# In a float32 chain of equal terms all rounding errors have one sign; their size depends on the value.
 VALUES = (1.1, 1.7, 1.999)
 ERROR = 2e-6
 
 
-def equal_rows(value: float, device: torch.device) -> Tensor:
-    return torch.full((NUM_ROWS, 2), value, device=device)
+def equal_vectors(value: float, device: torch.device) -> Tensor:
+    return torch.full((NUM_VECTORS, 2), value, device=device)
 
 
 def relative_error(actual: Tensor, exact: float) -> float:
@@ -33,16 +33,16 @@ def relative_error(actual: Tensor, exact: float) -> float:
 
 @pytest.mark.every_isa
 @pytest.mark.parametrize("value", VALUES)
-@pytest.mark.parametrize("layout", ["rows", "map", "half"])
-def test_ema_statistics_equal_rows_error_is_bounded(device, layout, value):
-    x = equal_rows(value, device)
+@pytest.mark.parametrize("layout", ["vectors", "map", "half"])
+def test_ema_statistics_equal_vectors_error_is_bounded(device, layout, value):
+    x = equal_vectors(value, device)
     if layout == "map":
         x = x.view(4, -1, 2).transpose(1, 2).contiguous().transpose(1, 2)
     elif layout == "half":
         x = x.half()
     statistics = ema_statistics(x, torch.ones(x.shape[:-1], dtype=torch.int64, device=device), 3)
-    assert relative_error(statistics[1, :-1], float(x.flatten()[0]) * NUM_ROWS) <= ERROR
-    assert statistics[:, -1].tolist() == [0, NUM_ROWS, 0]
+    assert relative_error(statistics[1, :-1], float(x.flatten()[0]) * NUM_VECTORS) <= ERROR
+    assert statistics[:, -1].tolist() == [0, NUM_VECTORS, 0]
     assert not statistics[[0, 2]].any()
 
 
@@ -60,7 +60,7 @@ def test_ema_statistics_counts_around_a_chain_sums_are_exact(device, num_unused)
 
 
 @pytest.mark.every_isa
-@pytest.mark.skipif(INTERPRETED or IS_EMULATED, reason="it takes hours for 2**24 rows")
+@pytest.mark.skipif(INTERPRETED or IS_EMULATED, reason="2**24 vectors take hours in a simulation")
 def test_ema_statistics_more_than_2_to_24_ones_are_counted(device):
     n = 2**24 + 1000
     statistics = ema_statistics(torch.ones(n, 1, device=device), torch.zeros(n, dtype=torch.int64, device=device), 1)
@@ -70,11 +70,11 @@ def test_ema_statistics_more_than_2_to_24_ones_are_counted(device):
 
 @pytest.mark.every_isa
 @pytest.mark.parametrize("value", VALUES)
-def test_codebook_gradient_equal_rows_error_is_bounded(device, value):
-    grad, indices = equal_rows(value, device), torch.ones(NUM_ROWS, dtype=torch.int64, device=device)
+def test_codebook_gradient_equal_vectors_error_is_bounded(device, value):
+    grad, indices = equal_vectors(value, device), torch.ones(NUM_VECTORS, dtype=torch.int64, device=device)
     codebook = torch.zeros(3, 2, device=device, requires_grad=True)
     gather_codes(codebook, indices).backward(grad)
-    exact = float(grad[0, 0]) * NUM_ROWS
+    exact = float(grad[0, 0]) * NUM_VECTORS
     assert relative_error(codebook.grad[1], exact) <= ERROR
     one = torch.ones((), device=device)
     arguments = (grad, one, one, grad, indices, 3, False, True)
@@ -84,11 +84,11 @@ def test_codebook_gradient_equal_rows_error_is_bounded(device, value):
 
 
 @pytest.mark.every_isa
-# The reference multiplies by dense coefficients where atoms are few, and sorts where they are many.
+# The reference multiplies by dense coefficients if there are few atoms, and sorts if there are many.
 @pytest.mark.parametrize("num_atoms", [3, 1000])
 @pytest.mark.parametrize("value", VALUES)
-def test_dictionary_gradient_equal_rows_error_is_bounded(device, value, num_atoms):
-    grad = equal_rows(value, device)[: NUM_ROWS // 4]
+def test_dictionary_gradient_equal_vectors_error_is_bounded(device, value, num_atoms):
+    grad = equal_vectors(value, device)[: NUM_VECTORS // 4]
     indices = torch.tensor([0, 1, 0, 2], device=device).expand(len(grad), 4)
     dictionary = torch.zeros(num_atoms, 2, device=device, requires_grad=True)
     sparse_decode(torch.ones(indices.shape, device=device), indices, dictionary).backward(grad)
@@ -106,8 +106,8 @@ def test_sparse_decode_many_equal_atoms_error_is_bounded(device, value):
 
 
 @pytest.mark.every_isa
-def test_ema_statistics_random_rows_error_is_that_of_a_pairwise_sum(device):
-    n = NUM_ROWS // 4
+def test_ema_statistics_random_vectors_error_is_that_of_a_pairwise_sum(device):
+    n = NUM_VECTORS // 4
     x = torch.rand(n, 32, device=device)
     exact = x.double().sum(0)
     chains = x.view(-1, 128, 32)

@@ -28,7 +28,7 @@ def test_nearest_code_vector_with_infinity_is_the_first_code_without_nan(device,
     x = torch.tensor([[INF, 0.0], [-INF, 1.0], [INF, -INF], [0.5, INF]], device=device, dtype=dtype)
     assert nearest_code(x, codebook).tolist() == [expected] * 4
     assert vector_quantize(x, codebook).indices.tolist() == [expected] * 4
-    # Also beyond the few vectors that small batches are.
+    # Batches of at most 16 vectors use another kernel than larger ones.
     assert nearest_code(x.repeat(40, 1), codebook).tolist() == [expected] * 160
 
 

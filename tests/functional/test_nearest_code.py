@@ -6,7 +6,7 @@ import torch
 from dlvae_kernels import nearest_code
 from dlvae_kernels.testing import assert_same_codes, exact_distances
 
-from .cases import DTYPES, INTERPRETED, SIZES, layouts, rows
+from .cases import DTYPES, INTERPRETED, SIZES, layouts, vectors
 
 OPS = ("nearest_code",)
 
@@ -17,7 +17,7 @@ def test_nearest_code_three_codes_by_hand(device):
     codebook = torch.tensor([[0.0, 0.0], [4.0, 0.0], [0.0, 3.0]], device=device)
     x = torch.tensor([[1.0, 0.0], [3.0, 0.0], [0.0, 2.0], [2.0, 0.0], [9.0, 9.0]], device=device)
     indices, distances = nearest_code(x, codebook, return_distance=True)
-    # The fourth row lies half way between the first two codes.
+    # The fourth vector lies half way between the first two codes.
     assert indices.tolist() == [0, 1, 2, 0, 1]
     assert distances.tolist() == [1.0, 1.0, 1.0, 4.0, 106.0]
 
@@ -27,7 +27,7 @@ def test_nearest_code_three_codes_by_hand(device):
 @pytest.mark.parametrize("size", SIZES)
 def test_nearest_code_any_size_and_dtype_equals_float64(device, size, dtype):
     n, k, d = size
-    x, codebook = rows(n, d, device, dtype), rows(k, d, device, dtype)
+    x, codebook = vectors(n, d, device, dtype), vectors(k, d, device, dtype)
     indices, distances = nearest_code(x, codebook, return_distance=True)
     assert_same_codes(indices, x, codebook)
     assert torch.equal(indices, nearest_code(x, codebook))
@@ -38,7 +38,7 @@ def test_nearest_code_any_size_and_dtype_equals_float64(device, size, dtype):
 
 @pytest.mark.large
 def test_nearest_code_vectors_in_several_chunks_match_float64(device):
-    x, codebook = rows(5000, 16, device), rows(1500, 16, device)
+    x, codebook = vectors(5000, 16, device), vectors(1500, 16, device)
     assert_same_codes(nearest_code(x, codebook), x, codebook)
 
 
@@ -46,7 +46,7 @@ def test_nearest_code_vectors_in_several_chunks_match_float64(device):
 @pytest.mark.parametrize("layout", layouts(2, 2, torch.device("cpu")))
 def test_nearest_code_any_strides_match_contiguous(device, layout):
     x = layouts(50, 12, device)[layout]
-    codebook = rows(24, 40, device)[:, 5:29:2]
+    codebook = vectors(24, 40, device)[:, 5:29:2]
     indices = nearest_code(x, codebook)
     assert indices.shape == x.shape[:-1]
     assert torch.equal(indices, nearest_code(x.contiguous(), codebook.contiguous()))
@@ -55,19 +55,19 @@ def test_nearest_code_any_strides_match_contiguous(device, layout):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_nearest_code_float32_codebook_beside_half_vectors_matches_float64(device, dtype):
-    x, codebook = rows(200, 32, device, dtype), rows(64, 32, device)
+    x, codebook = vectors(200, 32, device, dtype), vectors(64, 32, device)
     assert_same_codes(nearest_code(x, codebook), x, codebook)
 
 
 @pytest.mark.every_isa
 def test_nearest_code_ties_give_the_lowest_index(device):
-    codebook = rows(70, 33, device)
+    codebook = vectors(70, 33, device)
     codebook = torch.cat([codebook, codebook, codebook])
-    x = torch.cat([codebook, rows(300, 33, device)])
+    x = torch.cat([codebook, vectors(300, 33, device)])
     expected = torch.arange(210, device=device) % 70
     precisions = ["exact", "float32"]
     if INTERPRETED:
-        # The products of NumPy depend on the place of a column, and each row takes long.
+        # NumPy's products depend on the position of a column, and each vector takes long.
         x, expected, precisions = x[::3], expected[::3], ["exact"]
     for precision in precisions:
         indices = nearest_code(x, codebook, precision=precision)
@@ -78,7 +78,7 @@ def test_nearest_code_ties_give_the_lowest_index(device):
 @pytest.mark.every_isa
 @pytest.mark.parametrize("d", [5, 12])
 def test_nearest_code_ties_among_integers_give_the_lowest_index(device, d):
-    # Sums of small integers are exact in any order, so nearly every row has exact ties, near and far.
+    # Sums of small integers are exact in any order, so nearly every vector has exact ties, near and far.
     x, codebook = (torch.randint(-1, 2, (n, d), device=device).float() for n in (150, 300))
     indices, distances = nearest_code(x, codebook, return_distance=True)
     expected, exact = exact_distances(x, codebook).argmin(1), exact_distances(x, codebook).amin(1)
@@ -95,9 +95,9 @@ def test_nearest_code_close_codes_are_separated(device):
 
 
 def test_nearest_code_far_from_the_origin_matches_float64(device):
-    # |x|^2 swallows the differences of float32 scores here.
-    codebook = rows(64, 16, device) + 3000
-    x = codebook[torch.arange(200, device=device) % 64] + 0.01 * rows(200, 16, device)
+    # |x|^2 is so large that float32 scores of different codes round to the same value.
+    codebook = vectors(64, 16, device) + 3000
+    x = codebook[torch.arange(200, device=device) % 64] + 0.01 * vectors(200, 16, device)
     assert nearest_code(x, codebook, precision="exact").tolist() == [i % 64 for i in range(200)]
 
 
@@ -108,8 +108,8 @@ def test_nearest_code_differences_that_cancel_in_a_product_match_float64(device)
     codebook[0, 0] += 2e-3
     index, distance = nearest_code(x, codebook, return_distance=True, precision="exact")
     assert (int(index), float(distance)) == (1, 0)
-    close = 1e3 + 1e-3 * rows(2000, 256, device)
-    codebook = 1e3 + 1e-3 * rows(50, 256, device)
+    close = 1e3 + 1e-3 * vectors(2000, 256, device)
+    codebook = 1e3 + 1e-3 * vectors(50, 256, device)
     indices, distances = nearest_code(close, codebook, return_distance=True, precision="exact")
     exact, expected = exact_distances(close, codebook).min(1)
     assert torch.equal(indices, expected)
@@ -117,8 +117,8 @@ def test_nearest_code_differences_that_cancel_in_a_product_match_float64(device)
 
 
 def test_nearest_code_outlier_code_leaves_the_others_exact(device):
-    codebook = rows(64, 16, device)
-    x = rows(300, 16, device)
+    codebook = vectors(64, 16, device)
+    x = vectors(300, 16, device)
     expected = nearest_code(x, codebook)
     codebook = torch.cat([codebook, torch.full((1, 16), 1e15, device=device)])
     assert torch.equal(nearest_code(x, codebook, precision="exact"), expected)
@@ -127,7 +127,7 @@ def test_nearest_code_outlier_code_leaves_the_others_exact(device):
 def test_nearest_code_long_code_leaves_the_norms_of_others_exact(device):
     codebook = torch.tensor([[1.0], [9.0], [1.02], [9.0], [1e5]], device=device)
     assert nearest_code(torch.tensor([[1.005]], device=device), codebook).tolist() == [0]
-    x, codebook = rows(500, 2, device), torch.cat([rows(300, 2, device), torch.full((1, 2), 1e4, device=device)])
+    x, codebook = vectors(500, 2, device), torch.cat([vectors(300, 2, device), torch.full((1, 2), 1e4, device=device)])
     assert_same_codes(nearest_code(x, codebook), x, codebook)
 
 
@@ -138,15 +138,15 @@ def test_nearest_code_squares_beyond_float32_are_compared(device):
 
 
 def test_nearest_code_codebook_changed_through_data_is_read_again(device):
-    x, codebook = rows(50, 4, device), rows(20, 4, device)
+    x, codebook = vectors(50, 4, device), vectors(20, 4, device)
     nearest_code(x, codebook)
-    codebook.data.copy_(rows(20, 4, device))
+    codebook.data.copy_(vectors(20, 4, device))
     assert_same_codes(nearest_code(x, codebook), x, codebook)
 
 
 def test_nearest_code_extreme_scales_match_float64(device):
     for scale in (1e-18, 1e18):
-        x, codebook = scale * rows(100, 8, device), scale * rows(32, 8, device)
+        x, codebook = scale * vectors(100, 8, device), scale * vectors(32, 8, device)
         assert torch.equal(nearest_code(x, codebook), exact_distances(x / scale, codebook / scale).argmin(1))
 
 
@@ -171,7 +171,7 @@ def test_nearest_code_nan_and_infinity_follow_the_rules(device):
 @pytest.mark.large
 @pytest.mark.parametrize("precision", ["high", "medium"])
 def test_nearest_code_ignores_the_callers_precision(device, precision):
-    x, codebook = rows(500, 64, device), rows(300, 64, device)
+    x, codebook = vectors(500, 64, device), vectors(300, 64, device)
     expected = nearest_code(x, codebook)
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision(precision)
@@ -185,7 +185,7 @@ def test_nearest_code_ignores_the_callers_precision(device, precision):
 @pytest.mark.large
 def test_nearest_code_repeated_call_is_bitwise_reproducible(device):
     torch.use_deterministic_algorithms(False)
-    x, codebook = rows(1000, 32, device), rows(300, 32, device)
+    x, codebook = vectors(1000, 32, device), vectors(300, 32, device)
     first, second = (nearest_code(x, codebook, return_distance=True) for _ in range(2))
     assert torch.equal(first[0], second[0])
     assert torch.equal(first[1], second[1])
@@ -194,11 +194,11 @@ def test_nearest_code_repeated_call_is_bitwise_reproducible(device):
 def test_nearest_code_opcheck_passes(device):
     x = layouts(20, 6, device)["channel_first"]
     for return_distance in (False, True):
-        torch.library.opcheck(torch.ops.dlvae.nearest_code, (x, rows(5, 6, device), return_distance, "float32"))
+        torch.library.opcheck(torch.ops.dlvae.nearest_code, (x, vectors(5, 6, device), return_distance, "float32"))
 
 
 def test_nearest_code_compiled_whole_matches_eager(device):
-    x, codebook = rows(40, 6, device), rows(9, 6, device)
+    x, codebook = vectors(40, 6, device), vectors(9, 6, device)
     compiled = torch.compile(nearest_code, fullgraph=True, backend="aot_eager", dynamic=True)
     for n in (40, 17):
         assert torch.equal(compiled(x[:n], codebook), nearest_code(x[:n], codebook))

@@ -11,7 +11,7 @@ from dlvae_kernels import sparse_decode
 from dlvae_kernels.backends.reference import sparse_decode_bwd
 from dlvae_kernels.testing import assert_accurate
 
-from .cases import DTYPES, rows
+from .cases import DTYPES, vectors
 
 OPS = ("sparse_decode_fwd", "sparse_decode_bwd")
 WAYS = {"triton": ("-sparse", "-dense")}
@@ -26,9 +26,9 @@ def _way(request, monkeypatch):
 
 
 def case(n, num_atoms, d, k, device, dtype=torch.float32):
-    values = rows(n, k, device, dtype)
+    values = vectors(n, k, device, dtype)
     indices = torch.randint(0, num_atoms, (n, k), device=device)
-    return values, indices, rows(num_atoms, d, device, dtype)
+    return values, indices, vectors(num_atoms, d, device, dtype)
 
 
 @pytest.mark.small
@@ -58,7 +58,7 @@ def test_sparse_decode_three_atoms_by_hand(device):
 )
 def test_sparse_decode_any_size_and_dtype_equals_float64(device, size, dtype):
     values, indices, dictionary = case(*size, device, dtype)
-    grad = rows(size[0], size[2], device, dtype)
+    grad = vectors(size[0], size[2], device, dtype)
 
     def run(function, to):
         inputs = values.to(to).requires_grad_(), dictionary.to(to).requires_grad_()
@@ -105,7 +105,7 @@ def test_sparse_decode_gradcheck_passes(device):
 def test_sparse_decode_gradients_of_a_repeated_call_are_bitwise_reproducible(device):
     torch.use_deterministic_algorithms(False)
     values, indices, dictionary = case(3000, 40, 16, 8, device)
-    arguments = (rows(3000, 16, device), values, indices, dictionary, True, True)
+    arguments = (vectors(3000, 16, device), values, indices, dictionary, True, True)
     first, second = (torch.ops.dlvae.sparse_decode_bwd(*arguments) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
@@ -113,7 +113,7 @@ def test_sparse_decode_gradients_of_a_repeated_call_are_bitwise_reproducible(dev
 @pytest.mark.every_isa
 def test_sparse_decode_values_not_finite_stay_in_their_vectors_and_atoms(device):
     values, indices, dictionary = case(70, 200, 20, 3, device)
-    grad = rows(70, 20, device)
+    grad = vectors(70, 20, device)
     indices[indices == 5] = 6
     indices[3] = torch.tensor([5, 1, 2])
     expected = sparse_decode(values, indices, dictionary)
@@ -136,7 +136,7 @@ def test_sparse_decode_reference_gathers_only_where_atoms_are_many(num_atoms, ga
     module = sys.modules[sparse_decode_bwd.__module__]
     monkeypatch.setattr(module, "_CHUNK_ELEMENTS", 3 * num_atoms)  # several chunks
     values, indices, dictionary = case(50, num_atoms, 4, 3, torch.device("cpu"))
-    grad = rows(50, 4, torch.device("cpu"))
+    grad = vectors(50, 4, torch.device("cpu"))
     taken = []
     for name in ("_products", "_products_by_gather", "_sums", "_sums_by_segment"):
         original = getattr(module, name)
@@ -151,7 +151,7 @@ def test_sparse_decode_reference_gathers_only_where_atoms_are_many(num_atoms, ga
 @pytest.mark.every_isa
 def test_sparse_decode_autocast_rounds_no_gradient(device):
     values, indices, dictionary = case(40, 30, 16, 5, device)
-    arguments = (rows(40, 16, device), values, indices, dictionary, True, True)
+    arguments = (vectors(40, 16, device), values, indices, dictionary, True, True)
     expected = torch.ops.dlvae.sparse_decode_bwd(*arguments)
     with torch.autocast(device.type, torch.bfloat16):
         actual = torch.ops.dlvae.sparse_decode_bwd(*arguments)
@@ -162,7 +162,7 @@ def test_sparse_decode_opcheck_and_compile_pass(device):
     values, indices, dictionary = case(6, 5, 3, 2, device)
     torch.library.opcheck(torch.ops.dlvae.sparse_decode_fwd, (values, indices, dictionary))
     for needs in ((True, True), (True, False), (False, True)):
-        args = (rows(6, 3, device), values, indices, dictionary, *needs)
+        args = (vectors(6, 3, device), values, indices, dictionary, *needs)
         torch.library.opcheck(torch.ops.dlvae.sparse_decode_bwd, args)
     inputs = values.requires_grad_(), dictionary.requires_grad_()
     compiled = torch.compile(sparse_decode, fullgraph=True, backend="aot_eager")

@@ -1,4 +1,4 @@
-"""Properties of searches among small integers, where nearly every row has a tie."""
+"""Properties of searches among small integers, where nearly every vector has a tie."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from dlvae_kernels import nearest_code, topk_codes
 from dlvae_kernels.testing import exact_distances
 
-# In a file of its own: where hypothesis is missing, the other tests still run.
+# This is a separate file, so that the other tests run without hypothesis.
 pytest.importorskip("hypothesis")
 from hypothesis import given, settings
 from hypothesis import strategies as st

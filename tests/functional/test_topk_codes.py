@@ -6,7 +6,7 @@ import torch
 from dlvae_kernels import nearest_code, topk_codes, use_backend
 from dlvae_kernels.testing import assert_accurate, assert_same_topk
 
-from .cases import DTYPES, INTERPRETED, SIZES, layouts, rows
+from .cases import DTYPES, INTERPRETED, SIZES, layouts, vectors
 
 OPS = ("topk_codes",)
 
@@ -39,7 +39,7 @@ def test_topk_codes_products_by_hand(device):
 @pytest.mark.parametrize("size", SIZES)
 def test_topk_codes_any_size_and_dtype_equals_float64(device, size, dtype):
     n, num_atoms, d = size
-    x, dictionary = rows(n, d, device, dtype), rows(num_atoms, d, device, dtype)
+    x, dictionary = vectors(n, d, device, dtype), vectors(num_atoms, d, device, dtype)
     for k in {1, min(7, num_atoms), num_atoms}:
         indices, distances = topk_codes(x, dictionary, k)
         assert indices.shape == distances.shape == (n, k)
@@ -51,8 +51,8 @@ def test_topk_codes_any_size_and_dtype_equals_float64(device, size, dtype):
 @pytest.mark.parametrize("size", SIZES)
 def test_topk_codes_products_match_float64(device, size, dtype):
     n, num_atoms, d = size
-    x, dictionary = rows(n, d, device, dtype), rows(num_atoms, d, device, dtype)
-    for k, bias in ((1, None), (min(7, num_atoms), rows(1, num_atoms, device, dtype)[0]), (num_atoms, None)):
+    x, dictionary = vectors(n, d, device, dtype), vectors(num_atoms, d, device, dtype)
+    for k, bias in ((1, None), (min(7, num_atoms), vectors(1, num_atoms, device, dtype)[0]), (num_atoms, None)):
         indices, products = topk_codes(x, dictionary, k, metric="dot", bias=bias)
         assert indices.shape == products.shape == (n, k)
         assert products.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
@@ -62,8 +62,8 @@ def test_topk_codes_products_match_float64(device, size, dtype):
 @pytest.mark.parametrize("metric", ["l2", "dot"])
 @pytest.mark.parametrize("dtypes", [(torch.float32, torch.float32), (torch.bfloat16, torch.float32)])
 def test_topk_codes_many_codes_match_float64(device, dtypes, metric):
-    """More than the scores of which a chip holds, some of them equal, and long ones beside short ones."""
-    x, dictionary = rows(70, 20, device, dtypes[0]), rows(1100, 20, device, dtypes[1])
+    """More codes than the kernel for few codes accepts, some of them equal, and long ones beside short ones."""
+    x, dictionary = vectors(70, 20, device, dtypes[0]), vectors(1100, 20, device, dtypes[1])
     dictionary[1000:1050] = dictionary[:50]
     dictionary[7] *= 1e3
     x[3] *= 1e-3
@@ -73,14 +73,14 @@ def test_topk_codes_many_codes_match_float64(device, dtypes, metric):
 
 @pytest.mark.parametrize("num_atoms", [64, 600])
 def test_topk_codes_extremes_match_the_reference(device, num_atoms):
-    """Against the reference: biases that mask, rows far longer than the atoms, atoms too long for a square."""
-    x, dictionary = rows(4, 16, device), rows(num_atoms, 16, device)
+    """Against the reference: biases that mask, vectors far longer than the atoms, atoms whose square overflows."""
+    x, dictionary = vectors(4, 16, device), vectors(num_atoms, 16, device)
     bias = torch.zeros(num_atoms, device=device)
     bias[::2] = torch.finfo(torch.float32).min
     long, tiny, unbounded = dictionary.clone(), 1e-17 * dictionary, x.clone()
     long[5] *= 1e19
     unbounded[:, 0] = torch.inf
-    for rows_of, atoms, options in (
+    for inputs, atoms, options in (
         (x, dictionary, {"metric": "dot", "bias": bias}),
         (x, dictionary, {"metric": "dot", "bias": torch.where(bias < 0, -torch.inf, bias)}),
         (x, long, {"metric": "dot"}),
@@ -90,17 +90,17 @@ def test_topk_codes_extremes_match_the_reference(device, num_atoms):
         (1e-4 * x, 1e-2 * tiny, {}),
         (unbounded, dictionary, {"metric": "dot"}),
     ):
-        indices, values = topk_codes(rows_of, atoms, 4, **options)
+        indices, values = topk_codes(inputs, atoms, 4, **options)
         with use_backend("reference"):
-            expected = topk_codes(rows_of, atoms, 4, **options)
+            expected = topk_codes(inputs, atoms, 4, **options)
         torch.testing.assert_close(values, expected[1], equal_nan=True)
-        # Beside a long row, atoms that are tiny tie in float32.
+        # Tiny atoms tie in float32 for a much longer vector.
         assert atoms.abs().max() < 1e-10 or torch.equal(indices, expected[0])
 
 
 @pytest.mark.parametrize("metric", ["l2", "dot"])
 def test_topk_codes_all_codes_tie_orders_by_index(device, metric):
-    x = rows(9, 3, device)
+    x = vectors(9, 3, device)
     x[1] = 0
     indices, found = topk_codes(x, torch.ones(700, 3, device=device), 5, metric=metric)
     assert torch.equal(indices, torch.arange(5, device=device).expand(9, 5))
@@ -110,7 +110,7 @@ def test_topk_codes_all_codes_tie_orders_by_index(device, metric):
 @pytest.mark.every_isa
 @pytest.mark.parametrize("layout", layouts(2, 2, torch.device("cpu")))
 def test_topk_codes_any_strides_match_float64(device, layout):
-    x, dictionary = layouts(50, 12, device)[layout], rows(24, 12, device)
+    x, dictionary = layouts(50, 12, device)[layout], vectors(24, 12, device)
     indices, distances = topk_codes(x, dictionary, 5)
     assert_same_topk(indices, distances, x, dictionary)
     bias = torch.randn(24, 2, device=device)[:, 0]
@@ -120,15 +120,15 @@ def test_topk_codes_any_strides_match_float64(device, layout):
 
 def test_topk_codes_first_is_the_nearest(device):
     n, num_atoms = (100, 300) if INTERPRETED else (3000, 900)
-    x, dictionary = rows(n, 20, device), rows(num_atoms, 20, device)
+    x, dictionary = vectors(n, 20, device), vectors(num_atoms, 20, device)
     assert torch.equal(topk_codes(x, dictionary, 4)[0][:, 0], nearest_code(x, dictionary, precision="exact"))
 
 
 @pytest.mark.every_isa
 def test_topk_codes_ties_are_ordered_by_index(device):
-    dictionary = rows(40, 33, device)
+    dictionary = vectors(40, 33, device)
     dictionary = torch.cat([dictionary, dictionary, dictionary])
-    x = torch.cat([rows(100, 33, device), dictionary])
+    x = torch.cat([vectors(100, 33, device), dictionary])
     # 4 cuts through the second group of three equal atoms.
     indices, distances = topk_codes(x, dictionary, 4)
     assert_same_topk(indices, distances, x, dictionary)
@@ -139,8 +139,8 @@ def test_topk_codes_ties_are_ordered_by_index(device):
 
 
 def test_topk_codes_equal_products_are_ordered_by_index(device):
-    dictionary = torch.cat([rows(40, 33, device)] * 3)
-    x, bias = rows(100, 33, device), torch.cat([rows(1, 40, device)[0]] * 3)
+    dictionary = torch.cat([vectors(40, 33, device)] * 3)
+    x, bias = vectors(100, 33, device), torch.cat([vectors(1, 40, device)[0]] * 3)
     indices, products = topk_codes(x, dictionary, 4, metric="dot", bias=bias)
     assert_same_topk(indices, products, x, dictionary, metric="dot", bias=bias)
     assert (indices[:, 1] == indices[:, 0] + 40).all()
@@ -179,7 +179,7 @@ def test_topk_codes_products_not_finite_follow_the_rules(device):
         [[3, 1, inf, -inf, nan, nan], [-1, -3, -inf, inf, nan, nan], [0, 0, *[nan] * 4], [nan] * 6], device=device
     )
     torch.testing.assert_close(products[:4], expected, rtol=0, atol=0, equal_nan=True)
-    # A row of NaN has NaN products with one atom too, where nothing ties.
+    # A vector of NaN has NaN products with a single atom too, for which there are no ties.
     indices, products = topk_codes(x[3:4], dictionary[1:2], 1, metric="dot")
     assert indices.tolist() == [[0]]
     assert products.isnan().all()
@@ -194,8 +194,12 @@ def dense(x, dictionary, indices, bias):
 @pytest.mark.parametrize("dtype", DTYPES[:-1])
 @pytest.mark.parametrize("biased", [False, True])
 def test_topk_codes_gradients_match_the_dense_formula(device, biased, dtype):
-    inputs = [rows(60, 12, device, dtype), rows(30, 12, device, dtype), *[rows(1, 30, device, dtype)[0]] * biased]
-    grad = rows(60, 5, device)
+    inputs = [
+        vectors(60, 12, device, dtype),
+        vectors(30, 12, device, dtype),
+        *[vectors(1, 30, device, dtype)[0]] * biased,
+    ]
+    grad = vectors(60, 5, device)
     indices = topk_codes(*inputs[:2], 5, metric="dot", bias=inputs[2] if biased else None)[0]
 
     def run(function, to):
@@ -214,7 +218,7 @@ def test_topk_codes_gradients_match_the_dense_formula(device, biased, dtype):
 
 @pytest.mark.every_isa
 def test_topk_codes_gradients_are_only_those_needed(device):
-    x, dictionary, bias = rows(8, 3, device), rows(5, 3, device), rows(1, 5, device)[0]
+    x, dictionary, bias = vectors(8, 3, device), vectors(5, 3, device), vectors(1, 5, device)[0]
     leaves = [each.requires_grad_() for each in (x, dictionary, bias)]
     whole = torch.autograd.grad(topk_codes(x, dictionary, 2, metric="dot", bias=bias)[1].sum(), leaves)
     for i, grad in enumerate(whole):
@@ -228,7 +232,7 @@ def test_topk_codes_gradients_are_only_those_needed(device):
 
 
 def test_topk_codes_half_precision_beside_float32_keeps_dtypes(device):
-    x, dictionary, bias = rows(9, 4, device), rows(6, 4, device), rows(1, 6, device)[0].requires_grad_()
+    x, dictionary, bias = vectors(9, 4, device), vectors(6, 4, device), vectors(1, 6, device)[0].requires_grad_()
     leaves = x.half().requires_grad_(), dictionary.requires_grad_()
     _, products = topk_codes(*leaves, 2, metric="dot", bias=bias)
     grads = torch.autograd.grad(products.sum(), (*leaves, bias))
@@ -238,7 +242,7 @@ def test_topk_codes_half_precision_beside_float32_keeps_dtypes(device):
 
 @pytest.mark.float64
 def test_topk_codes_gradcheck_passes(device):
-    inputs = [rows(*shape, device, torch.float64).requires_grad_() for shape in ((4, 3), (7, 3), (1, 7))]
+    inputs = [vectors(*shape, device, torch.float64).requires_grad_() for shape in ((4, 3), (7, 3), (1, 7))]
     assert torch.autograd.gradcheck(lambda x, atoms, b: topk_codes(x, atoms, 3, metric="dot", bias=b[0])[1], inputs)
 
 
@@ -246,7 +250,7 @@ def test_topk_codes_gradcheck_passes(device):
 @pytest.mark.parametrize("metric", ["l2", "dot"])
 def test_topk_codes_repeated_call_is_bitwise_reproducible(device, metric):
     torch.use_deterministic_algorithms(False)
-    leaves = [rows(n, 32, device).requires_grad_() for n in (1000, 300)]
+    leaves = [vectors(n, 32, device).requires_grad_() for n in (1000, 300)]
     found = []
     for _ in range(2):
         indices, values = topk_codes(*leaves, 20, metric=metric)
@@ -258,11 +262,11 @@ def test_topk_codes_repeated_call_is_bitwise_reproducible(device, metric):
 @pytest.mark.parametrize("metric", ["l2", "dot"])
 def test_topk_codes_opcheck_passes(device, metric):
     x, bias = layouts(20, 6, device)["channel_first"], torch.ones(5, device=device) if metric == "dot" else None
-    torch.library.opcheck(torch.ops.dlvae.topk_codes, (x, rows(5, 6, device), 3, metric, bias))
+    torch.library.opcheck(torch.ops.dlvae.topk_codes, (x, vectors(5, 6, device), 3, metric, bias))
 
 
 def test_topk_codes_compiled_whole_matches_eager(device):
-    x, dictionary = rows(40, 6, device), rows(9, 6, device)
+    x, dictionary = vectors(40, 6, device), vectors(9, 6, device)
     compiled = torch.compile(topk_codes, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(x, dictionary, 4)[0], topk_codes(x, dictionary, 4)[0])
     leaves = [x.requires_grad_(), dictionary.requires_grad_(), torch.ones(9, device=device, requires_grad=True)]

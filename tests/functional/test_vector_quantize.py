@@ -6,7 +6,7 @@ import torch
 from dlvae_kernels import nearest_code, vector_quantize
 from dlvae_kernels.testing import assert_accurate, assert_same_codes
 
-from .cases import DTYPES, SIZES, layouts, rows
+from .cases import DTYPES, SIZES, layouts, vectors
 
 OPS = ("vector_quantize_fwd", "vector_quantize_bwd")
 
@@ -33,14 +33,14 @@ def test_vector_quantize_three_codes_by_hand(device):
 @pytest.mark.parametrize("size", SIZES)
 def test_vector_quantize_any_size_and_dtype_equals_float64(device, size, dtype):
     n, k, d = size
-    x, codebook = rows(n, d, device, dtype).requires_grad_(), rows(k, d, device, dtype).requires_grad_()
+    x, codebook = vectors(n, d, device, dtype).requires_grad_(), vectors(k, d, device, dtype).requires_grad_()
     out = vector_quantize(x, codebook)
     assert out.quantized.dtype == dtype
     assert out.codebook_loss.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     assert_same_codes(out.indices, x.detach(), codebook.detach())
     assert torch.equal(out.quantized, codebook[out.indices])
     assert torch.equal(out.counts, torch.bincount(out.indices, minlength=k))
-    grad = rows(n, d, device, dtype)
+    grad = vectors(n, d, device, dtype)
     (out.quantized * grad).sum().backward(retain_graph=True)
     assert torch.equal(x.grad, grad)
     assert codebook.grad is None or not codebook.grad.any()
@@ -67,7 +67,7 @@ def test_vector_quantize_any_size_and_dtype_equals_float64(device, size, dtype):
 @pytest.mark.parametrize("layout", layouts(2, 2, torch.device("cpu")))
 def test_vector_quantize_any_strides_match_nearest_code(device, layout):
     x = layouts(50, 12, device)[layout].requires_grad_()
-    codebook = rows(24, 12, device)
+    codebook = vectors(24, 12, device)
     out = vector_quantize(x, codebook)
     assert torch.equal(out.quantized, codebook[nearest_code(x, codebook)])
     if layout != "expanded":
@@ -77,7 +77,7 @@ def test_vector_quantize_any_strides_match_nearest_code(device, layout):
 
 
 def test_vector_quantize_codebook_changed_before_the_backward_keeps_its_result(device):
-    x, codebook = rows(20, 4, device).requires_grad_(), rows(5, 4, device)
+    x, codebook = vectors(20, 4, device).requires_grad_(), vectors(5, 4, device)
     expected = vector_quantize(x, codebook.clone())
     (expected_grad,) = torch.autograd.grad(expected.commitment_loss, x)
     out = vector_quantize(x, codebook)
@@ -87,8 +87,8 @@ def test_vector_quantize_codebook_changed_before_the_backward_keeps_its_result(d
 
 
 def test_vector_quantize_output_changed_before_the_backward_is_accepted(device):
-    x = rows(20, 4, device).requires_grad_()
-    out = vector_quantize(x, rows(5, 4, device))
+    x = vectors(20, 4, device).requires_grad_()
+    out = vector_quantize(x, vectors(5, 4, device))
     (out.quantized.relu_().sum() + out.commitment_loss).backward()
     assert torch.isfinite(x.grad).all()
 
@@ -96,9 +96,9 @@ def test_vector_quantize_output_changed_before_the_backward_is_accepted(device):
 @pytest.mark.every_isa
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_vector_quantize_gradient_of_half_vectors_beside_close_float32_codes_is_accurate(device, dtype):
-    # Rounding the codes to half precision would swallow their distance from x.
-    x = (1 + 1e-3 * rows(400, 8, device)).to(dtype)
-    codebook = (1 + 1e-3 * rows(5, 8, device)).requires_grad_()
+    # Codes rounded to half precision would equal x.
+    x = (1 + 1e-3 * vectors(400, 8, device)).to(dtype)
+    codebook = (1 + 1e-3 * vectors(5, 8, device)).requires_grad_()
     out = vector_quantize(x, codebook)
     out.codebook_loss.backward()
     codes = codebook.detach().double().requires_grad_()
@@ -108,7 +108,7 @@ def test_vector_quantize_gradient_of_half_vectors_beside_close_float32_codes_is_
 
 @pytest.mark.float64
 def test_vector_quantize_gradcheck_of_the_losses_passes(device):
-    x, codebook = rows(7, 3, device, torch.float64), rows(4, 3, device, torch.float64)
+    x, codebook = vectors(7, 3, device, torch.float64), vectors(4, 3, device, torch.float64)
     # The straight-through output has no true gradient; each loss has one with the other side held.
     assert torch.autograd.gradcheck(lambda c: vector_quantize(x, c).codebook_loss, codebook.clone().requires_grad_())
     assert torch.autograd.gradcheck(lambda r: vector_quantize(r, codebook).commitment_loss, x.clone().requires_grad_())
@@ -116,7 +116,7 @@ def test_vector_quantize_gradcheck_of_the_losses_passes(device):
 
 @pytest.mark.every_isa
 def test_vector_quantize_each_loss_has_one_gradient(device):
-    x, codebook = rows(9, 3, device).requires_grad_(), rows(4, 3, device).requires_grad_()
+    x, codebook = vectors(9, 3, device).requires_grad_(), vectors(4, 3, device).requires_grad_()
     out = vector_quantize(x, codebook)
     for loss, moves in ((out.codebook_loss, codebook), (out.commitment_loss, x)):
         grads = torch.autograd.grad(loss, (x, codebook), retain_graph=True)
@@ -129,7 +129,7 @@ def test_vector_quantize_repeated_call_is_bitwise_reproducible(device):
     results = []
     for _ in range(2):
         torch.manual_seed(0)
-        x, codebook = rows(4000, 16, device).requires_grad_(), rows(7, 16, device).requires_grad_()
+        x, codebook = vectors(4000, 16, device).requires_grad_(), vectors(7, 16, device).requires_grad_()
         out = vector_quantize(x, codebook)
         (out.codebook_loss + out.commitment_loss + out.quantized.sum()).backward()
         results.append([*(t.detach() for t in out), x.grad, codebook.grad])
@@ -137,7 +137,7 @@ def test_vector_quantize_repeated_call_is_bitwise_reproducible(device):
 
 
 def test_vector_quantize_opcheck_passes(device):
-    x, codebook = layouts(20, 6, device)["channel_first"], rows(5, 6, device)
+    x, codebook = layouts(20, 6, device)["channel_first"], vectors(5, 6, device)
     torch.library.opcheck(torch.ops.dlvae.vector_quantize_fwd, (x, codebook, False, "float32"))
     torch.library.opcheck(torch.ops.dlvae.vector_quantize_fwd, (x, codebook, True, "float32"))
     _, indices, *_, error = torch.ops.dlvae.vector_quantize_fwd(x, codebook, True, "float32")
@@ -148,7 +148,7 @@ def test_vector_quantize_opcheck_passes(device):
 
 
 def test_vector_quantize_compiled_whole_matches_eager(device):
-    x, codebook = rows(40, 6, device).requires_grad_(), rows(9, 6, device).requires_grad_()
+    x, codebook = vectors(40, 6, device).requires_grad_(), vectors(9, 6, device).requires_grad_()
     expected = vector_quantize(x, codebook)
     compiled = torch.compile(vector_quantize, fullgraph=True, backend="aot_eager")
     out = compiled(x, codebook)
@@ -160,7 +160,7 @@ def test_vector_quantize_compiled_whole_matches_eager(device):
 
 @pytest.mark.every_isa
 def test_vector_quantize_without_gradient_records_nothing(device):
-    out = vector_quantize(rows(4, 3, device), rows(5, 3, device))
+    out = vector_quantize(vectors(4, 3, device), vectors(5, 3, device))
     assert out.quantized.grad_fn is None
     assert out.commitment_loss.grad_fn is None
 

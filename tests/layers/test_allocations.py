@@ -1,4 +1,4 @@
-"""No layer allocates a tensor of rows by atoms, in forward or backward."""
+"""No layer allocates an N x K matrix, in forward or backward."""
 
 from __future__ import annotations
 
@@ -21,14 +21,18 @@ CHUNK = 2**21
 
 
 def allowed(n, num_atoms, d, k):
-    """Elements of the inputs, the parameters and a row and a column more, the kept atoms or a chunk."""
-    most = max(n * d, (num_atoms + 1) * (d + 1), n * k, CHUNK)
-    assert most < n * num_atoms
-    return most
+    """The largest number of elements that a tensor may have.
+
+    That is the number of elements of x, of the dictionary with a row and a column more, of the selected coefficients,
+    or of a chunk of the reference.
+    """
+    largest = max(n * d, (num_atoms + 1) * (d + 1), n * k, CHUNK)
+    assert largest < n * num_atoms
+    return largest
 
 
 def on(device):
-    """On the CPU the reference: what compiled code takes for itself no hook sees, so the whole process is measured."""
+    """Force the reference on the CPU, since no hook sees allocations of compiled code; below its peak is measured."""
     return use_backend("reference") if device == "cpu" else nullcontext()
 
 
@@ -87,7 +91,7 @@ print(peak() - before)
 """
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    # A matrix of rows by atoms would take 512 MB.
+    # An N x K matrix would take 512 MB.
     assert float(result.stdout) < 128
 
 
@@ -106,7 +110,7 @@ def test_triton_operations_allocate_no_n_by_k_matrix(size):
     x, dictionary = torch.zeros(size.n, size.d), torch.zeros(size.k, size.d)
     with without_launching(), Allocations() as found:
         indices, values = kernels.topk_codes(x, dictionary, size.selected, "l2" if size == DICTIONARY else "dot", None)
-        # The launcher wrote nothing, so the indices may lie out of range.
+        # No kernel ran, so the indices may lie out of range.
         indices.zero_()
         if size == DICTIONARY:
             values, sums = kernels.kept_softmax_fwd(x, dictionary, None, indices)

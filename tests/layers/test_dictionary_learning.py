@@ -11,11 +11,11 @@ from dlvae_kernels.testing import assert_same_topk, exact_distances
 
 from ..oracles import notebook
 
-DIM, ATOMS, KEPT = 6, 24, 5
+DIM, ATOMS, SELECTED = 6, 24, 5
 
 
 def make(**options):
-    return DictionaryLearning(DIM, ATOMS, 0.1, KEPT, **options)
+    return DictionaryLearning(DIM, ATOMS, 0.1, SELECTED, **options)
 
 
 @pytest.fixture
@@ -25,7 +25,7 @@ def x():
 
 @pytest.mark.small
 def test_dictionary_learning_step_equals_the_notebook(x):
-    layer, formula = make(), notebook.DictionaryLearning(DIM, ATOMS, 0.1, KEPT)
+    layer, formula = make(), notebook.DictionaryLearning(DIM, ATOMS, 0.1, SELECTED)
     formula.load_state_dict(layer.state_dict())
     twin = x.detach().clone().requires_grad_()
     for function, inputs in ((layer, x), (formula, twin)):
@@ -41,11 +41,11 @@ def test_dictionary_learning_step_equals_the_notebook(x):
 def test_dictionary_learning_selects_the_nearest_atoms(x):
     layer = make(representation="sparse")
     _, _, (values, indices) = layer(x)
-    rows = x.detach().permute(0, 2, 3, 1)
+    vectors = x.detach().permute(0, 2, 3, 1)
     chosen = indices.flatten(0, 2)
-    distances = exact_distances(rows.reshape(-1, DIM), layer.dictionary.detach()).gather(1, chosen).float()
-    assert_same_topk(chosen, distances, rows.reshape(-1, DIM), layer.dictionary.detach())
-    softmax = layer.representation(rows)
+    distances = exact_distances(vectors.reshape(-1, DIM), layer.dictionary.detach()).gather(1, chosen).float()
+    assert_same_topk(chosen, distances, vectors.reshape(-1, DIM), layer.dictionary.detach())
+    softmax = layer.representation(vectors)
     torch.testing.assert_close(values, softmax.gather(-1, indices))
 
 
@@ -54,9 +54,9 @@ def test_dictionary_learning_dense_and_sparse_representations_agree(x):
     sparse.load_state_dict(dense.state_dict())
     matrix, (values, indices) = dense(x)[2], sparse(x)[2]
     assert matrix.shape == (60, ATOMS)
-    assert values.shape == indices.shape == (3, 4, 5, KEPT)
+    assert values.shape == indices.shape == (3, 4, 5, SELECTED)
     assert torch.equal(matrix.gather(1, indices.flatten(0, 2)), values.flatten(0, 2))
-    assert (matrix != 0).sum() == 60 * KEPT
+    assert (matrix != 0).sum() == 60 * SELECTED
     grads = [
         torch.autograd.grad(m.square().sum(), layer.dictionary, allow_unused=True) for m, layer in ((matrix, dense),)
     ]
@@ -86,13 +86,13 @@ def test_dictionary_learning_direct_gradient_passes_coefficients_and_atoms(x):
     layer = make(gradient="direct")
     _, reconstruction, _ = layer(x)
     grads = torch.autograd.grad(reconstruction.square().sum(), [x, *layer.parameters()])
-    rows = x.detach().permute(0, 2, 3, 1).reshape(-1, DIM).requires_grad_()
-    formula = notebook.DictionaryLearning(DIM, ATOMS, 0.1, KEPT)
+    vectors = x.detach().permute(0, 2, 3, 1).reshape(-1, DIM).requires_grad_()
+    formula = notebook.DictionaryLearning(DIM, ATOMS, 0.1, SELECTED)
     formula.load_state_dict(layer.state_dict())
     _, indices = layer.encode(x)
     mask = torch.zeros(60, ATOMS).scatter(1, indices.flatten(0, 2), 1)
-    decoded = (formula.representation(rows) * mask) @ formula.dictionary
-    expected = torch.autograd.grad(decoded.square().sum(), [rows, *formula.parameters()])
+    decoded = (formula.representation(vectors) * mask) @ formula.dictionary
+    expected = torch.autograd.grad(decoded.square().sum(), [vectors, *formula.parameters()])
     torch.testing.assert_close(grads[0].permute(0, 2, 3, 1).reshape(-1, DIM), expected[0])
     for actual, wanted in zip(grads[1:], expected[1:], strict=True):
         torch.testing.assert_close(actual, wanted)
@@ -104,7 +104,7 @@ def test_dictionary_learning_loss_does_not_grow_with_the_batch(x):
 
 
 def test_dictionary_learning_sparsity_weights_the_mean_norm(x):
-    with_norm, without = make(representation="sparse"), DictionaryLearning(DIM, ATOMS, 0.0, KEPT)
+    with_norm, without = make(representation="sparse"), DictionaryLearning(DIM, ATOMS, 0.0, SELECTED)
     without.load_state_dict(with_norm.state_dict())
     loss, reconstruction, (values, _) = with_norm(x)
     torch.testing.assert_close(loss - without(x)[0], 0.1 * values.abs().sum(-1).mean())
@@ -120,7 +120,7 @@ def test_dictionary_learning_maps_of_any_rank_and_channel_last_agree(spatial):
     torch.testing.assert_close(outs[0][0], outs[1][0])
     assert outs[0][1].shape == x.shape
     torch.testing.assert_close(outs[0][1].movedim(1, -1), outs[1][1])
-    assert layer.encode(x).indices.shape == (2, *spatial, KEPT)
+    assert layer.encode(x).indices.shape == (2, *spatial, SELECTED)
     torch.testing.assert_close(layer.decode(*layer.encode(x)), outs[0][1])
     torch.testing.assert_close(last.decode(*layer.encode(x)), outs[1][1])
 
@@ -202,6 +202,7 @@ def test_dictionary_learning_empty_batch_gives_empty_outputs():
         (torch.zeros(4), r"expected x of shape \[B, 6, ...\], got \(4,\)"),
         (torch.zeros(2, 5, 4, 4), r"expected x of shape \[B, 6, ...\], got \(2, 5, 4, 4\)"),
         (torch.zeros(2, DIM, 4, 4).int(), r"expected x of dtype .*, got torch.int32"),
+        (torch.zeros(2, DIM, 4, 4).double(), r"expected x of the layer's dtype, torch.float32, .*, got torch.float64"),
         (torch.zeros(2, DIM, 4, 4, device="meta"), r"expected x on the device of dictionary, cpu, got meta"),
     ],
 )
@@ -213,9 +214,9 @@ def test_dictionary_learning_bad_inputs_raise(bad, message):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((0, ATOMS, 0.1, KEPT), r"expected dim to be a whole number of at least 1, got 0"),
-        ((DIM, 0, 0.1, KEPT), r"expected num_atoms to be a whole number of at least 1, got 0"),
-        ((DIM, ATOMS, -0.1, KEPT), r"expected sparsity to be at least 0, got -0.1"),
+        ((0, ATOMS, 0.1, SELECTED), r"expected dim to be a whole number of at least 1, got 0"),
+        ((DIM, 0, 0.1, SELECTED), r"expected num_atoms to be a whole number of at least 1, got 0"),
+        ((DIM, ATOMS, -0.1, SELECTED), r"expected sparsity to be at least 0, got -0.1"),
         ((DIM, ATOMS, 0.1, 0), r"expected sparsity_level to be a whole number in \[1, 24\], got 0"),
         ((DIM, ATOMS, 0.1, 25), r"expected sparsity_level to be a whole number in \[1, 24\], got 25"),
     ],

@@ -24,7 +24,7 @@ def _layer(kind: str, **options) -> torch.nn.Module:
 
 
 def _batches(sizes: tuple[int, int]) -> list[list[torch.Tensor]]:
-    """For each step the part of each rank: sizes[rank] maps of 6 positions."""
+    """For each step the batch of each rank: sizes[rank] maps of 6 positions."""
     generator = torch.Generator().manual_seed(1)
     return [[torch.randn(size, D, 6, generator=generator) for size in sizes] for _ in range(STEPS)]
 
@@ -37,7 +37,7 @@ def _train(layer, steps, rank):
 
 def _work(rank: int, folder: str, cases: list[tuple]) -> None:
     torch.set_num_threads(1)
-    # Made before torch.distributed is initialised: whether it is must be looked up at each forward.
+    # The layer is constructed before torch.distributed is initialised, which each forward has to check anew.
     layers = [_layer(kind, **options) for kind, options, _, _ in cases]
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     results = []
@@ -56,7 +56,7 @@ CASES = {
     "ema, uneven": ("ema", {}, (1, 7), False),
     "ema, compiled": ("ema", {}, (4, 4), True),
     "ema, not synchronised": ("ema", {"sync": False}, (4, 4), False),
-    "ema, data and revival": ("ema", {"init": "data", "dead_code_threshold": 1.0}, (4, 4), False),
+    "ema, data and dead codes": ("ema", {"init": "data", "dead_code_threshold": 1.0}, (4, 4), False),
     "ema, kmeans": ("ema", {"init": "kmeans"}, (4, 4), False),
     "ema, an empty rank": ("ema", {"init": "data", "dead_code_threshold": 1.0}, (4, 0), False),
     "gradient, revival": ("gradient", {"init": "kmeans", "dead_code_threshold": 2.0}, (4, 4), False),
@@ -76,9 +76,9 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[dict, dic
 @pytest.mark.parametrize("case", ["ema", "ema, uneven", "ema, compiled"])
 def test_two_ranks_equal_one_process_on_the_full_batch(ranks, case):
     kind, options, sizes, _ = CASES[case]
-    alone = _train(_layer(kind, **options), [[torch.cat(step)] for step in _batches(sizes)], 0)
+    single = _train(_layer(kind, **options), [[torch.cat(step)] for step in _batches(sizes)], 0)
     for state in ranks[case]:
-        for name, expected in alone.items():
+        for name, expected in single.items():
             torch.testing.assert_close(state[name], expected, rtol=1e-5, atol=1e-6)
 
 
@@ -92,8 +92,8 @@ def test_two_ranks_hold_bitwise_equal_states(ranks, case):
 def test_two_ranks_without_sync_hold_their_own_states(ranks):
     first, second = ranks["ema, not synchronised"]
     assert not torch.allclose(first["_embedding.weight"], second["_embedding.weight"], atol=1e-3)
-    alone = _train(_layer("ema"), _batches((4, 4)), 1)
-    torch.testing.assert_close(second, copy.deepcopy(alone))
+    single = _train(_layer("ema"), _batches((4, 4)), 1)
+    torch.testing.assert_close(second, copy.deepcopy(single))
 
 
 def test_sample_vectors_two_ranks_draw_from_all_without_repeats(monkeypatch):

@@ -13,7 +13,7 @@ K, D = 32, 8
 LAYERS = {
     "vector_quantizer": lambda: VectorQuantizer(K, D, 0.25),
     "vector_quantizer_ema": lambda: VectorQuantizerEMA(K, D, 0.25, 0.9),
-    "vector_quantizer_ema_revived": lambda: VectorQuantizerEMA(K, D, 0.25, 0.9, dead_code_threshold=0.1),
+    "vector_quantizer_ema_dead_codes": lambda: VectorQuantizerEMA(K, D, 0.25, 0.9, dead_code_threshold=0.1),
     "dictionary_learning": lambda: DictionaryLearning(D, K, 0.1, 4),
     "dictionary_learning_direct": lambda: DictionaryLearning(D, K, 0.1, 4, gradient="direct"),
     "sparse_autoencoder": lambda: SparseAutoencoder(D, K, 4),
@@ -78,7 +78,7 @@ def test_export_train_mode_updates_the_codebook_as_eager_code():
 @pytest.mark.parametrize(
     "layer", [VectorQuantizer(K, D, 0.25, init="data"), VectorQuantizerEMA(K, D, 0.25, 0.9, init="kmeans")]
 )
-def test_export_train_mode_while_the_codebook_awaits_data_raises(layer):
+def test_export_train_mode_while_the_codebook_is_uninitialised_raises(layer):
     model, x = Model(layer), torch.randn(2, 3, 4, 4)
     before = {key: value.clone() for key, value in model.state_dict().items()}
     with pytest.raises(ValueError, match="cannot be exported in train mode before a training batch"):

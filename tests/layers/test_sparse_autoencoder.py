@@ -9,12 +9,12 @@ from torch.nn.functional import mse_loss
 from dlvae_kernels import SparseAutoencoder
 from dlvae_kernels.testing import assert_same_topk
 
-DIM, ATOMS, KEPT = 6, 40, 5
+DIM, ATOMS, SELECTED = 6, 40, 5
 
 
 @pytest.fixture
 def layer():
-    layer = SparseAutoencoder(DIM, ATOMS, KEPT)
+    layer = SparseAutoencoder(DIM, ATOMS, SELECTED)
     with torch.no_grad():
         for parameter in layer.parameters():
             parameter.add_(0.3 * torch.randn_like(parameter))
@@ -29,7 +29,7 @@ def x():
 def dense(layer, x):
     """The formula with all latents."""
     active = (layer.encoder(x - layer.b_dec)).relu()
-    values, indices = active.topk(KEPT)
+    values, indices = active.topk(SELECTED)
     return torch.zeros_like(active).scatter(-1, indices, values) @ layer.W_dec + layer.b_dec, values, indices
 
 
@@ -52,7 +52,7 @@ def test_sparse_autoencoder_three_latents_by_hand():
 
 
 def test_sparse_autoencoder_initial_state_is_tied_unit_vectors():
-    layer = SparseAutoencoder(DIM, ATOMS, KEPT)
+    layer = SparseAutoencoder(DIM, ATOMS, SELECTED)
     assert torch.equal(layer.encoder.weight, layer.W_dec)
     torch.testing.assert_close(layer.W_dec.norm(dim=1), torch.ones(ATOMS))
     assert not layer.encoder.bias.any()
@@ -179,7 +179,7 @@ def test_sparse_autoencoder_autocast_keeps_dtypes(layer, dtype):
 def test_sparse_autoencoder_empty_batch_gives_empty_outputs(layer):
     x = torch.empty(0, 4, DIM, requires_grad=True)
     out = layer(x)
-    assert [tuple(each.shape) for each in out] == [(0, 4, DIM), (0, 4, KEPT), (0, 4, KEPT)]
+    assert [tuple(each.shape) for each in out] == [(0, 4, DIM), (0, 4, SELECTED), (0, 4, SELECTED)]
     out.reconstruction.sum().backward()
     assert not any(parameter.grad.any() for parameter in layer.parameters())
 
@@ -189,7 +189,7 @@ def test_sparse_autoencoder_state_dict_has_the_names_of_sparsify(layer, x):
     shapes = {name: tuple(each.shape) for name, each in state.items()}
     expected = {"encoder.weight": (ATOMS, DIM), "encoder.bias": (ATOMS,), "W_dec": (ATOMS, DIM), "b_dec": (DIM,)}
     assert shapes == expected
-    other = SparseAutoencoder(DIM, ATOMS, KEPT)
+    other = SparseAutoencoder(DIM, ATOMS, SELECTED)
     other.load_state_dict(state)
     assert torch.equal(other(x).reconstruction, layer(x).reconstruction)
     assert repr(other).startswith("SparseAutoencoder(\n  dim=6, num_atoms=40, k=5")
@@ -201,6 +201,7 @@ def test_sparse_autoencoder_state_dict_has_the_names_of_sparsify(layer, x):
         (torch.zeros(2, 5), r"expected x of shape \[..., 6\], with the D of encoder.weight, got \(2, 5\)"),
         (torch.zeros(()), r"expected x of shape .*, got \(\)"),
         (torch.zeros(2, DIM).int(), r"expected x of dtype .*, got torch.int32"),
+        (torch.zeros(2, DIM).double(), r"expected x of the layer's dtype, torch.float32, .*, got torch.float64"),
         (torch.zeros(2, DIM, device="meta"), r"expected x on the device of encoder.weight, cpu, got meta"),
     ],
 )
@@ -212,8 +213,8 @@ def test_sparse_autoencoder_bad_inputs_raise(layer, bad, message):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((0, ATOMS, KEPT), r"expected dim to be a whole number of at least 1, got 0"),
-        ((DIM, 0, KEPT), r"expected num_atoms to be a whole number of at least 1, got 0"),
+        ((0, ATOMS, SELECTED), r"expected dim to be a whole number of at least 1, got 0"),
+        ((DIM, 0, SELECTED), r"expected num_atoms to be a whole number of at least 1, got 0"),
         ((DIM, ATOMS, 0), r"expected k to be a whole number in \[1, 40\], got 0"),
         ((DIM, ATOMS, 41), r"expected k to be a whole number in \[1, 40\], got 41"),
     ],

@@ -150,7 +150,7 @@ def test_quantizer_first_training_batch_initialises_the_codebook(kind, init):
     _, quantized, *_ = layer.train()(x)
     assert (quantized - x).abs().max() < 0.1
     if init == "data":
-        # Rows of the batch, all different; one step of the averages may have moved them.
+        # The codes are vectors of the batch, all different; one step of the averages may have moved them.
         nearest = torch.cdist(layer.codebook.detach(), x.transpose(1, 2).reshape(-1, D)).amin(1)
         assert nearest.max() < 0.05
         assert len(layer.codebook.unique(dim=0)) == K
@@ -185,7 +185,7 @@ def test_quantizer_loaded_codebook_is_not_initialised_again(kind):
 
 
 @both
-def test_quantizer_state_dict_without_codebook_still_awaits_data(kind):
+def test_quantizer_state_dict_without_codebook_stays_uninitialised(kind):
     x = torch.randn(8, D, 5, 5)
     fresh = make(kind, init="data")
     fresh.load_state_dict(make(kind, init="data").state_dict())
@@ -197,7 +197,7 @@ def test_quantizer_state_dict_without_codebook_still_awaits_data(kind):
 
 
 @both
-def test_quantizer_dead_codes_are_revived_and_stay(kind):
+def test_quantizer_dead_codes_are_reinitialised_and_stay(kind):
     layer = make(kind, init="normal", dead_code_threshold=0.5, encodings="indices")
     with torch.no_grad():
         layer.codebook[5:] = 1e3
@@ -375,7 +375,11 @@ def test_quantizer_checkpoint_without_counts_loads():
         (torch.zeros(4), r"expected inputs of shape \[B, 6, ...\], got \(4,\)"),
         (torch.zeros(2, 5, 4, 4), r"expected inputs of shape \[B, 6, ...\], got \(2, 5, 4, 4\)"),
         (torch.zeros(2, D, 4, 4, dtype=torch.int32), r"expected inputs of dtype .*, got torch.int32"),
-        (torch.zeros(2, D, 4, 4, dtype=torch.float64), r"expected codebook of dtype .*, got torch.float32"),
+        (
+            torch.zeros(2, D, 4, 4, dtype=torch.float64),
+            r"expected inputs of the layer's dtype, torch.float32, or of half precision for a float32 layer, got"
+            r" torch.float64; pass inputs.to\(torch.float32\) or call .to\(torch.float64\) on the layer",
+        ),
         (torch.zeros(2, D, 4, 4, device="meta"), r"expected inputs on the device of codebook, cpu, got meta"),
     ],
 )

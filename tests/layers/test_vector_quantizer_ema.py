@@ -131,7 +131,7 @@ def test_quantizer_ema_untrained_notebook_checkpoint_is_corrected():
     layer.load_state_dict(copy.deepcopy(state))
     x = torch.randn(3, D, 4, 5)
     layer(x)
-    # Each code that was taken is the mean of its rows, not a random sum over a small count.
+    # Each active code is the mean of its vectors, not a random sum over a small count.
     assert layer.codebook.abs().max() < 5
 
 

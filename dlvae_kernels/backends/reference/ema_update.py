@@ -10,7 +10,7 @@ from .segment_sum import segment_sum
 
 def ema_statistics(x: Tensor, indices: Tensor, num_codes: int) -> Tensor:
     vectors = x.reshape(-1, x.shape[-1]).to(torch.promote_types(x.dtype, torch.float32))  # [N, D]
-    # A vector that is not finite would stay in the averages for good.
+    # A vector that is not finite would make the averages NaN or infinite for good.
     finite = vectors.isfinite().all(1).nonzero().squeeze(1)
     codes = indices.flatten()[finite]
     counts = torch.bincount(codes, minlength=num_codes)
@@ -25,6 +25,6 @@ def ema_step(
     embed_sum.lerp_(statistics[:, :-1].to(embed_sum.dtype), 1 - decay)
     total = cluster_size.sum()
     smoothed = (cluster_size + epsilon) / (total + len(codebook) * epsilon) * total  # [K]
-    # A code that no vector is assigned to keeps its place: smoothing would pull it to the origin step by step.
+    # A code that no vector is assigned to is not changed: smoothing would pull it to the origin step by step.
     is_used = (counts > 0) & (cluster_size > 0)
     codebook.copy_(torch.where(is_used[:, None], embed_sum / smoothed[:, None], codebook))

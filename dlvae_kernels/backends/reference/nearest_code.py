@@ -1,4 +1,4 @@
-"""Reference of `nearest_code`: argmin_k |x - c_k|^2, in chunks of vectors; exact at any precision that is asked for."""
+"""Reference of `nearest_code`: argmin_k |x - c_k|^2, in chunks of vectors, in float64; `precision` is ignored."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ def nearest_code(x: Tensor, codebook: Tensor, return_distance: bool, precision: 
     for scores in distance_scores(vectors, codebook):
         # argmin gives the first of equal keys: the lowest index.
         found = scores.keys.argmin(1, keepdim=True)
-        indices[scores.part] = found.squeeze(1)
+        indices[scores.positions] = found.squeeze(1)
         if return_distance:
-            distances[scores.part] = scores.values(found).squeeze(1).to(distances.dtype)
+            distances[scores.positions] = scores.values(found).squeeze(1).to(distances.dtype)
     shape = x.shape[:-1]
     return indices.view(shape), distances.view(shape if return_distance else (0,))

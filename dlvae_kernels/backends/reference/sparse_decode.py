@@ -36,59 +36,62 @@ def sparse_decode_bwd(
 ) -> tuple[Tensor, Tensor]:
     dtype = torch.promote_types(dictionary.dtype, torch.float32)
     k = indices.shape[-1]
-    rows = grad.reshape(-1, grad.shape[-1]).to(dtype)  # [N, D]
+    vectors = grad.reshape(-1, grad.shape[-1]).to(dtype)  # [N, D]
     coefficients, atoms = values.reshape(-1, k).to(dtype), indices.reshape(-1, k)  # [N, k]
-    wide = dictionary.to(dtype)
-    gathers = len(wide) > _GATHER_ABOVE * k
+    dictionary = dictionary.to(dtype)
+    gathers = len(dictionary) > _GATHER_ABOVE * k
     grad_values, grad_dictionary = (torch.empty(0, dtype=dtype, device=grad.device) for _ in range(2))
     # Autocast would round the matrix products to half precision.
     with torch.autocast(grad.device.type, enabled=False):
         if need_values:
-            grad_values = _products_by_gather(rows, atoms, wide) if gathers else _products(rows, atoms, wide)
-            grad_values = grad_values.view(values.shape)
+            products = _products_by_gather if gathers else _products
+            grad_values = products(vectors, atoms, dictionary).view(values.shape)
         if need_dictionary:
-            grad_dictionary = (_sums_by_segment if gathers else _sums)(rows, coefficients, atoms, len(wide))
+            grad_dictionary = (_sums_by_segment if gathers else _sums)(vectors, coefficients, atoms, len(dictionary))
     return grad_values, grad_dictionary
 
 
-def _products(rows: Tensor, atoms: Tensor, dictionary: Tensor) -> Tensor:
+def _products(vectors: Tensor, atoms: Tensor, dictionary: Tensor) -> Tensor:
     """Inner products of each vector [N, D] with its atoms [N, k], taken from those with all atoms: [N, k]."""
-    parts = zip(rows.split(chunk := _rows_of(len(dictionary))), atoms.split(chunk), strict=True)
-    return torch.cat([(row @ dictionary.T).gather(1, atom) for row, atom in parts])
+    chunk = _chunk_size(len(dictionary))
+    chunks = zip(vectors.split(chunk), atoms.split(chunk), strict=True)
+    return torch.cat([(vector @ dictionary.T).gather(1, atom) for vector, atom in chunks])
 
 
-def _products_by_gather(rows: Tensor, atoms: Tensor, dictionary: Tensor) -> Tensor:
-    """The same as `_products`, computed for the selected atoms alone."""
-    parts = zip(rows.split(chunk := _rows_of(atoms.shape[1] * rows.shape[1])), atoms.split(chunk), strict=True)
-    return torch.cat([(row[:, None] * dictionary[atom]).sum(2) for row, atom in parts])
+def _products_by_gather(vectors: Tensor, atoms: Tensor, dictionary: Tensor) -> Tensor:
+    """The same as `_products`, computed for the selected atoms only."""
+    chunk = _chunk_size(atoms.shape[1] * vectors.shape[1])
+    chunks = zip(vectors.split(chunk), atoms.split(chunk), strict=True)
+    return torch.cat([(vector[:, None] * dictionary[atom]).sum(2) for vector, atom in chunks])
 
 
-def _sums(rows: Tensor, coefficients: Tensor, atoms: Tensor, num_atoms: int) -> Tensor:
-    """Sum of vectors [N, D] weighted by their coefficients [N, k] for each atom, by dense coefficients: [K, D].
+def _sums(vectors: Tensor, coefficients: Tensor, atoms: Tensor, num_atoms: int) -> Tensor:
+    """For each atom the sum of vectors [N, D] weighted by its coefficients, by dense coefficients: [K, D].
 
-    Products are taken of blocks of CHAIN vectors, and their sums are added in float64.
+    A matrix product sums each block of CHAIN vectors, and the sums of the blocks are added in float64.
     """
-    sums = rows.new_zeros(num_atoms, rows.shape[1], dtype=torch.float64)
-    chunk = CHAIN * -(-_rows_of(num_atoms) // CHAIN)
-    # The sums are bitwise reproducible: the CPU adds along a row in order, and on a GPU one column at a time has no two
-    # additions to one element.
-    step = atoms.shape[1] if rows.device.type == "cpu" else 1
-    for row, coefficient, atom in zip(rows.split(chunk), coefficients.split(chunk), atoms.split(chunk), strict=True):
-        missing = -len(row) % CHAIN
-        dense = row.new_zeros(len(row) + missing, num_atoms)
+    sums = vectors.new_zeros(num_atoms, vectors.shape[1], dtype=torch.float64)
+    chunk = CHAIN * -(-_chunk_size(num_atoms) // CHAIN)
+    # The sums are bitwise reproducible: the CPU adds the k coefficients of a vector in order, and on a GPU one
+    # coefficient per vector at a time has no two additions to one element.
+    step = atoms.shape[1] if vectors.device.type == "cpu" else 1
+    chunks = zip(vectors.split(chunk), coefficients.split(chunk), atoms.split(chunk), strict=True)
+    for vector, coefficient, atom in chunks:
+        missing = -len(vector) % CHAIN
+        dense = vector.new_zeros(len(vector) + missing, num_atoms)
         for j in range(0, atom.shape[1], step):
-            dense[: len(row)].scatter_add_(1, atom[:, j : j + step], coefficient[:, j : j + step])
-        blocks = pad(row, (0, 0, 0, missing)).view(-1, CHAIN, row.shape[1])
+            dense[: len(vector)].scatter_add_(1, atom[:, j : j + step], coefficient[:, j : j + step])
+        blocks = pad(vector, (0, 0, 0, missing)).view(-1, CHAIN, vector.shape[1])
         sums += (dense.view(-1, CHAIN, num_atoms).mT @ blocks).sum(0, dtype=torch.float64)
-    return sums.to(rows.dtype)
+    return sums.to(vectors.dtype)
 
 
-def _sums_by_segment(rows: Tensor, coefficients: Tensor, atoms: Tensor, num_atoms: int) -> Tensor:
+def _sums_by_segment(vectors: Tensor, coefficients: Tensor, atoms: Tensor, num_atoms: int) -> Tensor:
     """The same as `_sums`, by sorting the pairs of vector and atom."""
-    row_of = torch.arange(len(rows), device=rows.device).repeat_interleave(atoms.shape[1])  # [N * k]
-    return segment_sum(rows, row_of, atoms.flatten(), num_atoms, coefficients.flatten())
+    vector_of = torch.arange(len(vectors), device=vectors.device).repeat_interleave(atoms.shape[1])  # [N * k]
+    return segment_sum(vectors, vector_of, atoms.flatten(), num_atoms, coefficients.flatten())
 
 
-def _rows_of(elements: int) -> int:
-    """The number of vectors with that many elements that make a chunk."""
+def _chunk_size(elements: int) -> int:
+    """The number of vectors in a chunk, from the number of temporary elements per vector."""
     return max(1, _CHUNK_ELEMENTS // elements)

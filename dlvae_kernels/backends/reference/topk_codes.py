@@ -14,12 +14,12 @@ def topk_codes(x: Tensor, dictionary: Tensor, k: int, metric: str, bias: Tensor 
     values = torch.empty(len(vectors), k, dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
     search = distance_scores(vectors, dictionary) if metric == "l2" else product_scores(vectors, dictionary, bias)
     for scores in search:
-        # topk orders equal keys at will: vectors with a tie among their k + 1 best codes are sorted stably instead.
+        # topk orders equal keys arbitrarily; a vector with a tie among its k + 1 best codes is sorted stably instead.
         best, found = scores.keys.topk(min(k + 1, len(dictionary)), dim=1, largest=False)
         has_tie = (best[:, 1:] == best[:, :-1]).any(1)
         found = found[:, :k]
         found[has_tie] = scores.keys[has_tie].sort(dim=1, stable=True).indices[:, :k]
-        indices[scores.part] = found
-        values[scores.part] = scores.values(found).to(values.dtype)
+        indices[scores.positions] = found
+        values[scores.positions] = scores.values(found).to(values.dtype)
     shape = (*x.shape[:-1], k)
     return indices.view(shape), values.view(shape)

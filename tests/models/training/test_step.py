@@ -27,8 +27,8 @@ def _step(kind="vqvae-ema", batches=ResidentBatches, device="cpu", autocast=null
         images = torch.randint(0, 256, (20, 3, 16, 16), dtype=torch.uint8)
     # The state after the first update, which is not captured.
     for layer in model.modules():
-        if hasattr(layer, "_awaits_data"):
-            layer._awaits_data = False
+        if hasattr(layer, "_is_uninitialised"):
+            layer._is_uninitialised = False
     optimizer = torch.optim.Adam(model.parameters(), lr=config.lr, fused=True)
     source = batches(images, Order(20, 4, 0), device, True)
     return Step(Objective(model, 1.0), optimizer, source, autocast, config.num_embeddings, KEPT, device)
