@@ -114,6 +114,7 @@ lint: setup
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+	$(PYTHON) tools/check_language.py
 	$(VENV)/bin/clang-format --dry-run --Werror $$(find csrc -type f)
 
 bench: setup

@@ -87,9 +87,10 @@ def faults(path: Path) -> Iterator[str]:
 
 def main() -> int:
     names = subprocess.run(["git", "ls-files"], check=True, capture_output=True, text=True).stdout.split()
-    own = Path(__file__).resolve()
+    # These two list the faults themselves.
+    own = {"tools/check_language.py", "tests/test_language.py"}
     paths = [Path(name) for name in names if Path(name).suffix in (".py", ".h", ".cpp", ".cu", ".md")]
-    found = [fault for path in paths if path.exists() and path.resolve() != own for fault in faults(path)]
+    found = [fault for path in paths if path.exists() and str(path) not in own for fault in faults(path)]
     print(*found, sep="\n", end="\n" if found else "")
     return 1 if found else 0
 
