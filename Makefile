@@ -1,8 +1,9 @@
-.PHONY: setup train test test-asan cuda cuda-emulated test-cuda-emulator lint bench plot gpu wheels readme-table
+.PHONY: setup train smoke test test-asan cuda cuda-emulated test-cuda-emulator lint bench plot gpu wheels readme-table
 
 VENV := .venv
 PYTHON := $(VENV)/bin/python
 WHEEL_PYTHON ?= 3.12
+TEST_PROCESSES ?= 2
 STAMP := $(VENV)/.installed
 LIBRARY := dlvae_kernels/native_cpu.abi3.so
 # Address and bounds of every access, and what C++ leaves undefined; the first fault ends the program. The warnings that are
@@ -28,8 +29,13 @@ $(LIBRARY): $(STAMP) setup.py $(shell find csrc -name '*.cpp' -o -name '*.h')
 train: setup
 	$(PYTHON) -m models.train $(ARGS)
 
+# One quick check of each operation and layer.
+smoke: setup
+	$(PYTHON) -m pytest -m small $(ARGS)
+
+# Threads that wait let the other processes run.
 test: setup
-	$(PYTHON) -m pytest $(ARGS)
+	OMP_WAIT_POLICY=passive $(PYTHON) -m pytest -n $(TEST_PROCESSES) $(ARGS)
 
 # The C++ kernels without torch, on every instruction set that this processor has.
 test-asan: build/asan/tests

@@ -19,8 +19,12 @@ if emulated := os.environ.get("DLVAE_EMULATED_CUDA"):
     BACKENDS["emulated"] = EmulatedCuda(emulated)
 
 _PLACES = [(backend, device) for backend in BACKENDS for device in ("cpu", "cuda")]
-# The best instruction set of a processor runs every test, the others those whose name holds one of these.
-_ON_EVERY_SET = ("equals", "strides", "ties", "nan", "finite", "statistics", "gradient", "by_hand")
+# Places that only exist where a simulation runs them have a marker that selects their tests.
+_PLACE_MARKERS = {
+    ("triton", "cpu"): pytest.mark.interpreter,
+    ("emulated", "cpu"): pytest.mark.emulator,
+    **{(backend, "cuda"): pytest.mark.gpu for backend in BACKENDS},
+}
 
 
 def _missing(backend: str, device: str, ops: tuple[str, ...]) -> list[str]:
@@ -31,12 +35,12 @@ def _missing(backend: str, device: str, ops: tuple[str, ...]) -> list[str]:
     return [reason for op in ops if (reason := unavailable_reason(backend, op, probe)) is not None]
 
 
-def _instruction_sets(backend: str, device: str, test: str) -> list[str]:
-    """Values of DLVAE_CPU to run a test with; where there are none to choose from, an empty one."""
+def _instruction_sets(backend: str, device: str, definition: pytest.Function) -> list[str]:
+    """Values of DLVAE_CPU to run a test with: the best set, or all for `every_isa`; "" where there is no choice."""
     if (backend, device) != ("native", "cpu") or os.environ.get("DLVAE_CPU"):
         return [""]
     sets = native.instruction_sets()
-    return sets if any(name in test for name in _ON_EVERY_SET) else sets[:1]
+    return sets if definition.get_closest_marker("every_isa") else sets[:1]
 
 
 def pytest_report_header() -> list[str]:
@@ -60,11 +64,11 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
             pytest.param(
                 (backend, device, cpu, way),
                 id="-".join(filter(None, (backend, device, cpu))) + way,
-                marks=[pytest.mark.gpu] * (device == "cuda"),
+                marks=_PLACE_MARKERS.get((backend, device), ()),
             )
             for backend, device in _PLACES
             if not _missing(backend, device, metafunc.module.OPS)
-            for cpu in _instruction_sets(backend, device, metafunc.function.__name__)
+            for cpu in _instruction_sets(backend, device, metafunc.definition)
             for way in ways.get(backend, ("",))
         ]
         metafunc.parametrize("device", places, indirect=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import shutil
 import subprocess
 import sys
@@ -18,9 +19,12 @@ _TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.int64)
 
 
 def make(*words: str) -> subprocess.CompletedProcess:
-    result = subprocess.run(
-        ["make", "-j2", f"PYTHON={sys.executable}", *words], cwd=ROOT, capture_output=True, text=True
-    )
+    """Run make in the checkout, one at a time: tests in several processes share what it builds."""
+    (ROOT / "build").mkdir(exist_ok=True)
+    command = ["make", "-j2", f"PYTHON={sys.executable}", *words]
+    with open(ROOT / "build" / "tests.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-4000:]
     return result
 

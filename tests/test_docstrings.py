@@ -14,6 +14,8 @@ from dlvae_kernels.backends import unavailable_reason
 NAMES = sorted({*dlvae_kernels.__all__, *functional.__all__})
 NAMESPACE = {"torch": torch, **vars(functional), **vars(dlvae_kernels)}
 
+pytestmark = pytest.mark.small
+
 
 @pytest.mark.parametrize("backend", ["reference", "native"])
 @pytest.mark.parametrize("name", NAMES)

@@ -24,6 +24,8 @@ LEVELS = {
 }
 OWN = ("dlvae_kernels", "models", "benchmarks", "tools", "tests")
 
+pytestmark = pytest.mark.small
+
 
 def modules() -> dict[str, Path]:
     files = (file for name in OWN[:-1] for file in (ROOT / name).rglob("*.py"))

@@ -7,12 +7,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 import dlvae_kernels
 from dlvae_kernels.backends import reference, unavailable_reason
 
 ROOT = Path(__file__).parents[1]
+
+pytestmark = pytest.mark.small
 
 
 def run(code: str, **env: str) -> subprocess.CompletedProcess:

@@ -26,7 +26,7 @@ def check_tensor(name: str, value: Tensor) -> None:
         raise ValueError(
             f"expected {name} to be a dense tensor, got one of layout {value.layout}; pass {name}.to_dense()"
         )
-    if value.device.type == "mps":
+    if value.is_mps:
         raise ValueError(f"expected {name} on a device that has float64, got {value.device}; pass {name}.cpu()")
 
 

@@ -4,10 +4,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .checks import check_codebook, check_indices, check_same_device
-from .gradients import differentiable, gradient_of, is_differentiated
+from .gradients import differentiable, gradient_of, is_differentiated, once_differentiable
 
 
 @gradient_of("gather_codes_fwd")
@@ -26,7 +25,7 @@ class _GatherCodes(torch.autograd.Function):
         ctx.num_codes, ctx.dtype = codebook.shape[0], codebook.dtype
 
     @staticmethod
-    @once_differentiable
+    @once_differentiable("gather_codes")
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (indices,) = ctx.saved_tensors
         return torch.ops.dlvae.gather_codes_bwd(grad, indices, ctx.num_codes).to(ctx.dtype), None

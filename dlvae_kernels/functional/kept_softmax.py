@@ -4,10 +4,9 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .checks import check_indices, check_same_device, check_tensor, check_vectors
-from .gradients import differentiable, gradient_of, is_differentiated, no_forward_mode
+from .gradients import differentiable, gradient_of, is_differentiated, no_forward_mode, once_differentiable
 
 
 @gradient_of("kept_softmax_fwd")
@@ -26,7 +25,7 @@ class _KeptSoftmax(torch.autograd.Function):
         ctx.set_materialize_grads(False)
 
     @staticmethod
-    @once_differentiable
+    @once_differentiable("kept_softmax")
     def backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
         if grad is None:
             return None, None, None, None

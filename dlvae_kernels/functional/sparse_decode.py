@@ -4,10 +4,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .checks import check_codebook, check_floating, check_indices, check_same_device
-from .gradients import differentiable, gradient_of, is_differentiated
+from .gradients import differentiable, gradient_of, is_differentiated, once_differentiable
 
 
 @gradient_of("sparse_decode_fwd")
@@ -25,7 +24,7 @@ class _SparseDecode(torch.autograd.Function):
         ctx.set_materialize_grads(False)
 
     @staticmethod
-    @once_differentiable
+    @once_differentiable("sparse_decode")
     def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, None, Tensor | None]:
         if grad is None:
             return None, None, None

@@ -4,10 +4,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn.functional import mse_loss
 
 from .checks import check_floating, check_indices_of, check_same_device
+from .gradients import inputs_of_func, once_differentiable
 
 
 class StraightThroughOutput(NamedTuple):
@@ -28,28 +28,26 @@ class _StraightThrough(torch.autograd.Function):
     def forward(x: Tensor, decoded: Tensor, indices: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         # The residual has the wider dtype, at least float32 as coefficients have, and the strides of x.
         residual = x - decoded
-        # The sum of squares may overflow float32 where the mean does not, so it is computed in float64.
-        squares = torch.linalg.vector_norm(residual, dtype=torch.float64).square()
-        loss = (squares / max(1, residual.numel())).to(residual.dtype)
+        loss = _mean_of_squares(residual)
         # The output is a copy, because the caller may change it in place.
         return decoded.clone(), loss, loss.clone(), residual
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:
-        x, _, indices = inputs
+        x, decoded, indices = inputs
         *_, residual = output
-        ctx.save_for_backward(residual, indices)
+        ctx.save_for_backward(residual, indices, *inputs_of_func(x, decoded))
         ctx.mark_non_differentiable(residual)
         ctx.dtype = x.dtype
         # An output that nobody differentiates has the gradient None, all the way to the parameters.
         ctx.set_materialize_grads(False)
 
     @staticmethod
-    @once_differentiable
+    @once_differentiable("straight_through", saves_inputs=False)
     def backward(
         ctx: Any, grad: Tensor | None, grad_decoded_loss: Tensor | None, grad_x_loss: Tensor | None, _: None
     ) -> tuple[Tensor | None, Tensor | None, None]:
-        residual, indices = ctx.saved_tensors
+        residual, indices, *_ = ctx.saved_tensors
         need_x, need_decoded, _ = ctx.needs_input_grad
         slope = 2 / max(1, residual.numel())
         grad_x, grad_decoded = grad, None
@@ -65,6 +63,17 @@ class _StraightThrough(torch.autograd.Function):
         if need_decoded and grad_decoded_loss is not None:
             grad_decoded = residual * (grad_decoded_loss * -slope)
         return grad_x.to(ctx.dtype) if need_x and grad_x is not None else None, grad_decoded, None
+
+
+def _mean_of_squares(residual: Tensor) -> Tensor:
+    """The mean in the dtype of the residual, finite where only the sum would overflow."""
+    count = max(1, residual.numel())
+    if residual.is_cpu and type(residual) is Tensor and not torch.compiler.is_compiling():
+        # A norm in float64 takes the CPU ten times as long, so it waits for a sum that overflows.
+        mean = torch.linalg.vector_norm(residual).square() / count
+        if mean < float("inf"):
+            return mean
+    return (torch.linalg.vector_norm(residual, dtype=torch.float64).square() / count).to(residual.dtype)
 
 
 def straight_through(x: Tensor, decoded: Tensor, indices: Tensor) -> StraightThroughOutput:

@@ -4,10 +4,9 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .checks import check_bias, check_choice, check_size, check_vectors
-from .gradients import differentiable, gradient_of, is_differentiated
+from .gradients import differentiable, gradient_of, is_differentiated, once_differentiable
 
 Metric = Literal["l2", "dot"]
 METRICS = get_args(Metric)
@@ -33,7 +32,7 @@ class _TopkCodes(torch.autograd.Function):
         ctx.mark_non_differentiable(*((indices,) if metric == "dot" else (indices, values)))
 
     @staticmethod
-    @once_differentiable
+    @once_differentiable("topk_codes")
     def backward(ctx: Any, _: Tensor, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, dictionary, indices = ctx.saved_tensors
         need_x, need_dictionary, _, _, need_bias = ctx.needs_input_grad

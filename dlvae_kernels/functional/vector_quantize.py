@@ -4,10 +4,16 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .checks import check_choice, check_vectors
-from .gradients import differentiable, gradient_of, is_differentiated, sum_of_products
+from .gradients import (
+    differentiable,
+    gradient_of,
+    inputs_of_func,
+    is_differentiated,
+    once_differentiable,
+    sum_of_products,
+)
 from .nearest_code import PRECISIONS, Precision
 
 
@@ -40,15 +46,15 @@ class _VectorQuantize(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        _, codebook, ctx.has_error, _ = inputs
+        x, codebook, ctx.has_error, _ = inputs
         _, indices, _, _, counts, half_error = output
-        ctx.save_for_backward(half_error, indices)
+        ctx.save_for_backward(half_error, indices, *inputs_of_func(x, codebook))
         ctx.save_for_forward(half_error, indices)
         ctx.num_codes, ctx.codebook_dtype = codebook.shape[0], codebook.dtype
         ctx.mark_non_differentiable(indices, counts, half_error)
 
     @staticmethod
-    @once_differentiable
+    @once_differentiable("vector_quantize", saves_inputs=False)
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         if not ctx.has_error:
             raise RuntimeError(
@@ -56,7 +62,7 @@ class _VectorQuantize(torch.autograd.Function):
                 " export or trace the model with gradients enabled"
             )
         grad_quantized, _, grad_codebook_loss, grad_commitment_loss, _, _ = grads
-        half_error, indices = ctx.saved_tensors
+        half_error, indices, *_ = ctx.saved_tensors
         need_x, need_codebook, *_ = ctx.needs_input_grad
         grad_x, grad_codebook = torch.ops.dlvae.vector_quantize_bwd(
             grad_quantized,

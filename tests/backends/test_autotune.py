@@ -34,7 +34,7 @@ def test_the_fastest_is_chosen_and_measured_once():
     assert chosen == fastest
     assert tried[0] == DEFAULT
     assert len(tried) == len(set(tried)) > 10
-    # As many rows, up to the next power of two.
+    # The same power of two bounds this number of rows.
     again, tried = choose(lambda config: 1.0, n=1020)
     assert (again, tried) == (fastest, [])
     for other in ({"n": 1030}, {"k": 513}, {"kind": "float16"}):

@@ -13,7 +13,7 @@ from dlvae_kernels.testing import assert_accurate, assert_same_topk, exact_dista
 
 from .test_native_fuzz import THREADED
 
-# As csrc/tests/cuda/device.cpp has them.
+# These are the limits of the emulated device, csrc/tests/cuda/device.cpp.
 MULTIPROCESSORS, CHUNK_ELEMENTS = 3, 1 << 15
 TILE = 128
 
@@ -151,7 +151,7 @@ def test_rows_and_codes_of_hugely_different_lengths(emulated):
 
 @pytest.mark.parametrize("scale", [1e-10, 1e-20, 1e-25, 1e20])
 def test_products_with_codes_of_any_scale(emulated, scale):
-    # Neighbours that only exact products tell apart.
+    # Only exact products order these neighbours.
     codes = (torch.randn(200, 64).repeat_interleave(2, 0) + 1e-7 * torch.randn(400, 64)) * scale
     x = torch.randn(50, 64)
     indices, _ = emulated.topk_codes(x, codes, 5, "dot", None)

@@ -30,7 +30,7 @@ needs_kernel = pytest.mark.skipif(
 
 @pytest.fixture
 def checkout(tmp_path):
-    """What a build needs, without any library."""
+    """A copy of the sources, without a built library."""
     for name in ("csrc", "dlvae_kernels"):
         shutil.copytree(
             ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__", "*.so", "*.reason.txt")

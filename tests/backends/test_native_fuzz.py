@@ -17,11 +17,13 @@ from dlvae_kernels.testing import assert_accurate, assert_same_codes, assert_sam
 
 from .fuzzing import SEEDS, fuzz_settings
 
-# And the CUDA kernels, where tests/conftest.py has found them.
-SETS = [*native.instruction_sets(), *(["emulated"] if "emulated" in BACKENDS else [])]
+SETS = [
+    *native.instruction_sets(),
+    *([pytest.param("emulated", marks=pytest.mark.emulator)] if "emulated" in BACKENDS else []),
+]
 TYPES = (torch.float32, torch.bfloat16, torch.float16)
 ODD = (math.nan, math.inf, -math.inf)
-# Below and above a vector, a tile, a panel and a block of rows, of any instruction set.
+# Sizes below and above a register, a tile, a panel and a block of rows, for any instruction set.
 ROWS, CODES, FEATURES = st.integers(0, 70), st.integers(1, 80), st.integers(1, 40)
 
 
@@ -79,7 +81,7 @@ def leading(data: st.DataObject, count: int) -> tuple[int, ...]:
 
 def indices_below(data: st.DataObject, bound: int, *shape: int) -> Tensor:
     generator = torch.Generator().manual_seed(data.draw(SEEDS))
-    # Of a few codes, or of all.
+    # Either two codes share all vectors, or any code may occur.
     bound = data.draw(st.sampled_from((bound, min(bound, 2))))
     return torch.randint(0, bound, shape, generator=generator)
 
@@ -135,7 +137,7 @@ def assert_same_finite_codes(chosen: Tensor, rows: Tensor, codes: Tensor) -> Non
 
 
 def codebook_for(data: st.DataObject, x: Tensor, *shape: int, odd: bool) -> Tensor:
-    """Of the type of x or of float32; with equal codes now and then."""
+    """A codebook of the dtype of x or of float32, sometimes with equal codes."""
     codes = tensor(data, *shape, types=(x.dtype, torch.float32), odd=odd)
     return codes[indices_below(data, len(codes), len(codes))] if data.draw(st.booleans()) else codes
 

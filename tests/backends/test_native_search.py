@@ -1,4 +1,4 @@
-"""What only the compiled search has: arithmetics that round, and a second look where that might hide the nearest."""
+"""The compiled search: rounded first scores, and the exact comparison of codes that rounding may have reordered."""
 
 from __future__ import annotations
 
@@ -138,7 +138,7 @@ def test_nearest_code_few_rows_equals_float64_with_any_number_of_threads(instruc
 
 
 def resident(field: str) -> float:
-    """Of this process; MB."""
+    """A memory field of this process in MB."""
     status = Path("/proc/self/status").read_text().split()
     return int(status[status.index(f"{field}:") + 1]) / 1e3
 

@@ -85,7 +85,7 @@ def test_few_and_many_of_many_codes(k):
 @pytest.mark.parametrize("num_codes", [300, 3000])
 @pytest.mark.parametrize("metric", ["l2", "dot"])
 def test_more_near_ties_than_a_row_carries(num_codes, metric):
-    """Scores that float32 does not tell apart, of all codes: only a search in float64 orders them."""
+    """Only a search in float64 orders the scores, all of which are ties in float32."""
     x = torch.randn(9, 16) * 1000
     dictionary = torch.randn(1, 16) + torch.randn(num_codes, 16) * 2.0**-22
     single = (dictionary @ x.T) if metric == "dot" else dictionary.square().sum(1, keepdim=True) / 2 - dictionary @ x.T

@@ -85,7 +85,7 @@ def test_float64_nearest_code_and_topk_are_those_of_exact_arithmetic(data):
             -sum((a * b for a, b in zip(row, code, strict=True)), Fraction(0)) - extra
             for code, extra in zip(exact_codes, biases, strict=True)
         ]
-        # Of equal codes those of equal bias go by index.
+        # Equal codes with equal biases are ordered by index.
         kinds = [[*code, extra] for code, extra in zip(exact_codes, biases, strict=True)]
         # The bound is |x| |c| + |b|; the first term is compared by its square.
         squares = [square_sum(row) * square_sum(code) for code in exact_codes]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -130,8 +131,38 @@ def test_double_backward_raises(name):
     inputs, function = DIFFERENTIABLE[name]()
     wanted = [each.requires_grad_() for each in inputs]
     grads = torch.autograd.grad(flat(function(*wanted)).square().sum(), wanted, create_graph=True)
-    with pytest.raises(RuntimeError, match="differentiate twice"):
+    with pytest.raises(RuntimeError, match="has no second derivative"):
         sum(grad.square().sum() for grad in grads).backward()
+
+
+@pytest.mark.parametrize("transform", ["autograd", "func"])
+@pytest.mark.parametrize("name", DIFFERENTIABLE)
+def test_double_backward_of_a_sum_raises_where_its_gradient_is_no_constant(name, transform):
+    def gradients(*inputs):
+        def total(*args):
+            return flat(function(*args)).sum()
+
+        if transform == "func":
+            return torch.func.grad(total, tuple(range(len(inputs))))(*inputs)
+        wanted = [each if each.requires_grad else each.clone().requires_grad_() for each in inputs]
+        return torch.autograd.grad(total(*wanted), wanted, create_graph=True)
+
+    inputs, function = DIFFERENTIABLE[name]()
+    others = [torch.randn_like(each) for each in inputs]
+    is_constant = all(map(torch.equal, gradients(*inputs), gradients(*others)))
+    assert is_constant == (name == "gather_codes")
+    if transform == "func":
+        penalty = torch.func.grad(lambda *args: sum(grad.square().sum() for grad in gradients(*args)))
+    else:
+        wanted = [each.requires_grad_() for each in inputs]
+
+        def penalty(*_):
+            total = sum(grad.square().sum() for grad in gradients(*wanted))
+            if total.requires_grad:
+                total.backward()
+
+    with nullcontext() if is_constant else pytest.raises(RuntimeError, match="has no second derivative"):
+        penalty(*inputs)
 
 
 @pytest.mark.parametrize("name", DIFFERENTIABLE)

@@ -17,6 +17,8 @@ def state(k, d, device, dtype=torch.float32):
     return codebook, torch.ones(k, device=device, dtype=dtype), codebook.clone()
 
 
+@pytest.mark.small
+@pytest.mark.every_isa
 def test_ema_update_three_codes_by_hand(device):
     codebook = torch.tensor([[0.0], [10.0], [20.0]], device=device)
     cluster_size, embed_sum = torch.tensor([2.0, 1.0, 1.0], device=device), codebook.clone()
@@ -27,6 +29,8 @@ def test_ema_update_three_codes_by_hand(device):
     assert codebook.tolist() == [[3], [11], [20]]
 
 
+@pytest.mark.small
+@pytest.mark.every_isa
 def test_ema_update_epsilon_by_hand(device):
     codebook, cluster_size, embed_sum = state(2, 1, device)
     cluster_size.copy_(torch.tensor([3.0, 1.0]))
@@ -37,6 +41,7 @@ def test_ema_update_epsilon_by_hand(device):
     torch.testing.assert_close(codebook, torch.tensor([[6 / (16 / 6)], [5 / (8 / 6)]], device=device))
 
 
+@pytest.mark.every_isa
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("size", [(0, 5, 4), (1, 1, 1), (507, 129, 64), (3000, 3, 7), (300, 1100, 5)])
 def test_ema_statistics_any_dtype_equals_float64(device, size, dtype):
@@ -50,6 +55,7 @@ def test_ema_statistics_any_dtype_equals_float64(device, size, dtype):
     assert_accurate(statistics[:, :-1], exact, expression)
 
 
+@pytest.mark.every_isa
 @pytest.mark.parametrize("layout", layouts(2, 2, torch.device("cpu")))
 def test_ema_statistics_any_strides_equals_contiguous(device, layout):
     x = layouts(50, 12, device)[layout]
@@ -91,6 +97,7 @@ def test_ema_update_dead_codes_keep_their_place(device):
     assert torch.isfinite(codebook).all()
 
 
+@pytest.mark.every_isa
 @pytest.mark.parametrize("num_codes", [5, 2000])
 def test_ema_statistics_vectors_that_are_not_finite_are_left_out(device, num_codes):
     x, indices = rows(60, 4, device), torch.arange(60, device=device) % 3
@@ -108,6 +115,8 @@ def test_ema_update_counts_of_zero_keep_the_codebook(device):
     assert torch.equal(codebook, before)
 
 
+@pytest.mark.every_isa
+@pytest.mark.large
 def test_ema_statistics_repeated_call_is_bitwise_reproducible(device):
     torch.use_deterministic_algorithms(False)
     x, indices = rows(5000, 16, device), torch.randint(0, 7, (5000,), device=device)

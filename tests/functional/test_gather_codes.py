@@ -11,6 +11,8 @@ from .cases import DTYPES, rows
 OPS = ("gather_codes_fwd", "gather_codes_bwd")
 
 
+@pytest.mark.small
+@pytest.mark.every_isa
 def test_gather_codes_two_codes_by_hand(device):
     codebook = torch.tensor([[1.0, 2.0], [3.0, 4.0]], device=device, requires_grad=True)
     out = gather_codes(codebook, torch.tensor([[1, 0], [1, 1]], device=device))
@@ -19,6 +21,7 @@ def test_gather_codes_two_codes_by_hand(device):
     assert codebook.grad.tolist() == [[10, 10], [1101, 1101]]
 
 
+@pytest.mark.every_isa
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("size", [(0, 5, 4), (1, 1, 1), (507, 129, 64), (3000, 3, 7)])
 def test_gather_codes_any_dtype_values_and_gradient_match_float64(device, size, dtype):
@@ -43,6 +46,7 @@ def test_gather_codes_one_index_returns_a_copy(device):
     torch.library.opcheck(torch.ops.dlvae.gather_codes_fwd, (codebook, torch.tensor(1, device=device)))
 
 
+@pytest.mark.every_isa
 def test_gather_codes_strided_gradient_is_summed(device):
     codebook = rows(9, 6, device).requires_grad_()
     indices = torch.randint(0, 9, (2, 5), device=device)
@@ -59,6 +63,8 @@ def test_gather_codes_gradcheck_passes(device):
     assert torch.autograd.gradcheck(lambda c: gather_codes(c, indices), codebook)
 
 
+@pytest.mark.every_isa
+@pytest.mark.large
 def test_gather_codes_gradient_repeated_call_is_bitwise_reproducible(device):
     torch.use_deterministic_algorithms(False)
     indices, grad = torch.randint(0, 7, (5000,), device=device), rows(5000, 16, device)

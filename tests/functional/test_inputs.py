@@ -82,6 +82,7 @@ def test_input_no_dense_tensor_raises_the_remedy(call, kind):
 def test_input_on_a_device_without_float64_raises_the_remedy():
     class OnMps(Tensor):
         device = torch.device("mps")
+        is_mps = True
 
     with pytest.raises(ValueError, match=r"expected x on a device that has float64, got mps; pass x.cpu\(\)"):
         checks.check_tensor("x", OnMps())
@@ -93,6 +94,7 @@ def test_sizes_numpy_integers_are_accepted():
     assert torch.equal(ema_statistics(X, INDICES, np.int64(3)), ema_statistics(X, INDICES, 3))
 
 
+@pytest.mark.every_isa
 # More dimensions than kernels may join into one or two.
 @pytest.mark.parametrize("dimensions", [13, 14])
 def test_input_many_dimensions_of_any_strides_equals_its_vectors(device, dimensions):
@@ -110,6 +112,7 @@ def test_input_many_dimensions_of_any_strides_equals_its_vectors(device, dimensi
     torch.testing.assert_close(statistics, ema_statistics(rows, indices.flatten(), 5), rtol=1e-4, atol=1e-3)
 
 
+@pytest.mark.every_isa
 def test_input_expanded_equals_its_copy(device):
     x = torch.randn(1, 4, device=device).expand(3, 7, 4)
     codebook = torch.randn(5, 4, device=device)

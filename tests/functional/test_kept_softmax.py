@@ -51,6 +51,8 @@ def assert_like_float64(inputs, indices):
         assert_accurate(*each, floor=4e-3 if inputs[0].dtype in HALVES else 4e-6)
 
 
+@pytest.mark.small
+@pytest.mark.every_isa
 def test_kept_softmax_four_codes_by_hand(device):
     x = torch.tensor([[1.0, 0.0], [0.0, 2.0]], device=device, requires_grad=True)
     weight = torch.zeros(4, 2, device=device, requires_grad=True)
@@ -66,6 +68,7 @@ def test_kept_softmax_four_codes_by_hand(device):
     assert not x.grad.any()
 
 
+@pytest.mark.every_isa
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("size", SIZES)
 def test_kept_softmax_any_size_and_dtype_equals_float64(device, size, dtype):
@@ -102,6 +105,7 @@ def test_kept_softmax_without_bias_matches_float64(device):
     assert_like_float64((x, weight, None), indices)
 
 
+@pytest.mark.every_isa
 @pytest.mark.parametrize("layout", layouts(2, 2, torch.device("cpu")))
 def test_kept_softmax_any_strides_match_float64(device, layout):
     x = layouts(6, 12, device)[layout]
@@ -118,6 +122,7 @@ def test_kept_softmax_gradcheck_passes(device, has_bias):
     assert torch.autograd.gradcheck(lambda x, w, b=None: kept_softmax(x, w, b, indices), leaves)
 
 
+@pytest.mark.every_isa
 def test_kept_softmax_gradients_are_only_those_needed(device):
     *inputs, indices = case(9, 7, 3, 2, device)
     values, sums = torch.ops.dlvae.kept_softmax_fwd(*inputs, indices)
@@ -144,6 +149,7 @@ def test_kept_softmax_values_near_one_match_float64(device, spread):
     assert_like_float64((x, weight, bias), (x @ weight.T + bias).topk(2, dim=1).indices)
 
 
+@pytest.mark.every_isa
 def test_kept_softmax_nan_stays_in_its_vector(device):
     x, weight, bias, indices = case(9, 40, 8, 2, device)
     x[3, 2] = torch.nan
@@ -167,6 +173,7 @@ def test_kept_softmax_bias_of_minus_infinity_gives_zero(device):
     assert kept_softmax(x, weight, bias, indices).isnan().all()
 
 
+@pytest.mark.large
 def test_kept_softmax_repeated_call_is_bitwise_reproducible(device):
     torch.use_deterministic_algorithms(False)
     *inputs, indices = case(3000, 300, 16, 8, device)

@@ -31,6 +31,7 @@ def relative_error(actual: Tensor, exact: float) -> float:
     return float(((actual.double() - exact) / exact).abs().max())
 
 
+@pytest.mark.every_isa
 @pytest.mark.parametrize("value", VALUES)
 @pytest.mark.parametrize("layout", ["rows", "map", "half"])
 def test_ema_statistics_equal_rows_error_is_bounded(device, layout, value):
@@ -45,6 +46,7 @@ def test_ema_statistics_equal_rows_error_is_bounded(device, layout, value):
     assert not statistics[[0, 2]].any()
 
 
+@pytest.mark.every_isa
 @pytest.mark.parametrize("num_unused", [0, 50])
 def test_ema_statistics_counts_around_a_chain_sums_are_exact(device, num_unused):
     counts = torch.tensor([0, 127, 128, 129, 0, 1, 255, 256, 257, 700] + [0] * num_unused)
@@ -57,6 +59,7 @@ def test_ema_statistics_counts_around_a_chain_sums_are_exact(device, num_unused)
     assert torch.equal(statistics[:, -1].long().cpu(), counts)
 
 
+@pytest.mark.every_isa
 @pytest.mark.skipif(INTERPRETED or IS_EMULATED, reason="it takes hours for 2**24 rows")
 def test_ema_statistics_more_than_2_to_24_ones_are_counted(device):
     n = 2**24 + 1000
@@ -65,6 +68,7 @@ def test_ema_statistics_more_than_2_to_24_ones_are_counted(device):
     assert relative_error(statistics[0, 0], n) <= 1e-6
 
 
+@pytest.mark.every_isa
 @pytest.mark.parametrize("value", VALUES)
 def test_codebook_gradient_equal_rows_error_is_bounded(device, value):
     grad, indices = equal_rows(value, device), torch.ones(NUM_ROWS, dtype=torch.int64, device=device)
@@ -79,6 +83,7 @@ def test_codebook_gradient_equal_rows_error_is_bounded(device, value):
     assert relative_error(grad_codebook[1], exact * 4 / grad.numel()) <= ERROR + 2**-23
 
 
+@pytest.mark.every_isa
 # The reference multiplies by dense coefficients where atoms are few, and sorts where they are many.
 @pytest.mark.parametrize("num_atoms", [3, 1000])
 @pytest.mark.parametrize("value", VALUES)
@@ -100,6 +105,7 @@ def test_sparse_decode_many_equal_atoms_error_is_bounded(device, value):
     assert relative_error(out, float(values[0, 0]) * k) <= ERROR
 
 
+@pytest.mark.every_isa
 def test_ema_statistics_random_rows_error_is_that_of_a_pairwise_sum(device):
     n = NUM_ROWS // 4
     x = torch.rand(n, 32, device=device)

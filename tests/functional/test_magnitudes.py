@@ -11,6 +11,7 @@ OPS = ("nearest_code", "topk_codes", "vector_quantize_fwd", "vector_quantize_bwd
 INF, NAN = float("inf"), float("nan")
 
 
+@pytest.mark.every_isa
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize(
     ("codes", "expected"),
@@ -86,6 +87,7 @@ def test_nearest_code_vector_far_beyond_all_codes_gives_the_first():
         assert nearest_code(x, codebook).tolist() == [0, 1, 0]
 
 
+@pytest.mark.every_isa
 def test_vector_quantize_gradient_of_errors_beyond_float16_is_finite(device):
     x = torch.full((64, 64), 6e4, dtype=torch.float16, device=device, requires_grad=True)
     codebook = torch.full((2, 64), -6e4, device=device, requires_grad=True)
@@ -97,6 +99,7 @@ def test_vector_quantize_gradient_of_errors_beyond_float16_is_finite(device):
     torch.testing.assert_close(codebook.grad[0], torch.full_like(codebook[0], -64 * exact), rtol=1e-3, atol=0)
 
 
+@pytest.mark.every_isa
 def test_vector_quantize_loss_near_the_largest_float32_is_finite(device):
     x = torch.full((70, 300), 3e18, device=device)
     out = vector_quantize(x, torch.zeros(3, 300, device=device))

@@ -11,6 +11,8 @@ from .cases import DTYPES, INTERPRETED, SIZES, layouts, rows
 OPS = ("nearest_code",)
 
 
+@pytest.mark.small
+@pytest.mark.every_isa
 def test_nearest_code_three_codes_by_hand(device):
     codebook = torch.tensor([[0.0, 0.0], [4.0, 0.0], [0.0, 3.0]], device=device)
     x = torch.tensor([[1.0, 0.0], [3.0, 0.0], [0.0, 2.0], [2.0, 0.0], [9.0, 9.0]], device=device)
@@ -20,6 +22,7 @@ def test_nearest_code_three_codes_by_hand(device):
     assert distances.tolist() == [1.0, 1.0, 1.0, 4.0, 106.0]
 
 
+@pytest.mark.every_isa
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("size", SIZES)
 def test_nearest_code_any_size_and_dtype_equals_float64(device, size, dtype):
@@ -33,11 +36,13 @@ def test_nearest_code_any_size_and_dtype_equals_float64(device, size, dtype):
     torch.testing.assert_close(distances.double(), exact.double(), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.large
 def test_nearest_code_vectors_in_several_chunks_match_float64(device):
     x, codebook = rows(5000, 16, device), rows(1500, 16, device)
     assert_same_codes(nearest_code(x, codebook), x, codebook)
 
 
+@pytest.mark.every_isa
 @pytest.mark.parametrize("layout", layouts(2, 2, torch.device("cpu")))
 def test_nearest_code_any_strides_match_contiguous(device, layout):
     x = layouts(50, 12, device)[layout]
@@ -54,6 +59,7 @@ def test_nearest_code_float32_codebook_beside_half_vectors_matches_float64(devic
     assert_same_codes(nearest_code(x, codebook), x, codebook)
 
 
+@pytest.mark.every_isa
 def test_nearest_code_ties_give_the_lowest_index(device):
     codebook = rows(70, 33, device)
     codebook = torch.cat([codebook, codebook, codebook])
@@ -69,6 +75,7 @@ def test_nearest_code_ties_give_the_lowest_index(device):
         assert torch.equal(indices[: len(expected)], expected)
 
 
+@pytest.mark.every_isa
 @pytest.mark.parametrize("d", [5, 12])
 def test_nearest_code_ties_among_integers_give_the_lowest_index(device, d):
     # Sums of small integers are exact in any order, so nearly every row has exact ties, near and far.
@@ -94,6 +101,7 @@ def test_nearest_code_far_from_the_origin_matches_float64(device):
     assert nearest_code(x, codebook, precision="exact").tolist() == [i % 64 for i in range(200)]
 
 
+@pytest.mark.large
 def test_nearest_code_differences_that_cancel_in_a_product_match_float64(device):
     x = torch.full((1, 256), 100.0, device=device)
     codebook = x.repeat(2, 1)
@@ -142,6 +150,7 @@ def test_nearest_code_extreme_scales_match_float64(device):
         assert torch.equal(nearest_code(x, codebook), exact_distances(x / scale, codebook / scale).argmin(1))
 
 
+@pytest.mark.every_isa
 def test_nearest_code_nan_and_infinity_follow_the_rules(device):
     nan, inf = float("nan"), float("inf")
     codebook = torch.tensor([[nan, 0.0], [1.0, 1.0], [2.0, 2.0], [inf, 0.0]], device=device)
@@ -159,6 +168,7 @@ def test_nearest_code_nan_and_infinity_follow_the_rules(device):
         assert distances[0].isnan()
 
 
+@pytest.mark.large
 @pytest.mark.parametrize("precision", ["high", "medium"])
 def test_nearest_code_ignores_the_callers_precision(device, precision):
     x, codebook = rows(500, 64, device), rows(300, 64, device)
@@ -172,6 +182,7 @@ def test_nearest_code_ignores_the_callers_precision(device, precision):
         torch.set_float32_matmul_precision(before)
 
 
+@pytest.mark.large
 def test_nearest_code_repeated_call_is_bitwise_reproducible(device):
     torch.use_deterministic_algorithms(False)
     x, codebook = rows(1000, 32, device), rows(300, 32, device)

@@ -10,11 +10,14 @@ from .cases import DTYPES
 OPS = ("one_hot",)
 
 
+@pytest.mark.small
+@pytest.mark.every_isa
 def test_one_hot_three_codes_by_hand(device):
     assert one_hot(torch.tensor([2, 0], device=device), 3).tolist() == [[0, 0, 1], [1, 0, 0]]
     assert one_hot(torch.tensor([[2, 0], [1, 1]], device=device), 3).tolist() == [[1, 0, 1], [0, 1, 0]]
 
 
+@pytest.mark.every_isa
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.int64, torch.bool])
 def test_one_hot_any_dtype_equals_torch(device, dtype):
     indices = torch.randint(0, 129, (507,), device=device)

@@ -31,6 +31,8 @@ def case(n, num_atoms, d, k, device, dtype=torch.float32):
     return values, indices, rows(num_atoms, d, device, dtype)
 
 
+@pytest.mark.small
+@pytest.mark.every_isa
 def test_sparse_decode_three_atoms_by_hand(device):
     values = torch.tensor([[2.0, -1.0], [1.0, 3.0]], device=device, requires_grad=True)
     indices = torch.tensor([[0, 2], [1, 1]], device=device)
@@ -42,8 +44,18 @@ def test_sparse_decode_three_atoms_by_hand(device):
     assert dictionary.grad.tolist() == [[2, 2], [40, 400], [-1, -1]]
 
 
+@pytest.mark.every_isa
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("size", [(0, 5, 4, 2), (1, 1, 1, 1), (63, 17, 3, 17), (507, 129, 64, 20), (300, 1000, 9, 3)])
+@pytest.mark.parametrize(
+    "size",
+    [
+        (0, 5, 4, 2),
+        (1, 1, 1, 1),
+        (63, 17, 3, 17),
+        pytest.param((507, 129, 64, 20), marks=pytest.mark.large),
+        (300, 1000, 9, 3),
+    ],
+)
 def test_sparse_decode_any_size_and_dtype_equals_float64(device, size, dtype):
     values, indices, dictionary = case(*size, device, dtype)
     grad = rows(size[0], size[2], device, dtype)
@@ -62,6 +74,7 @@ def test_sparse_decode_any_size_and_dtype_equals_float64(device, size, dtype):
         assert_accurate(*each, floor=1e-6 if dtype in (torch.float32, torch.float64) else 4e-3)
 
 
+@pytest.mark.every_isa
 def test_sparse_decode_any_rank_and_strides_match_the_formula(device):
     values = torch.randn(2, 4, 3, device=device).transpose(1, 2).requires_grad_()
     indices = torch.randint(0, 9, (2, 4, 3), device=device).transpose(1, 2)
@@ -87,6 +100,8 @@ def test_sparse_decode_gradcheck_passes(device):
     assert torch.autograd.gradcheck(lambda v, a: sparse_decode(v, indices, a), inputs)
 
 
+@pytest.mark.every_isa
+@pytest.mark.large
 def test_sparse_decode_gradients_of_a_repeated_call_are_bitwise_reproducible(device):
     torch.use_deterministic_algorithms(False)
     values, indices, dictionary = case(3000, 40, 16, 8, device)
@@ -95,6 +110,7 @@ def test_sparse_decode_gradients_of_a_repeated_call_are_bitwise_reproducible(dev
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
+@pytest.mark.every_isa
 def test_sparse_decode_values_not_finite_stay_in_their_vectors_and_atoms(device):
     values, indices, dictionary = case(70, 200, 20, 3, device)
     grad = rows(70, 20, device)
@@ -132,6 +148,7 @@ def test_sparse_decode_reference_gathers_only_where_atoms_are_many(num_atoms, ga
     torch.testing.assert_close(grad_dictionary, dense.T @ grad)
 
 
+@pytest.mark.every_isa
 def test_sparse_decode_autocast_rounds_no_gradient(device):
     values, indices, dictionary = case(40, 30, 16, 5, device)
     arguments = (rows(40, 16, device), values, indices, dictionary, True, True)

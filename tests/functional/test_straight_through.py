@@ -6,6 +6,8 @@ from torch.nn.functional import mse_loss
 
 from dlvae_kernels.functional import straight_through
 
+pytestmark = pytest.mark.small
+
 
 def formula(x, decoded):
     """The same values and gradients by detached tensors."""

@@ -11,6 +11,8 @@ from .cases import DTYPES, INTERPRETED, SIZES, layouts, rows
 OPS = ("topk_codes",)
 
 
+@pytest.mark.small
+@pytest.mark.every_isa
 def test_topk_codes_four_atoms_by_hand(device):
     dictionary = torch.tensor([[5.0], [1.0], [3.0], [1.0]], device=device)
     indices, distances = topk_codes(torch.tensor([[0.0], [4.0]], device=device), dictionary, 3)
@@ -18,6 +20,8 @@ def test_topk_codes_four_atoms_by_hand(device):
     assert distances.tolist() == [[1.0, 1.0, 9.0], [1.0, 1.0, 9.0]]
 
 
+@pytest.mark.small
+@pytest.mark.every_isa
 def test_topk_codes_products_by_hand(device):
     dictionary = torch.tensor([[5.0], [1.0], [3.0], [1.0]], device=device)
     bias = torch.tensor([0.0, 4.0, 0.0, 4.0], device=device)
@@ -30,6 +34,7 @@ def test_topk_codes_products_by_hand(device):
     assert products.tolist() == [[5.0, 5.0, 5.0], [2.0, 2.0, -6.0]]
 
 
+@pytest.mark.every_isa
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("size", SIZES)
 def test_topk_codes_any_size_and_dtype_equals_float64(device, size, dtype):
@@ -102,6 +107,7 @@ def test_topk_codes_all_codes_tie_orders_by_index(device, metric):
     assert torch.equal(found, found[:, :1].expand(9, 5))
 
 
+@pytest.mark.every_isa
 @pytest.mark.parametrize("layout", layouts(2, 2, torch.device("cpu")))
 def test_topk_codes_any_strides_match_float64(device, layout):
     x, dictionary = layouts(50, 12, device)[layout], rows(24, 12, device)
@@ -118,6 +124,7 @@ def test_topk_codes_first_is_the_nearest(device):
     assert torch.equal(topk_codes(x, dictionary, 4)[0][:, 0], nearest_code(x, dictionary, precision="exact"))
 
 
+@pytest.mark.every_isa
 def test_topk_codes_ties_are_ordered_by_index(device):
     dictionary = rows(40, 33, device)
     dictionary = torch.cat([dictionary, dictionary, dictionary])
@@ -144,6 +151,7 @@ def test_topk_codes_equal_products_are_ordered_by_index(device):
     assert not products.any()
 
 
+@pytest.mark.every_isa
 def test_topk_codes_nan_follows_the_rules(device):
     nan = float("nan")
     dictionary = torch.tensor([[nan], [3.0], [nan], [1.0]], device=device)
@@ -153,6 +161,7 @@ def test_topk_codes_nan_follows_the_rules(device):
     assert indices[1, 0] == 0
 
 
+@pytest.mark.every_isa
 def test_topk_codes_products_not_finite_follow_the_rules(device):
     nan, inf = float("nan"), float("inf")
     dictionary = torch.tensor([[nan], [3.0], [inf], [1.0], [-inf], [2.0]], device=device)
@@ -181,6 +190,7 @@ def dense(x, dictionary, indices, bias):
     return (products if bias is None else products + bias).gather(-1, indices)
 
 
+@pytest.mark.every_isa
 @pytest.mark.parametrize("dtype", DTYPES[:-1])
 @pytest.mark.parametrize("biased", [False, True])
 def test_topk_codes_gradients_match_the_dense_formula(device, biased, dtype):
@@ -202,6 +212,7 @@ def test_topk_codes_gradients_match_the_dense_formula(device, biased, dtype):
     assert {each.dtype for each in actual[1:]} == {dtype}
 
 
+@pytest.mark.every_isa
 def test_topk_codes_gradients_are_only_those_needed(device):
     x, dictionary, bias = rows(8, 3, device), rows(5, 3, device), rows(1, 5, device)[0]
     leaves = [each.requires_grad_() for each in (x, dictionary, bias)]
@@ -231,6 +242,7 @@ def test_topk_codes_gradcheck_passes(device):
     assert torch.autograd.gradcheck(lambda x, atoms, b: topk_codes(x, atoms, 3, metric="dot", bias=b[0])[1], inputs)
 
 
+@pytest.mark.large
 @pytest.mark.parametrize("metric", ["l2", "dot"])
 def test_topk_codes_repeated_call_is_bitwise_reproducible(device, metric):
     torch.use_deterministic_algorithms(False)

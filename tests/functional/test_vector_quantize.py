@@ -11,6 +11,8 @@ from .cases import DTYPES, SIZES, layouts, rows
 OPS = ("vector_quantize_fwd", "vector_quantize_bwd")
 
 
+@pytest.mark.small
+@pytest.mark.every_isa
 def test_vector_quantize_three_codes_by_hand(device):
     codebook = torch.tensor([[0.0, 0.0], [4.0, 0.0], [9.0, 9.0]], device=device, requires_grad=True)
     x = torch.tensor([[1.0, 0.0], [3.0, 2.0]], device=device, requires_grad=True)
@@ -26,6 +28,7 @@ def test_vector_quantize_three_codes_by_hand(device):
     assert codebook.grad.tolist() == [[-0.5, 0], [0.5, -1], [0, 0]]
 
 
+@pytest.mark.every_isa
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("size", SIZES)
 def test_vector_quantize_any_size_and_dtype_equals_float64(device, size, dtype):
@@ -60,6 +63,7 @@ def test_vector_quantize_any_size_and_dtype_equals_float64(device, size, dtype):
         assert_accurate(*each, floor=1e-6 if dtype in (torch.float32, torch.float64) else 4e-3)
 
 
+@pytest.mark.every_isa
 @pytest.mark.parametrize("layout", layouts(2, 2, torch.device("cpu")))
 def test_vector_quantize_any_strides_match_nearest_code(device, layout):
     x = layouts(50, 12, device)[layout].requires_grad_()
@@ -89,6 +93,7 @@ def test_vector_quantize_output_changed_before_the_backward_is_accepted(device):
     assert torch.isfinite(x.grad).all()
 
 
+@pytest.mark.every_isa
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_vector_quantize_gradient_of_half_vectors_beside_close_float32_codes_is_accurate(device, dtype):
     # Rounding the codes to half precision would swallow their distance from x.
@@ -109,6 +114,7 @@ def test_vector_quantize_gradcheck_of_the_losses_passes(device):
     assert torch.autograd.gradcheck(lambda r: vector_quantize(r, codebook).commitment_loss, x.clone().requires_grad_())
 
 
+@pytest.mark.every_isa
 def test_vector_quantize_each_loss_has_one_gradient(device):
     x, codebook = rows(9, 3, device).requires_grad_(), rows(4, 3, device).requires_grad_()
     out = vector_quantize(x, codebook)
@@ -117,6 +123,7 @@ def test_vector_quantize_each_loss_has_one_gradient(device):
         assert [bool(grad.any()) for grad in grads] == [moves is x, moves is codebook]
 
 
+@pytest.mark.large
 def test_vector_quantize_repeated_call_is_bitwise_reproducible(device):
     torch.use_deterministic_algorithms(False)
     results = []
@@ -151,6 +158,7 @@ def test_vector_quantize_compiled_whole_matches_eager(device):
     assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
 
 
+@pytest.mark.every_isa
 def test_vector_quantize_without_gradient_records_nothing(device):
     out = vector_quantize(rows(4, 3, device), rows(5, 3, device))
     assert out.quantized.grad_fn is None

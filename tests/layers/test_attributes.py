@@ -16,6 +16,8 @@ LAYERS = {
     "dictionary_learning": lambda **options: DictionaryLearning(D, K, 0.1, 3, **options),
 }
 
+pytestmark = pytest.mark.small
+
 
 @pytest.mark.parametrize("name", ["vector_quantizer", "vector_quantizer_ema"])
 def test_quantizer_public_attributes_are_read_only(name):

@@ -23,6 +23,7 @@ def x():
     return torch.randn(3, DIM, 4, 5, requires_grad=True)
 
 
+@pytest.mark.small
 def test_dictionary_learning_step_equals_the_notebook(x):
     layer, formula = make(), notebook.DictionaryLearning(DIM, ATOMS, 0.1, KEPT)
     formula.load_state_dict(layer.state_dict())

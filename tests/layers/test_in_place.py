@@ -19,6 +19,8 @@ LAYERS = {
     "dictionary_learning_direct": lambda: DictionaryLearning(D, K, 0.1, 4, gradient="direct"),
 }
 
+pytestmark = pytest.mark.small
+
 
 @pytest.mark.parametrize("channel_last", [False, True])
 @pytest.mark.parametrize("mode", ["train", "eval", "no_grad"])

@@ -33,6 +33,7 @@ def dense(layer, x):
     return torch.zeros_like(active).scatter(-1, indices, values) @ layer.W_dec + layer.b_dec, values, indices
 
 
+@pytest.mark.small
 def test_sparse_autoencoder_three_latents_by_hand():
     layer = SparseAutoencoder(2, 3, 2)
     layer.load_state_dict(

@@ -29,6 +29,7 @@ def inputs():
     return torch.randn(3, D, 4, 5, requires_grad=True)
 
 
+@pytest.mark.small
 def test_quantizer_step_equals_the_notebook(inputs):
     layer = VectorQuantizer(K, D, 0.25, init="normal")
     formula = notebook.VectorQuantizer(layer.codebook.detach(), 0.25)

@@ -12,6 +12,7 @@ from ..oracles import notebook
 K, D = 24, 6
 
 
+@pytest.mark.small
 def test_quantizer_ema_steps_equal_the_notebook():
     layer = VectorQuantizerEMA(K, D, 0.25, 0.9, epsilon=1e-3)
     formula = notebook.VectorQuantizerEMA(layer.codebook, 0.25, 0.9, 1e-3)

@@ -91,7 +91,7 @@ def _chunk_size(codes: Tensor) -> int:
 def _exponents_to_one(values: Tensor, dim: int) -> Tensor:
     """Exponents of the powers of two that take the largest finite magnitudes of float64 values along dim to about 1.
 
-    Where all are zero, any power does: the result is the largest exponent, so that a minimum with others takes theirs.
+    Where all are zero, any power does: the result is the largest exponent, which changes no minimum with others.
     """
     largest = values.abs().nan_to_num(nan=0, posinf=0).amax(dim)
     exponents = -torch.frexp(largest).exponent.long().clamp(-1000, 1000)
