@@ -19,8 +19,8 @@ from . import results, targets, training
 
 # The number of test processes that share the GPU: compilers take most of the time of the tests.
 _PROCESSES = 8
-# Tests that launch every kernel on small inputs, because the sanitizer is slow.
-_SMALL = "(triton-cuda or native-cuda) and (by_hand or integers or separated)"
+# Small tests of the kernels alone, because the sanitizer is slow.
+_SMALL = ("-m", "gpu and small", "-k", "triton-cuda or native-cuda")
 _UPDATES = 2000
 # The updates of `benchmarks updates`, and a smaller number if the step has less than this many seconds.
 _TIMED_UPDATES, _FEW_UPDATES, _SHORT_STEP = 20_000, 4_000, 300
@@ -122,7 +122,7 @@ def _sanitize(tool: str, out: Path, seconds: float) -> int:
     log = out / f"{tool}.log"
     # Without torch's cache each tensor is an allocation of its own, and any access beyond it is reported.
     words = ["env", "PYTORCH_NO_CUDA_MEMORY_CACHING=1", program, "--tool", tool, "--error-exitcode", "9"]
-    words += [sys.executable, "-m", "pytest", "-x", "-m", "gpu", "tests/functional", "-k", _SMALL]
+    words += [sys.executable, "-m", "pytest", "-x", "tests/functional", *_SMALL]
     status = call(log, seconds, *words)
     if "Device not supported" in log.read_text(errors="replace"):
         print(f"{tool}: left out, because it does not support the device")

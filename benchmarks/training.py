@@ -2,6 +2,8 @@
 
 The entries time single steps. `python -m benchmarks updates` times whole runs. `python -m benchmarks recipes` counts
 the updates that a recipe needs to reach a held-out error.
+
+Functions import models/ when they run: `verify` imports this file in trees whose models/ may differ.
 """
 
 from __future__ import annotations
@@ -17,17 +19,12 @@ import time
 from collections.abc import Iterator
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 from torch.utils.flop_counter import FlopCounterMode
-
-from models.report.evaluate import evaluate
-from models.training.config import parse
-from models.training.run import Run
-from tests.oracles import notebook_training
 
 from . import ceilings, judge, results, sizes
 from .calls import Call, Tensors, needs
@@ -35,6 +32,9 @@ from .entry import LIBRARY, Entry, Implementation, Tolerance, Verdict
 from .inputs import Inputs, Size
 from .layers import DICTIONARY_LEARNING, NOTEBOOK, VECTOR_QUANTIZER_EMA
 from .results import Row
+
+if TYPE_CHECKING:
+    from models.training.run import Run
 
 # Updates that compile, select algorithms and, on a GPU, capture a CUDA graph.
 _WARM_UP = 5
@@ -64,6 +64,9 @@ def images() -> str:
 
 def _run(flags: dict[str, Any], words: list[str], folder: Path = Path("unwritten")) -> Run:
     """A run with flags of `python -m models.train`. It writes to its folder only after `start`."""
+    from models.training.config import parse
+    from models.training.run import Run
+
     given = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
     return Run(parse([*given, *words]).config, folder)
 
@@ -95,6 +98,8 @@ def _library_step(model: str, precision: str, inputs: Inputs) -> Call:
 
 
 def _notebook_step(model: str, inputs: Inputs) -> Call:
+    from tests.oracles import notebook_training
+
     run = _step_run(model, inputs)
     loss = _loss(notebook_training.Model(run.model, run.config), run.batches[0], run.variance)
     step, _ = notebook_training.training_loop(run)
@@ -167,6 +172,8 @@ def measure_updates(
 def _update_rows(
     model: str, flags: dict[str, Any], updates: int, rounds: int, limits: dict[str, float]
 ) -> Iterator[Row]:
+    from models.training.config import parse
+
     # By implementation and precision: the function that makes and times a number of updates, and the number.
     runs = {(LIBRARY, name): (_time_library, updates) for name in limits}
     runs[NOTEBOOK, "float32"] = _time_notebook, min(updates, _MAX_NOTEBOOK_UPDATES)
@@ -219,6 +226,8 @@ def _time_library(model: str, flags: dict[str, Any]) -> tuple[float, float]:
 
 def _time_notebook(model: str, flags: dict[str, Any]) -> tuple[float, float]:
     """Seconds of an update, and NMSE."""
+    from tests.oracles import notebook_training
+
     update, errors = notebook_training.training_loop(_notebook_run(model, flags))
     begin = time.perf_counter()
     for _ in range(flags["updates"]):
@@ -229,6 +238,8 @@ def _time_notebook(model: str, flags: dict[str, Any]) -> tuple[float, float]:
 
 def _update_flops(model: str, flags: dict[str, Any]) -> float:
     """Operations of the products and convolutions of an update, forward and backward, in the notebook's formulas."""
+    from tests.oracles import notebook_training
+
     run = _notebook_run(model, flags)
     network = notebook_training.Model(run.model, run.config)
     with FlopCounterMode(display=False) as counter:
@@ -267,6 +278,8 @@ def updates_to_target(recipe: str, data: str, seed: int, most: int) -> Row:
 
     `most` is also the length of the learning rate schedule.
     """
+    from models.report.evaluate import evaluate
+
     flags = {"data": data, "seed": seed, "updates": most, "batch-size": 256, "precision": "auto"}
     run = _run(flags, ["--channels-last", *RECIPES[recipe].split()])
     held_out = run.images.held_out[:_HELD_OUT]

@@ -123,6 +123,13 @@ def test_verify_with_a_failing_test_refuses_to_measure(tmp_path, monkeypatch):
         verify.verify("one_hot", ["64x10x3"], "HEAD", CPU)
 
 
+def test_verify_imports_no_models():
+    """The base of a comparison may have another models/ than this tree."""
+    code = "import sys, benchmarks.verify; print(*(name for name in sys.modules if name.split('.')[0] == 'models'))"
+    found = subprocess.run([sys.executable, "-c", code], cwd=results.ROOT, capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == ""
+
+
 @pytest.mark.slow
 def test_verify_times_this_tree_and_a_commit(monkeypatch):
     monkeypatch.setattr(verify, "_test", lambda entry: 0)
