@@ -85,7 +85,7 @@ def test_every_kernel_compiles_for_every_architecture_without_spills():
 
 @pytest.mark.slow
 @needs_nvcc
-@pytest.mark.parametrize("file", ["search", "products"])
+@pytest.mark.parametrize("file", ["search_cuda", "products"])
 def test_tensor_cores_and_copies_ahead_are_used(file):
     make("cuda", "DLVAE_CUDA_ARCHS=all")
     code = cuobjdump("-sass", "-arch", "sm_90", ROOT / f"build/cuda/80-86-89-90-100-120/{file}.cu.o")
