@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .k_hot import PADDED_ROWS, k_hot, pack_pairs
 from .products import multiply, multiply_sums, set_apart
-from .rows import Rows, load_codes, load_rows, unit
+from .rows import Rows, as_rows, load_codes, load_rows, store_rows
 from .tuning import INTERPRETED, WANTED_PROGRAMS, architecture, on_device, splits_of
 
 # Of an H200, a second: bytes from the L2 cache; comparisons, of three instructions; products of half precision.
@@ -37,17 +37,11 @@ def suits(num_rows: int, num_atoms: int, num_features: int, kept: int, dtype: to
 @triton.jit
 def _dense_decode_fwd_kernel(
     pair_ptr,
-    dictionary_ptr,
-    out_ptr,
-    num_rows,
-    num_atoms,
-    num_features,
+    dictionary,
+    out,
     kept,
     padded,
-    stride_k,
-    stride_d,
     HALF: tl.constexpr,
-    UNIT: tl.constexpr,
     UPCAST: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -57,34 +51,25 @@ def _dense_decode_fwd_kernel(
     n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     total = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-    for begin in tl.range(0, num_atoms, BLOCK_K, num_stages=1):
+    for begin in tl.range(0, dictionary.num_rows, BLOCK_K, num_stages=1):
         k = begin + tl.arange(0, BLOCK_K)
-        atoms = load_codes(dictionary_ptr, k, d, num_atoms, num_features, stride_k, stride_d, UNIT)
+        atoms = load_codes(dictionary, k, d)
         coefficients = tl.trans(k_hot(pair_ptr, n, k, kept, padded))
         atoms, total = set_apart(coefficients, atoms, total)
         total = multiply_sums(coefficients, atoms, total, HALF, UPCAST)
-    mask = (n < num_rows)[:, None] & (d < num_features)[None, :]
-    out = out_ptr + n[:, None] * num_features + d[None, :]
-    tl.store(out, total.to(out_ptr.dtype.element_ty), mask=mask)
+    store_rows(out, total, n, d)
 
 
 @triton.jit
 def _dense_decode_bwd_dictionary_kernel(
-    grad_ptr,
+    grad,
     pair_ptr,
     out_ptr,
-    num_rows,
     num_atoms,
-    num_features,
     kept,
     padded,
-    inner,
-    stride_outer,
-    stride_inner,
-    stride_d,
     tiles_per_split,
     HALF: tl.constexpr,
-    UNIT: tl.constexpr,
     UPCAST: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -96,35 +81,25 @@ def _dense_decode_bwd_dictionary_kernel(
     split = tl.program_id(2).to(tl.int64)
     total = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
     begin = split * tiles_per_split * BLOCK_N
-    for start in tl.range(begin, tl.minimum(begin + tiles_per_split * BLOCK_N, num_rows), BLOCK_N, num_stages=1):
+    end = tl.minimum(begin + tiles_per_split * BLOCK_N, grad.num_rows)
+    for start in tl.range(begin, end, BLOCK_N, num_stages=1):
         n = start + tl.arange(0, BLOCK_N)
-        grad = load_rows(grad_ptr, n, d, num_rows, num_features, inner, stride_outer, stride_inner, stride_d, UNIT)
+        rows = load_rows(grad, n, d)
         coefficients = k_hot(pair_ptr, n, k, kept, padded)
-        grad, total = set_apart(coefficients, grad, total)
-        total = multiply_sums(coefficients, grad, total, HALF, UPCAST)
-    out = out_ptr + (split * num_atoms + k)[:, None] * num_features + d[None, :]
-    tl.store(out, total, mask=(k < num_atoms)[:, None] & (d < num_features)[None, :])
+        rows, total = set_apart(coefficients, rows, total)
+        total = multiply_sums(coefficients, rows, total, HALF, UPCAST)
+    out = out_ptr + (split * num_atoms + k)[:, None] * grad.num_features + d[None, :]
+    tl.store(out, total, mask=(k < num_atoms)[:, None] & (d < grad.num_features)[None, :])
 
 
 @triton.jit
 def _dense_decode_bwd_values_kernel(
-    grad_ptr,
+    grad,
     index_ptr,
-    dictionary_ptr,
+    dictionary,
     out_ptr,
-    num_rows,
-    num_atoms,
-    num_features,
     kept,
-    inner,
-    stride_outer,
-    stride_inner,
-    stride_gd,
-    stride_k,
-    stride_d,
     HALF: tl.constexpr,
-    GRAD_UNIT: tl.constexpr,
-    UNIT: tl.constexpr,
     UPCAST: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -132,17 +107,15 @@ def _dense_decode_bwd_values_kernel(
     BLOCK_J: tl.constexpr,
 ):
     """Inner products of a block of rows with a block of atoms; each row writes those that it kept."""
+    num_rows, num_atoms = grad.num_rows, dictionary.num_rows
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     first = tl.program_id(1) * BLOCK_K
     k = first + tl.arange(0, BLOCK_K)
     products = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
-    for begin in tl.range(0, num_features, BLOCK_D, num_stages=1):
+    for begin in tl.range(0, grad.num_features, BLOCK_D, num_stages=1):
         d = begin + tl.arange(0, BLOCK_D)
-        grad = load_rows(
-            grad_ptr, n, d, num_rows, num_features, inner, stride_outer, stride_inner, stride_gd, GRAD_UNIT
-        )
-        atoms = load_codes(dictionary_ptr, k, d, num_atoms, num_features, stride_k, stride_d, UNIT)
-        products = multiply(grad, tl.trans(atoms), products, HALF, UPCAST)
+        atoms = load_codes(dictionary, k, d)
+        products = multiply(load_rows(grad, n, d), tl.trans(atoms), products, HALF, UPCAST)
     for begin in range(0, kept, BLOCK_J):
         j = begin + tl.arange(0, BLOCK_J)
         at = n.to(tl.int64)[:, None] * kept + j[None, :]
@@ -173,16 +146,11 @@ def dense_decode_fwd(values: Tensor, indices: Tensor, dictionary: Tensor, out: T
         block = _block_d(num_features)
         _dense_decode_fwd_kernel[(padded // 64, triton.cdiv(num_features, block))](
             pairs,
-            dictionary,
-            out,
-            out.numel() // num_features,
-            num_atoms,
-            num_features,
+            as_rows(dictionary),
+            as_rows(out),
             kept,
             padded,
-            *dictionary.stride(),
             HALF=_is_half(values.dtype, dictionary.dtype),
-            UNIT=unit(dictionary.stride(0)),
             UPCAST=INTERPRETED,
             BLOCK_N=64,
             BLOCK_K=32,
@@ -203,17 +171,13 @@ def dense_decode_bwd_dictionary(rows: Rows, values: Tensor, indices: Tensor, num
         splits, per_split = splits_of(blocks[0] * blocks[1], tiles, _MOST_TILES)
         out = torch.empty(splits, num_atoms, num_features, dtype=torch.float32, device=x.device)
         _dense_decode_bwd_dictionary_kernel[(*blocks, splits)](
-            x,
+            rows,
             pairs,
             out,
-            rows.num_rows,
             num_atoms,
-            num_features,
             *pairs.shape,
-            *rows.strides,
             per_split,
             HALF=_is_half(values.dtype, x.dtype),
-            UNIT=unit(*rows.strides[1:3]),
             UPCAST=INTERPRETED,
             BLOCK_N=block_n,
             BLOCK_K=block_k,
@@ -228,19 +192,12 @@ def dense_decode_bwd_values(rows: Rows, indices: Tensor, dictionary: Tensor, out
     num_atoms, num_features = dictionary.shape
     with on_device(out):
         _dense_decode_bwd_values_kernel[(triton.cdiv(rows.num_rows, 64), triton.cdiv(num_atoms, 128))](
-            rows.tensor,
+            rows,
             indices.contiguous(),
-            dictionary,
+            as_rows(dictionary),
             out,
-            rows.num_rows,
-            num_atoms,
-            num_features,
             indices.shape[-1],
-            *rows.strides,
-            *dictionary.stride(),
             HALF=_is_half(rows.tensor.dtype, dictionary.dtype),
-            GRAD_UNIT=unit(*rows.strides[1:3]),
-            UNIT=unit(dictionary.stride(0)),
             UPCAST=INTERPRETED,
             BLOCK_N=64,
             BLOCK_K=128,

@@ -15,74 +15,39 @@ from torch import Tensor
 
 from .gather_codes import gather_codes_bwd
 from .log_sum_exp import inner_products, is_wide, log_sum_exp
-from .rows import Rows, as_rows, load_rows, unit
+from .rows import Rows, as_rows, load_rows
 from .sparse_decode import sparse_decode_bwd, sparse_decode_fwd
 from .tuning import on_device, softmax_sum_config, splits_of
 
 
 @triton.jit
 def _softmax_sum_kernel(
-    a_ptr,
-    b_ptr,
+    left_rows,
+    right_rows,
     a_shift_ptr,
     b_shift_ptr,
     scale_ptr,
     out_ptr,
     scale_sum_ptr,
-    num_a,
-    num_b,
-    num_features,
-    a_inner,
-    a_outer,
-    a_step,
-    a_d,
-    b_inner,
-    b_outer,
-    b_step,
-    b_d,
     tiles_per_split,
-    SCALED: tl.constexpr,
     WIDE: tl.constexpr,
-    A_UNIT: tl.constexpr,
-    B_UNIT: tl.constexpr,
     BLOCK_A: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_OUT: tl.constexpr,
 ):
     """Sums over the b of one split of w b, w = scale_b exp(a . b + shifts): [splits, A, D]; SCALED: also of w."""
+    SCALED: tl.constexpr = scale_ptr is not None
     a = tl.program_id(0).to(tl.int64) * BLOCK_A + tl.arange(0, BLOCK_A)
     d = tl.program_id(1) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
-    a_shift = tl.load(a_shift_ptr + a, mask=a < num_a, other=float("-inf"))
+    a_shift = tl.load(a_shift_ptr + a, mask=a < left_rows.num_rows, other=float("-inf"))
     total = tl.zeros([BLOCK_A, BLOCK_OUT], tl.float32)
     scale_sum = tl.zeros([BLOCK_A], tl.float32)
     first = tl.program_id(2).to(tl.int64) * tiles_per_split * BLOCK_B
-    for start in range(first, tl.minimum(first + tiles_per_split * BLOCK_B, num_b), BLOCK_B):
+    for start in range(first, tl.minimum(first + tiles_per_split * BLOCK_B, right_rows.num_rows), BLOCK_B):
         b = start + tl.arange(0, BLOCK_B)
-        weights = inner_products(
-            a_ptr,
-            b_ptr,
-            a,
-            b,
-            num_a,
-            num_b,
-            num_features,
-            a_inner,
-            a_outer,
-            a_step,
-            a_d,
-            b_inner,
-            b_outer,
-            b_step,
-            b_d,
-            WIDE,
-            A_UNIT,
-            B_UNIT,
-            BLOCK_A,
-            BLOCK_B,
-            BLOCK_D,
-        )
-        b_shift = tl.load(b_shift_ptr + b, mask=b < num_b, other=float("-inf"))
+        weights = inner_products(left_rows, right_rows, a, b, WIDE, BLOCK_D)
+        b_shift = tl.load(b_shift_ptr + b, mask=b < right_rows.num_rows, other=float("-inf"))
         # The bias of a code first, as when the largest logit was found.
         if SCALED:
             weights = (weights + a_shift[:, None]) + b_shift[None, :]
@@ -90,16 +55,16 @@ def _softmax_sum_kernel(
             weights = (weights + b_shift[None, :]) + a_shift[:, None]
         weights = tl.exp(weights)
         if SCALED:
-            weights *= tl.load(scale_ptr + b, mask=b < num_b, other=0.0)[None, :]
+            weights *= tl.load(scale_ptr + b, mask=b < right_rows.num_rows, other=0.0)[None, :]
             scale_sum += tl.sum(weights, axis=1)
-        right = load_rows(b_ptr, b, d, num_b, num_features, b_inner, b_outer, b_step, b_d, B_UNIT)
+        right = load_rows(right_rows, b, d)
         # Weights of half precision would round the sum.
         total = tl.dot(weights, right.to(tl.float32), acc=total, input_precision="tf32x3")
-    at = tl.program_id(2).to(tl.int64) * num_a + a
-    mask = (a < num_a)[:, None] & (d < num_features)[None, :]
-    tl.store(out_ptr + at[:, None] * num_features + d[None, :], total, mask=mask)
+    at = tl.program_id(2).to(tl.int64) * left_rows.num_rows + a
+    mask = (a < left_rows.num_rows)[:, None] & (d < left_rows.num_features)[None, :]
+    tl.store(out_ptr + at[:, None] * left_rows.num_features + d[None, :], total, mask=mask)
     if SCALED:
-        tl.store(scale_sum_ptr + at, scale_sum, mask=(a < num_a) & (tl.program_id(1) == 0))
+        tl.store(scale_sum_ptr + at, scale_sum, mask=(a < left_rows.num_rows) & (tl.program_id(1) == 0))
 
 
 def _offsets(weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -159,23 +124,15 @@ def _softmax_sum(a: Rows, b: Rows, a_shift: Tensor, b_shift: Tensor, scale: Tens
     if out.numel() > 0:
         with on_device(out):
             _softmax_sum_kernel[(*blocks, splits)](
-                a.tensor,
-                b.tensor,
+                a,
+                b,
                 a_shift,
                 b_shift,
-                a_shift if scale is None else scale,
+                scale,
                 out,
                 scales,
-                a.num_rows,
-                b.num_rows,
-                a.num_features,
-                *a.strides,
-                *b.strides,
                 per_split,
-                SCALED=scale is not None,
                 WIDE=is_wide(a.tensor, b.tensor),
-                A_UNIT=unit(*a.strides[1:3]),
-                B_UNIT=unit(*b.strides[1:3]),
                 BLOCK_A=config.block_a,
                 BLOCK_B=config.block_b,
                 BLOCK_D=config.block_d,

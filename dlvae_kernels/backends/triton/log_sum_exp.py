@@ -11,41 +11,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .rows import Rows, load_rows, unit
+from .rows import Rows, load_rows
 from .tuning import INTERPRETED, log_sum_exp_config, on_device, splits_of
 
 LOWEST = tl.constexpr(-3.4028234e38)
 
 
 @triton.jit
-def inner_products(
-    a_ptr,
-    b_ptr,
-    a,
-    b,
-    num_a,
-    num_b,
-    num_features,
-    a_inner,
-    a_outer,
-    a_step,
-    a_d,
-    b_inner,
-    b_outer,
-    b_step,
-    b_d,
-    WIDE: tl.constexpr,
-    A_UNIT: tl.constexpr,
-    B_UNIT: tl.constexpr,
-    BLOCK_A: tl.constexpr,
-    BLOCK_B: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):  # [BLOCK_A, BLOCK_B] float32
-    total = tl.zeros([BLOCK_A, BLOCK_B], tl.float32)
-    for begin in range(0, num_features, BLOCK_D):
+def inner_products(a, b, i, j, WIDE: tl.constexpr, BLOCK_D: tl.constexpr):  # [BLOCK_A, BLOCK_B] float32
+    total = tl.zeros([i.shape[0], j.shape[0]], tl.float32)
+    for begin in range(0, a.num_features, BLOCK_D):
         d = begin + tl.arange(0, BLOCK_D)
-        left = load_rows(a_ptr, a, d, num_a, num_features, a_inner, a_outer, a_step, a_d, A_UNIT)
-        right = load_rows(b_ptr, b, d, num_b, num_features, b_inner, b_outer, b_step, b_d, B_UNIT)
+        left = load_rows(a, i, d)
+        right = load_rows(b, j, d)
         if WIDE:
             # Three products of parts on the matrix units round as float32 does.
             left, right = left.to(tl.float32), right.to(tl.float32)
@@ -57,29 +35,16 @@ def inner_products(
 
 @triton.jit
 def _log_sum_exp_kernel(
-    a_ptr,
-    b_ptr,
+    rows,
+    codes,
     shift_ptr,
     index_ptr,
     kept_ptr,
     largest_ptr,
     total_ptr,
-    num_a,
-    num_b,
-    num_features,
     kept,
-    a_inner,
-    a_outer,
-    a_step,
-    a_d,
-    b_inner,
-    b_outer,
-    b_step,
-    b_d,
     tiles_per_split,
     WIDE: tl.constexpr,
-    A_UNIT: tl.constexpr,
-    B_UNIT: tl.constexpr,
     BLOCK_A: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -90,46 +55,24 @@ def _log_sum_exp_kernel(
     largest = tl.full([BLOCK_A], LOWEST, tl.float32)
     total = tl.zeros([BLOCK_A], tl.float32)
     first = tl.program_id(1) * tiles_per_split * BLOCK_B
-    for start in range(first, tl.minimum(first + tiles_per_split * BLOCK_B, num_b), BLOCK_B):
+    for start in range(first, tl.minimum(first + tiles_per_split * BLOCK_B, codes.num_rows), BLOCK_B):
         b = start + tl.arange(0, BLOCK_B)
-        logits = inner_products(
-            a_ptr,
-            b_ptr,
-            a,
-            b,
-            num_a,
-            num_b,
-            num_features,
-            a_inner,
-            a_outer,
-            a_step,
-            a_d,
-            b_inner,
-            b_outer,
-            b_step,
-            b_d,
-            WIDE,
-            A_UNIT,
-            B_UNIT,
-            BLOCK_A,
-            BLOCK_B,
-            BLOCK_D,
-        )
-        logits += tl.load(shift_ptr + b, mask=b < num_b, other=float("-inf"))[None, :]
+        logits = inner_products(rows, codes, a, b, WIDE, BLOCK_D)
+        logits += tl.load(shift_ptr + b, mask=b < codes.num_rows, other=float("-inf"))[None, :]
         most = tl.maximum(largest, tl.max(logits, axis=1))
         total = total * tl.exp(largest - most) + tl.sum(tl.exp(logits - most[:, None]), axis=1)
         largest = most
         for begin in range(0, kept, BLOCK_KEPT):
             j = begin + tl.arange(0, BLOCK_KEPT)
-            inside = (a < num_a)[:, None] & (j < kept)[None, :]
+            inside = (a < rows.num_rows)[:, None] & (j < kept)[None, :]
             at = a[:, None] * kept + j[None, :]
             column = tl.load(index_ptr + at, mask=inside, other=-1) - start
             is_here = (column >= 0) & (column < BLOCK_B)
             found = tl.gather(logits, tl.where(is_here, column, 0).to(tl.int32), axis=1)
             tl.store(kept_ptr + at, found, mask=is_here)
-    out = tl.program_id(1).to(tl.int64) * num_a + a
-    tl.store(largest_ptr + out, largest, mask=a < num_a)
-    tl.store(total_ptr + out, total, mask=a < num_a)
+    out = tl.program_id(1).to(tl.int64) * rows.num_rows + a
+    tl.store(largest_ptr + out, largest, mask=a < rows.num_rows)
+    tl.store(total_ptr + out, total, mask=a < rows.num_rows)
 
 
 def is_wide(x: Tensor, weight: Tensor) -> bool:
@@ -151,23 +94,16 @@ def log_sum_exp(rows: Rows, codes: Rows, offsets: Tensor, indices: Tensor) -> tu
     if blocks > 0:
         with on_device(offsets):
             _log_sum_exp_kernel[(blocks, splits)](
-                rows.tensor,
-                codes.tensor,
+                rows,
+                codes,
                 offsets,
                 indices,
                 kept,
                 largest,
                 totals,
-                rows.num_rows,
-                codes.num_rows,
-                rows.num_features,
                 indices.shape[1],
-                *rows.strides,
-                *codes.strides,
                 per_split,
                 WIDE=is_wide(rows.tensor, codes.tensor),
-                A_UNIT=unit(*rows.strides[1:3]),
-                B_UNIT=unit(*codes.strides[1:3]),
                 BLOCK_A=config.block_a,
                 BLOCK_B=config.block_b,
                 BLOCK_D=config.block_d,

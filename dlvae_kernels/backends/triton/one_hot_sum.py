@@ -26,15 +26,9 @@ _MOST_CODES = 1024
 
 @triton.jit
 def _one_hot_sum_kernel(
-    x_ptr,
+    rows,
     code_ptr,
     out_ptr,
-    num_rows,
-    num_features,
-    inner,
-    stride_outer,
-    stride_inner,
-    stride_d,
     num_codes,
     tiles_per_split,
     TERMS: tl.constexpr,
@@ -44,6 +38,7 @@ def _one_hot_sum_kernel(
     BLOCK_D: tl.constexpr,
 ):
     """Sums, and in the last column numbers, of the rows of one split: [splits, K, D + 1]."""
+    num_rows, num_features = rows.num_rows, rows.num_features
     k = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     total = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
@@ -52,7 +47,7 @@ def _one_hot_sum_kernel(
     for start in range(begin, tl.minimum(begin + tiles_per_split * BLOCK_N, num_rows), BLOCK_N):
         n = start + tl.arange(0, BLOCK_N)
         code = tl.load(code_ptr + n, mask=n < num_rows, other=num_codes)
-        x = load_rows(x_ptr, n, d, num_rows, num_features, inner, stride_outer, stride_inner, stride_d)
+        x = load_rows(rows, n, d)
         # A row without a code may hold what is not finite.
         x = tl.where((code < num_codes)[:, None], x, 0.0)
         is_code = k[:, None] == code[None, :]
@@ -81,12 +76,9 @@ def one_hot_sum(rows: Rows, codes: Tensor, num_codes: int) -> Tensor:
     out = torch.empty(splits, num_codes, rows.num_features + 1, dtype=torch.float32, device=x.device)
     with on_device(x):
         _one_hot_sum_kernel[(*blocks, splits)](
-            x,
+            rows,
             codes,
             out,
-            rows.num_rows,
-            rows.num_features,
-            *rows.strides,
             num_codes,
             per_split,
             TERMS=3 if x.dtype == torch.float32 else 1,

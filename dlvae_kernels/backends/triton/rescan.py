@@ -7,7 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .codebook_parts import codebook_shift, own_shift, power_of_two
-from .rows import Rows, row_offsets
+from .rows import Rows, load_codes, row_offsets
 
 # Of a score, over |x| |c| + |c|^2 / 2: what float16 parts and float32 accumulation may be off by; as matrix units cut
 # off at each of their steps, it grows with D.
@@ -37,22 +37,13 @@ def error_bound(largest, squares, scale, meta_ptr, num_features, SPLIT: tl.const
 
 @triton.jit
 def _rescan_kernel(
-    x_ptr,
-    codes_ptr,
+    x,
+    codes,
     index_ptr,
     distance_ptr,
     worklist_ptr,
     count_ptr,
     meta_ptr,
-    num_rows,
-    num_features,
-    inner,
-    stride_outer,
-    stride_inner,
-    stride_d,
-    num_codes,
-    stride_ck,
-    stride_cd,
     distance_weight,
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -62,32 +53,32 @@ def _rescan_kernel(
     columns = tl.arange(0, BLOCK_K)
     for place in range(tl.program_id(0), count, tl.num_programs(0)):
         row = tl.load(worklist_ptr + place)
-        start = row_offsets(row, inner, stride_outer, stride_inner)
+        start = row_offsets(x, row)
         # Squares of neither codes nor the row overflow.
         largest = tl.zeros([], tl.float32)
-        for d in range(0, num_features, BLOCK_D):
-            features = (d + tl.arange(0, BLOCK_D)).to(tl.int64)
-            x = tl.load(x_ptr + start + features * stride_d, mask=features < num_features, other=0.0)
-            largest = tl.maximum(largest, tl.max(tl.abs(x.to(tl.float32)), axis=0))
+        for d in range(0, x.num_features, BLOCK_D):
+            features = d + tl.arange(0, BLOCK_D)
+            at = x.tensor + start + features.to(tl.int64) * x.stride_d
+            y = tl.load(at, mask=features < x.num_features, other=0.0)
+            largest = tl.maximum(largest, tl.max(tl.abs(y.to(tl.float32)), axis=0))
         shift = tl.minimum(codebook_shift(meta_ptr), own_shift(largest))
         best = tl.full([], float("inf"), tl.float32)
         index = tl.load(index_ptr + row).to(tl.int32)
-        for begin in range(0, num_codes, BLOCK_K):
-            codes = begin + columns
+        for begin in range(0, codes.num_rows, BLOCK_K):
+            k = begin + columns
             distance = tl.zeros([BLOCK_K], tl.float32)
-            for d in range(0, num_features, BLOCK_D):
-                features = (d + tl.arange(0, BLOCK_D)).to(tl.int64)
-                x = tl.load(x_ptr + start + features * stride_d, mask=features < num_features, other=0.0)
-                offsets = codes.to(tl.int64)[:, None] * stride_ck + features[None, :] * stride_cd
-                inside = (codes < num_codes)[:, None] & (features < num_features)[None, :]
-                c = tl.load(codes_ptr + offsets, mask=inside, other=0.0)
-                difference = (x.to(tl.float32)[None, :] - c.to(tl.float32)) * power_of_two(shift)
+            for d in range(0, x.num_features, BLOCK_D):
+                features = d + tl.arange(0, BLOCK_D)
+                at = x.tensor + start + features.to(tl.int64) * x.stride_d
+                y = tl.load(at, mask=features < x.num_features, other=0.0)
+                c = load_codes(codes, k, features)
+                difference = (y.to(tl.float32)[None, :] - c.to(tl.float32)) * power_of_two(shift)
                 distance += tl.sum(difference * difference, axis=1)
-            distance = tl.where((codes < num_codes) & (distance == distance), distance, float("inf"))
+            distance = tl.where((k < codes.num_rows) & (distance == distance), distance, float("inf"))
             smallest = tl.min(distance, axis=0)
             if smallest < best:
                 best = smallest
-                index = tl.min(tl.where(distance == smallest, codes, 2147483647), axis=0)
+                index = tl.min(tl.where(distance == smallest, k, 2147483647), axis=0)
         # A row without any finite distance stays as it was found.
         unit = power_of_two(-shift)
         tl.store(index_ptr + row, index.to(tl.int64), mask=best < float("inf"))
@@ -96,7 +87,7 @@ def _rescan_kernel(
 
 def rescan(
     rows: Rows,
-    codebook: Tensor,
+    codes: Rows,
     meta: Tensor,
     indices: Tensor,
     distances: Tensor,
@@ -109,18 +100,13 @@ def rescan(
     Squared distances are written times `distance_weight`.
     """
     _rescan_kernel[(min(rows.num_rows, _PROGRAMS),)](
-        rows.tensor,
-        codebook,
+        rows,
+        codes,
         indices,
         distances,
         worklist,
         count,
         meta,
-        rows.num_rows,
-        rows.num_features,
-        *rows.strides,
-        len(codebook),
-        *codebook.stride(),
         distance_weight,
         BLOCK_K=64,
         BLOCK_D=32,

@@ -1,4 +1,4 @@
-"""Rows of a tensor of any strides, as kernels read them: x[n // inner, n % inner]."""
+"""Rows of a tensor of any strides, as kernels read them: an argument with the pointer, the sizes and the strides."""
 
 from __future__ import annotations
 
@@ -12,12 +12,19 @@ from torch import Tensor
 
 
 class Rows(NamedTuple):
-    """Rows [N, D]; `strides` are (inner, stride_outer, stride_inner, stride_d) of a kernel."""
+    """Rows [N, D]: row n begins at n // inner * stride_outer + n % inner * stride_inner; None of both where it is
+    n * stride_inner, which spares the division.
+    """
 
     tensor: Tensor
     num_rows: int
     num_features: int
-    strides: tuple[int, int, int, int]
+    inner: int | None
+    stride_outer: int | None
+    stride_inner: int
+    stride_d: int
+    # The largest power of two up to 16 that divides both strides: kernels that know it load 16 bytes at once.
+    unit: tl.constexpr
 
 
 def as_rows(x: Tensor) -> Rows:
@@ -33,7 +40,11 @@ def as_rows(x: Tensor) -> Rows:
     if len(merged) > 2:
         return as_rows(x.contiguous())
     (_, outer), (inner, step) = [(1, 0), (1, 0), *merged][-2:]
-    return Rows(x, x.numel() // x.shape[-1], x.shape[-1], (inner, outer, step, x.stride(-1)))
+    unit = tl.constexpr(math.gcd(outer, step, 16))
+    sizes = x.numel() // x.shape[-1], x.shape[-1]
+    if len(merged) < 2:
+        return Rows(x, *sizes, None, None, step, x.stride(-1), unit)
+    return Rows(x, *sizes, inner, outer, step, x.stride(-1), unit)
 
 
 def empty_like_rows(x: Tensor) -> Tensor:
@@ -48,38 +59,41 @@ def laid_out_like(x: Tensor, result: Tensor) -> Tensor:
     return result if result.stride() == wanted.stride() else wanted.copy_(result)
 
 
-def unit(*strides: int) -> int:
-    """The largest power of two up to 16 that divides all strides: kernels that know it load 16 bytes at once."""
-    return math.gcd(*strides, 16)
-
-
 @triton.jit
-def row_offsets(n, inner, stride_outer, stride_inner, UNIT: tl.constexpr = 1):
-    """Offsets of rows n; UNIT divides both strides, from which the compiler learns how wide it may load."""
+def row_offsets(x, n):
+    """Offsets of rows n of x."""
     n = n.to(tl.int64)
-    return ((n // inner) * (stride_outer // UNIT) + (n % inner) * (stride_inner // UNIT)) * UNIT
+    if x.inner is None:
+        offsets = n * (x.stride_inner // x.unit)
+    else:
+        offsets = (n // x.inner) * (x.stride_outer // x.unit) + (n % x.inner) * (x.stride_inner // x.unit)
+    return offsets * x.unit
 
 
 @triton.jit
-def load_rows(x_ptr, n, d, num_rows, num_features, inner, stride_outer, stride_inner, stride_d, UNIT: tl.constexpr = 1):
+def code_offsets(codes, index):
+    """Offsets of the rows of a codebook [K, D] at these indices."""
+    return index.to(tl.int64) * (codes.stride_inner // codes.unit) * codes.unit
+
+
+@triton.jit
+def load_rows(x, n, d):
     """Rows n and features d of x, [BLOCK_N, BLOCK_D]; 0 outside."""
-    offsets = row_offsets(n, inner, stride_outer, stride_inner, UNIT)[:, None] + d.to(tl.int64)[None, :] * stride_d
-    return tl.load(x_ptr + offsets, mask=(n < num_rows)[:, None] & (d < num_features)[None, :], other=0.0)
+    offsets = row_offsets(x, n)[:, None] + d.to(tl.int64)[None, :] * x.stride_d
+    return tl.load(x.tensor + offsets, mask=(n < x.num_rows)[:, None] & (d < x.num_features)[None, :], other=0.0)
 
 
 @triton.jit
-def load_codes(codes_ptr, index, d, num_codes, num_features, stride_k, stride_d, UNIT: tl.constexpr):
+def load_codes(codes, index, d):
     """Codes of these indices and features d of a codebook, [BLOCK_K, BLOCK_D]; 0 for a code that is not there."""
-    offsets = (index.to(tl.int64) * (stride_k // UNIT) * UNIT)[:, None] + d.to(tl.int64)[None, :] * stride_d
-    inside = ((index >= 0) & (index < num_codes))[:, None] & (d < num_features)[None, :]
-    return tl.load(codes_ptr + offsets, mask=inside, other=0.0)
+    offsets = code_offsets(codes, index)[:, None] + d.to(tl.int64)[None, :] * codes.stride_d
+    inside = ((index >= 0) & (index < codes.num_rows))[:, None] & (d < codes.num_features)[None, :]
+    return tl.load(codes.tensor + offsets, mask=inside, other=0.0)
 
 
 @triton.jit
-def store_rows(
-    out_ptr, value, n, d, num_rows, num_features, inner, stride_outer, stride_inner, stride_d, UNIT: tl.constexpr = 1
-):
-    """Write rows n and features d, in the dtype of the tensor."""
-    offsets = row_offsets(n, inner, stride_outer, stride_inner, UNIT)[:, None] + d.to(tl.int64)[None, :] * stride_d
-    mask = (n < num_rows)[:, None] & (d < num_features)[None, :]
-    tl.store(out_ptr + offsets, value.to(out_ptr.dtype.element_ty), mask=mask)
+def store_rows(out, value, n, d):
+    """Write rows n and features d of out, in its dtype."""
+    offsets = row_offsets(out, n)[:, None] + d.to(tl.int64)[None, :] * out.stride_d
+    mask = (n < out.num_rows)[:, None] & (d < out.num_features)[None, :]
+    tl.store(out.tensor + offsets, value.to(out.tensor.dtype.element_ty), mask=mask)

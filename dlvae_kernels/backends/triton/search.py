@@ -8,6 +8,8 @@ tile that it came from: under three instructions a distance. At the end exact di
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -31,104 +33,78 @@ from .join_splits import join_splits
 from .products import product
 from .quantize_rows import Quantized, launch_quantize_rows, quantize_rows
 from .rescan import error_bound, rescan
-from .rows import Rows, as_rows, load_rows, unit
+from .rows import Rows, as_rows, load_rows
 from .tuning import INTERPRETED, SearchConfig, num_splits, on_device, search_config
 
 INFINITE = tl.constexpr(3.4028236e38)
 NO_CODE = tl.constexpr(2147483647)
 
 
+class Found(NamedTuple):
+    """What each split found, [splits, N]; second and bound [N] where certified: see `rescan`."""
+
+    index: Tensor
+    distance: Tensor
+    score: Tensor | None
+    second: Tensor | None
+    bound: Tensor | None
+
+
 @triton.jit
 def _search_kernel(
-    x_ptr,
-    codes_ptr,
+    x,
+    codes,
     high_parts,
     low_parts,
     bias_ptr,
     meta_ptr,
-    index_ptr,
-    distance_ptr,
-    score_ptr,
-    second_ptr,
-    bound_ptr,
-    quantized_ptr,
-    half_error_ptr,
-    count_ptr,
-    num_rows,
-    num_features,
-    inner,
-    stride_outer,
-    stride_inner,
-    stride_d,
-    out_inner,
-    out_outer,
-    out_step,
-    out_d,
-    num_codes,
-    stride_ck,
-    stride_cd,
+    found,
+    out,
     num_tiles,
     tiles_per_split,
     distance_weight,
     PADDED: tl.constexpr,
     SPLIT: tl.constexpr,
     PACKED: tl.constexpr,
-    CERTIFY: tl.constexpr,
-    QUANTIZE: tl.constexpr,
-    SAVE_ERROR: tl.constexpr,
     PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
     GROUP: tl.constexpr,
-    UNIT: tl.constexpr,
-    OUT_UNIT: tl.constexpr,
-    CODE_UNIT: tl.constexpr,
     LOOK_D: tl.constexpr,
     TILE_STAGES: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     """Nearest code of each row among those of one split, its distance and score: [splits, N]."""
-    rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    CERTIFY: tl.constexpr = found.second is not None
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     columns = tl.arange(0, BLOCK_K)
     features = tl.arange(0, BLOCK_D)
+    num_features = x.num_features
     scale = 1.0
-    if SPLIT or CERTIFY or x_ptr.dtype.element_ty != tl.float16:
+    if SPLIT or CERTIFY or x.tensor.dtype.element_ty != tl.float16:
         largest = tl.zeros([BLOCK_N], tl.float32)
         squares = tl.zeros([BLOCK_N], tl.float32)
         for d in range(0, PADDED, BLOCK_D):
-            x = load_rows(
-                x_ptr, rows, d + features, num_rows, num_features, inner, stride_outer, stride_inner, stride_d, UNIT
-            ).to(tl.float32)
-            largest = tl.maximum(largest, tl.max(tl.abs(x), axis=1))
-            squares += tl.sum(x * x, axis=1)
+            y = load_rows(x, n, d + features).to(tl.float32)
+            largest = tl.maximum(largest, tl.max(tl.abs(y), axis=1))
+            squares += tl.sum(y * y, axis=1)
     if SPLIT:
         shift = row_shift(tl.max(tl.where(largest < INFINITE, largest, 0.0), axis=0), meta_ptr, PACKED)
         scale = power_of_two(shift)
     if PACKED:
-        x = load_rows(
-            x_ptr,
-            rows,
-            features % num_features,
-            num_rows,
-            num_features,
-            inner,
-            stride_outer,
-            stride_inner,
-            stride_d,
-            UNIT,
-        )
-        x_high, x_low = split(x.to(tl.float32), scale)
+        row = load_rows(x, n, features % num_features)
+        row_high, row_low = split(row.to(tl.float32), scale)
         part = (features // num_features)[None, :]
         bias_part = tl.minimum(tl.maximum(features - 3 * num_features, 0), 2)
         exponent = shift + codebook_shift(meta_ptr) - bias_shift(meta_ptr) - FINER_BITS * bias_part
         ones = power_of_two(exponent).to(tl.float16)
-        x = tl.where(part == 1, x_low, tl.where(part < 3, x_high, ones[None, :]))
+        row = tl.where(part == 1, row_low, tl.where(part < 3, row_high, ones[None, :]))
     elif BLOCK_D == PADDED:
-        x = load_rows(x_ptr, rows, features, num_rows, num_features, inner, stride_outer, stride_inner, stride_d, UNIT)
+        row = load_rows(x, n, features)
         if SPLIT:
-            x, x_low = split(x.to(tl.float32), scale)
+            row, row_low = split(row.to(tl.float32), scale)
     LANES: tl.constexpr = BLOCK_K // GROUP
     best = tl.full([BLOCK_N, LANES], NEVER, tl.float32)
     tile_of_best = tl.zeros([BLOCK_N, LANES], tl.int32)
@@ -140,17 +116,14 @@ def _search_kernel(
         score = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
         if BLOCK_D == PADDED:
             high = high_parts.load([tile * BLOCK_K, 0])
-            score = product(x, high.T, score, PRECISION, UPCAST)
+            score = product(row, high.T, score, PRECISION, UPCAST)
             if SPLIT and not PACKED:
                 low = low_parts.load([tile * BLOCK_K, 0])
-                score = product(x_low, high.T, score, PRECISION, UPCAST)
-                score = product(x, low.T, score, PRECISION, UPCAST)
+                score = product(row_low, high.T, score, PRECISION, UPCAST)
+                score = product(row, low.T, score, PRECISION, UPCAST)
         else:
             for block in tl.range(0, num_features, BLOCK_D, num_stages=STAGES):
-                at = block + features
-                y = load_rows(
-                    x_ptr, rows, at, num_rows, num_features, inner, stride_outer, stride_inner, stride_d, UNIT
-                )
+                y = load_rows(x, n, block + features)
                 high = high_parts.load([tile * BLOCK_K, block])
                 if SPLIT:
                     y, y_low = split(y.to(tl.float32), scale)
@@ -173,52 +146,16 @@ def _search_kernel(
     # The first code of the group of each lane that has the best score.
     firsts = tile_of_best * BLOCK_K + ((lanes // 4) * (4 * GROUP) + (lanes % 4) * 2)[None, :]
     firsts = tl.where((best == winner[:, None]) & (best > NEVER), firsts, NO_CODE)
-    first = tl.min(firsts, axis=1)
     if CERTIFY:
         # Of a tie within one lane the other score is in `second`; of one between lanes, in `best`.
+        first = tl.min(firsts, axis=1)
         other = tl.max(tl.where(firsts == first[:, None], second, best), axis=1)
-    in_group = tl.arange(0, GROUP)
-    in_group = ((in_group // 2) * 8 + in_group % 2)[None, :]
     # Differences are scaled so that squares of neither codes nor rows overflow. Those of float16 do not beyond 2^40.
     distance_shift = tl.full([BLOCK_N], 40, tl.int32)
-    if SPLIT or CERTIFY or x_ptr.dtype.element_ty != tl.float16:
+    if SPLIT or CERTIFY or x.tensor.dtype.element_ty != tl.float16:
         distance_shift = own_shift(largest)
     distance_shift = tl.minimum(distance_shift, codebook_shift(meta_ptr))
-    distance = tl.full([BLOCK_N], float("inf"), tl.float32)
-    index = tl.full([BLOCK_N], NO_CODE, tl.int32)
-    first_tile = first // BLOCK_K
-    pending = first < NO_CODE
-    # Once, and again for each further group of the same tile that ties: its codes may come before.
-    while tl.max(pending.to(tl.int32), axis=0) > 0:
-        codes = tl.where(pending[:, None], first[:, None] + in_group, num_codes)
-        is_code = tl.load(bias_ptr + codes, mask=codes < num_codes, other=NEVER) > NEVER
-        found = squared_distances(
-            x_ptr,
-            codes_ptr,
-            rows,
-            codes,
-            num_rows,
-            num_codes,
-            num_features,
-            inner,
-            stride_outer,
-            stride_inner,
-            stride_d,
-            stride_ck,
-            stride_cd,
-            power_of_two(distance_shift)[:, None, None],
-            UNIT,
-            CODE_UNIT,
-            LOOK_D,
-        )
-        found = tl.where(is_code & (found == found), found, float("inf"))
-        least = tl.min(found, axis=1)
-        code = tl.min(tl.where(is_code & (found == least[:, None]), codes, NO_CODE), axis=1)
-        is_nearer = (least < distance) | ((least == distance) & (code < index))
-        distance = tl.where(is_nearer, least, distance)
-        index = tl.where(is_nearer, code, index)
-        first = tl.min(tl.where(firsts > first[:, None], firsts, NO_CODE), axis=1)
-        pending = (first < NO_CODE) & (first // BLOCK_K == first_tile)
+    index, distance = _tell_apart(x, codes, bias_ptr, n, firsts, distance_shift, GROUP, BLOCK_K, LOOK_D)
     is_lost = distance == float("inf")
     length = power_of_two(-distance_shift)
     distance = distance * distance_weight * length * length
@@ -226,50 +163,49 @@ def _search_kernel(
         # No distance is finite: a row that holds NaN takes 0, another one the first code that is not NaN.
         has_nan = tl.zeros([BLOCK_N], tl.int32)
         for d in range(0, PADDED, BLOCK_D):
-            y = load_rows(
-                x_ptr, rows, d + features, num_rows, num_features, inner, stride_outer, stride_inner, stride_d, UNIT
-            )
+            y = load_rows(x, n, d + features)
             has_nan = tl.maximum(has_nan, tl.max((y != y).to(tl.int32), axis=1))
         kept = -tl.load(meta_ptr + 1)
-        fallback = tl.where((has_nan > 0) | (kept >= num_codes), 0, kept)
+        fallback = tl.where((has_nan > 0) | (kept >= codes.num_rows), 0, kept)
         distance = tl.where(is_lost & (has_nan > 0), float("nan"), distance)
         index = tl.where(is_lost, fallback, index)
-    mask = rows < num_rows
-    out = tl.program_id(1).to(tl.int64) * num_rows + rows
-    tl.store(index_ptr + out, index.to(index_ptr.dtype.element_ty), mask=mask)
-    tl.store(distance_ptr + out, distance, mask=mask)
+    mask = n < x.num_rows
+    at = tl.program_id(1).to(tl.int64) * x.num_rows + n
+    tl.store(found.index + at, index.to(found.index.dtype.element_ty), mask=mask)
+    tl.store(found.distance + at, distance, mask=mask)
     if CERTIFY:
-        tl.store(score_ptr + out, winner, mask=mask)
-        tl.store(second_ptr + out, other, mask=mask)
+        tl.store(found.score + at, winner, mask=mask)
+        tl.store(found.second + at, other, mask=mask)
         bound = error_bound(largest, squares, scale, meta_ptr, num_features, SPLIT)
-        tl.store(bound_ptr + rows, bound, mask=mask)
-    if QUANTIZE:
-        quantize_rows(
-            x_ptr,
-            codes_ptr,
-            quantized_ptr,
-            half_error_ptr,
-            count_ptr,
-            rows,
-            index,
-            num_rows,
-            num_features,
-            inner,
-            stride_outer,
-            stride_inner,
-            stride_d,
-            out_inner,
-            out_outer,
-            out_step,
-            out_d,
-            stride_ck,
-            stride_cd,
-            SAVE_ERROR,
-            UNIT,
-            OUT_UNIT,
-            CODE_UNIT,
-            16,
-        )
+        tl.store(found.bound + n, bound, mask=mask)
+    if out is not None:
+        quantize_rows(x, codes, out, n, index, 16)
+
+
+@triton.jit
+def _tell_apart(x, codes, bias_ptr, n, firsts, shift, GROUP: tl.constexpr, BLOCK_K: tl.constexpr, LOOK_D: tl.constexpr):
+    """The nearest code of rows n, by differences, among the groups that begin at `firsts` [BLOCK_N, lanes]."""
+    in_group = tl.arange(0, GROUP)
+    in_group = ((in_group // 2) * 8 + in_group % 2)[None, :]
+    first = tl.min(firsts, axis=1)
+    distance = tl.full(first.shape, float("inf"), tl.float32)
+    index = tl.full(first.shape, NO_CODE, tl.int32)
+    first_tile = first // BLOCK_K
+    pending = first < NO_CODE
+    # Once, and again for each further group of the same tile that ties: its codes may come before.
+    while tl.max(pending.to(tl.int32), axis=0) > 0:
+        group = tl.where(pending[:, None], first[:, None] + in_group, codes.num_rows)
+        is_code = tl.load(bias_ptr + group, mask=group < codes.num_rows, other=NEVER) > NEVER
+        squared = squared_distances(x, codes, n, group, power_of_two(shift)[:, None, None], LOOK_D)
+        squared = tl.where(is_code & (squared == squared), squared, float("inf"))
+        least = tl.min(squared, axis=1)
+        code = tl.min(tl.where(is_code & (squared == least[:, None]), group, NO_CODE), axis=1)
+        is_nearer = (least < distance) | ((least == distance) & (code < index))
+        distance = tl.where(is_nearer, least, distance)
+        index = tl.where(is_nearer, code, index)
+        first = tl.min(tl.where(firsts > first[:, None], firsts, NO_CODE), axis=1)
+        pending = (first < NO_CODE) & (first // BLOCK_K == first_tile)
+    return index, distance
 
 
 def search(
@@ -324,60 +260,41 @@ def _search(
     splits = triton.cdiv(tiles, per_split)
     is_whole = splits == 1 and not certify
 
-    def buffer(wanted: bool, dtype: torch.dtype, *shape: int) -> Tensor:
-        return torch.empty(shape if wanted else (0,), dtype=dtype, device=x.device)
+    def buffer(dtype: torch.dtype, *shape: int) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=x.device)
 
     n = rows.num_rows
-    found = indices if is_whole else buffer(True, torch.int32, splits, n)
-    apart = distances if is_whole else buffer(True, torch.float32, splits, n)
-    score = buffer(certify, torch.float32, splits, n)
-    second, bound = buffer(certify, torch.float32, splits, n), buffer(certify, torch.float32, n)
-    written = out if is_whole else None
-    quantized, half_error, counts = x, x, indices
-    if written:
-        quantized, half_error, counts = written.quantized, written.half_error, written.counts
-    out_strides = as_rows(quantized).strides
+    if is_whole:
+        found = Found(indices, distances, None, None, None)
+    else:
+        found = Found(buffer(torch.int32, splits, n), buffer(torch.float32, splits, n), None, None, None)
+    if certify:
+        score, second = buffer(torch.float32, 2, splits, n)
+        found = found._replace(score=score, second=second, bound=buffer(torch.float32, n))
+    codes = as_rows(codebook)
     block = [config.block_k, config.block_d]
     is_whole_row = config.block_d == config.padded(rows.num_features)
     _search_kernel[(triton.cdiv(n, config.block_n), splits)](
-        x,
-        codebook,
+        rows,
+        codes,
         TensorDescriptor.from_tensor(parts.high, block),
         TensorDescriptor.from_tensor(parts.low, block),
         parts.bias,
         parts.meta,
         found,
-        apart,
-        score,
-        second,
-        bound,
-        quantized,
-        half_error,
-        counts,
-        n,
-        rows.num_features,
-        *rows.strides,
-        *out_strides,
-        num_codes,
-        *codebook.stride(),
+        out if is_whole else None,
         tiles,
         per_split,
         distance_weight,
         PADDED=config.padded(rows.num_features),
         SPLIT=splits_parts,
         PACKED=config.packed,
-        CERTIFY=certify,
-        QUANTIZE=written is not None,
-        SAVE_ERROR=written is not None and half_error.numel() > 0,
         PRECISION="tf32" if precision == "tf32" else "ieee",
         UPCAST=INTERPRETED,
         BLOCK_N=config.block_n,
         BLOCK_K=config.block_k,
         BLOCK_D=config.block_d,
         GROUP=config.group,
-        UNIT=unit(*rows.strides[1:3]),
-        OUT_UNIT=unit(*out_strides[1:3]),
-        CODE_UNIT=unit(codebook.stride(0)),
         LOOK_D=config.look_d,
         TILE_STAGES=config.num_stages if is_whole_row else 1,
         STAGES=config.num_stages,
@@ -385,8 +302,8 @@ def _search(
         maxnreg=config.max_registers,
     )
     if not is_whole:
-        worklist, count = join_splits(found, apart, score, second, bound, indices, distances, certify)
+        worklist, count = join_splits(found, indices, distances)
         if certify:
-            rescan(rows, codebook, parts.meta, indices, distances, worklist, count, distance_weight)
+            rescan(rows, codes, parts.meta, indices, distances, worklist, count, distance_weight)
         if out is not None:
             launch_quantize_rows(rows, codebook, indices, out)

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .products import set_apart, sum_marked
-from .rows import Rows, load_rows, unit
+from .rows import Rows, load_rows
 from .tuning import INTERPRETED, on_device
 
 _CHUNK = 64
@@ -21,38 +21,30 @@ _CHUNK = 64
 
 @triton.jit
 def _chunk_sum_kernel(
-    x_ptr,
+    rows,
     weight_ptr,
     order_ptr,
     code_ptr,
     out_ptr,
     edge_ptr,
     num_pairs,
-    num_rows,
-    num_features,
     kept,
-    inner,
-    stride_outer,
-    stride_inner,
-    stride_d,
-    WEIGHTED: tl.constexpr,
     TERMS: tl.constexpr,
-    UNIT: tl.constexpr,
     UPCAST: tl.constexpr,
     CHUNK: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     """Sums of the codes of a chunk, all its rows at once. edge: [chunks, 2, D + 1], pieces of its first and last."""
+    num_features = rows.num_features
     chunk = tl.program_id(0).to(tl.int64)
     place = chunk * CHUNK + tl.arange(0, CHUNK)
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     is_pair = place < num_pairs
     code = tl.load(code_ptr + place, mask=is_pair, other=-1)
     pair = tl.load(order_ptr + place, mask=is_pair, other=0)
-    n = tl.where(is_pair, pair // kept, num_rows)
-    x = load_rows(x_ptr, n, d, num_rows, num_features, inner, stride_outer, stride_inner, stride_d, UNIT)
-    x = x.to(tl.float32)
-    if WEIGHTED:
+    n = tl.where(is_pair, pair // kept, rows.num_rows)
+    x = load_rows(rows, n, d).to(tl.float32)
+    if weight_ptr is not None:
         x *= tl.load(weight_ptr + pair, mask=is_pair, other=0.0).to(tl.float32)[:, None]
     is_same = code[:, None] == code[None, :]
     x, total = set_apart(is_same, x, tl.zeros([CHUNK, BLOCK_D], tl.float32))
@@ -140,20 +132,15 @@ def segment_sum(rows: Rows, codes: Tensor, num_codes: int, weights: Tensor | Non
     block = min(64, max(16, triton.next_power_of_2(rows.num_features)))
     with on_device(x):
         _chunk_sum_kernel[chunks, triton.cdiv(rows.num_features, block)](
-            x,
-            x if weights is None else weights,
+            rows,
+            weights,
             order,
             ordered,
             out,
             edge,
             pairs,
-            rows.num_rows,
-            rows.num_features,
             pairs // rows.num_rows,
-            *rows.strides,
-            WEIGHTED=weights is not None,
             TERMS={torch.bfloat16: 1, torch.float16: 2}.get(x.dtype, 3) if weights is None else 3,
-            UNIT=unit(*rows.strides[1:3]),
             UPCAST=INTERPRETED,
             CHUNK=_CHUNK,
             BLOCK_D=block,

@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .dense_decode import dense_decode_bwd_dictionary, dense_decode_bwd_values, dense_decode_fwd, suits
-from .rows import Rows, as_rows, load_codes, load_rows, unit
+from .rows import Rows, as_rows, load_codes, load_rows, store_rows
 from .segment_sum import segment_sum, valid_or_last
 from .tuning import on_device
 
@@ -22,23 +22,7 @@ _CHAIN = 128
 
 
 @triton.jit
-def _atoms_sum(
-    value_ptr,
-    index_ptr,
-    dictionary_ptr,
-    n,
-    d,
-    begin,
-    end,
-    num_rows,
-    num_atoms,
-    num_features,
-    kept,
-    stride_k,
-    stride_d,
-    UNIT: tl.constexpr,
-    UNROLL: tl.constexpr,
-):
+def _atoms_sum(value_ptr, index_ptr, dictionary, n, d, begin, end, num_rows, kept, UNROLL: tl.constexpr):
     """Features d of the weighted sum of atoms [begin, end) of rows n."""
     total = tl.zeros([n.shape[0], d.shape[0]], tl.float32)
     for first in range(begin, end, UNROLL):
@@ -47,7 +31,7 @@ def _atoms_sum(
             mask = (n < num_rows) & (j < end)
             atoms = tl.load(index_ptr + n * kept + j, mask=mask, other=-1)
             values = tl.load(value_ptr + n * kept + j, mask=mask, other=0.0).to(tl.float32)
-            found = load_codes(dictionary_ptr, atoms, d, num_atoms, num_features, stride_k, stride_d, UNIT)
+            found = load_codes(dictionary, atoms, d)
             total += values[:, None] * found.to(tl.float32)
     return total
 
@@ -56,16 +40,9 @@ def _atoms_sum(
 def _sparse_decode_fwd_kernel(
     value_ptr,
     index_ptr,
-    dictionary_ptr,
-    out_ptr,
-    num_rows,
-    num_atoms,
-    num_features,
+    dictionary,
+    out,
     kept,
-    stride_k,
-    stride_d,
-    UNIT: tl.constexpr,
-    OUT_UNIT: tl.constexpr,
     UNROLL: tl.constexpr,
     CHAIN: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -77,56 +54,33 @@ def _sparse_decode_fwd_kernel(
     """
     n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    sizes = num_rows, num_atoms, num_features, kept, stride_k, stride_d
     if CHAIN is None:
-        total = _atoms_sum(value_ptr, index_ptr, dictionary_ptr, n, d, 0, kept, *sizes, UNIT, UNROLL)
+        total = _atoms_sum(value_ptr, index_ptr, dictionary, n, d, 0, kept, out.num_rows, kept, UNROLL)
     else:
         total = tl.zeros([BLOCK_N, BLOCK_D], tl.float64)
         for begin in range(0, kept, CHAIN):
             end = tl.minimum(begin + CHAIN, kept)
-            chain = _atoms_sum(value_ptr, index_ptr, dictionary_ptr, n, d, begin, end, *sizes, UNIT, UNROLL)
+            chain = _atoms_sum(value_ptr, index_ptr, dictionary, n, d, begin, end, out.num_rows, kept, UNROLL)
             total += chain.to(tl.float64)
         total = total.to(tl.float32)
-    out = out_ptr + (n * (num_features // OUT_UNIT) * OUT_UNIT)[:, None] + d[None, :]
-    tl.store(out, total.to(out_ptr.dtype.element_ty), mask=(n < num_rows)[:, None] & (d < num_features)[None, :])
+    store_rows(out, total, n, d)
 
 
 @triton.jit
 def _sparse_decode_bwd_values_kernel(
-    grad_ptr,
-    index_ptr,
-    dictionary_ptr,
-    out_ptr,
-    num_rows,
-    num_atoms,
-    num_features,
-    kept,
-    inner,
-    stride_outer,
-    stride_inner,
-    stride_gd,
-    stride_k,
-    stride_d,
-    GRAD_UNIT: tl.constexpr,
-    UNIT: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    grad, index_ptr, dictionary, out_ptr, kept, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr
 ):
     """Inner products of gradients with atoms, for a block of pairs of a row and an atom."""
     pair = tl.program_id(0).to(tl.int64) * BLOCK_P + tl.arange(0, BLOCK_P)
-    mask = pair < tl.cast(num_rows, tl.int64) * kept
+    mask = pair < tl.cast(grad.num_rows, tl.int64) * kept
     atoms = tl.load(index_ptr + pair, mask=mask, other=-1)
     n = pair // kept
     total = tl.zeros([BLOCK_P, BLOCK_D], tl.float32)
-    for begin in range(0, num_features, BLOCK_D):
+    for begin in range(0, grad.num_features, BLOCK_D):
         d = begin + tl.arange(0, BLOCK_D)
-        grad = load_rows(
-            grad_ptr, n, d, num_rows, num_features, inner, stride_outer, stride_inner, stride_gd, GRAD_UNIT
-        )
-        found = load_codes(dictionary_ptr, atoms, d, num_atoms, num_features, stride_k, stride_d, UNIT)
-        total += grad.to(tl.float32) * found.to(tl.float32)
+        total += load_rows(grad, n, d).to(tl.float32) * load_codes(dictionary, atoms, d).to(tl.float32)
     # An atom that is not there has product 0, whatever the gradient.
-    is_there = (atoms >= 0) & (atoms < num_atoms)
+    is_there = (atoms >= 0) & (atoms < dictionary.num_rows)
     tl.store(out_ptr + pair, tl.where(is_there, tl.sum(total, axis=1), 0.0), mask=mask)
 
 
@@ -153,15 +107,9 @@ def sparse_decode_fwd(values: Tensor, indices: Tensor, dictionary: Tensor) -> Te
         _sparse_decode_fwd_kernel[(triton.cdiv(num_rows, block_n), triton.cdiv(num_features, block))](
             values.contiguous(),
             indices.contiguous(),
-            dictionary,
-            out,
-            num_rows,
-            num_atoms,
-            num_features,
+            as_rows(dictionary),
+            as_rows(out),
             kept,
-            *dictionary.stride(),
-            UNIT=unit(dictionary.stride(0)),
-            OUT_UNIT=unit(num_features),
             UNROLL=min(_UNROLL, triton.next_power_of_2(kept)),
             CHAIN=None if is_chain else _CHAIN,
             BLOCK_N=block_n,
@@ -190,22 +138,14 @@ def sparse_decode_bwd(
 
 
 def _bwd_values(rows: Rows, indices: Tensor, dictionary: Tensor, out: Tensor) -> None:
-    num_atoms, num_features = dictionary.shape
-    block = _block_d(num_features)
+    block = _block_d(dictionary.shape[1])
     with on_device(out):
         _sparse_decode_bwd_values_kernel[(triton.cdiv(indices.numel(), _BLOCK // block),)](
-            rows.tensor,
+            rows,
             indices.contiguous(),
-            dictionary,
+            as_rows(dictionary),
             out,
-            rows.num_rows,
-            num_atoms,
-            num_features,
             indices.shape[-1],
-            *rows.strides,
-            *dictionary.stride(),
-            GRAD_UNIT=unit(*rows.strides[1:3]),
-            UNIT=unit(dictionary.stride(0)),
             BLOCK_P=_BLOCK // block,
             BLOCK_D=block,
         )

@@ -13,7 +13,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .codebook_parts import NEVER, codebook_parts, codebook_shift, own_shift, power_of_two, split
 from .ordered import from_ordered, kth_largest, to_ordered
-from .rows import Rows, load_rows, unit
+from .rows import Rows, load_rows
 from .topk_rank import rank, sort_found
 from .tuning import INTERPRETED, on_chip_config
 
@@ -28,7 +28,7 @@ def _product(x, c, acc, UPCAST: tl.constexpr):
 
 @triton.jit
 def _select_kernel(
-    x_ptr,
+    x,
     high_parts,
     low_parts,
     bias_ptr,
@@ -39,12 +39,6 @@ def _select_kernel(
     square_ptr,
     worklist_ptr,
     count_ptr,
-    num_rows,
-    num_features,
-    inner,
-    stride_outer,
-    stride_inner,
-    stride_d,
     kept,
     DOT: tl.constexpr,
     SPLIT: tl.constexpr,
@@ -53,37 +47,32 @@ def _select_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    UNIT: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     """The k best codes of each row in the order of their indices, with distance or value; other rows on a worklist."""
     first = tl.program_id(0) * BLOCK_N
-    rows = first + tl.arange(0, BLOCK_N)
+    n = first + tl.arange(0, BLOCK_N)
     columns = tl.arange(0, BLOCK_K)
     features = tl.arange(0, BLOCK_D)
     is_open = tl.max((tl.load(norm_ptr + columns) == float("inf")).to(tl.int32), axis=0)
     largest = tl.zeros([BLOCK_N], tl.float32)
     squares = tl.zeros([BLOCK_N], tl.float32)
     for d in range(0, PADDED, BLOCK_D):
-        x = load_rows(
-            x_ptr, rows, d + features, num_rows, num_features, inner, stride_outer, stride_inner, stride_d, UNIT
-        ).to(tl.float32)
-        largest = tl.maximum(largest, tl.max(tl.abs(x), axis=1))
-        squares += tl.sum(x * x, axis=1)
+        y = load_rows(x, n, d + features).to(tl.float32)
+        largest = tl.maximum(largest, tl.max(tl.abs(y), axis=1))
+        squares += tl.sum(y * y, axis=1)
     shift = own_shift(largest)
     scale = power_of_two(shift)[:, None]
     score = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
-    for d in tl.range(0, num_features, BLOCK_D, num_stages=STAGES):
-        x = load_rows(
-            x_ptr, rows, d + features, num_rows, num_features, inner, stride_outer, stride_inner, stride_d, UNIT
-        )
+    for d in tl.range(0, x.num_features, BLOCK_D, num_stages=STAGES):
+        y = load_rows(x, n, d + features)
         high = high_parts.load([0, d])
         if SPLIT:
-            x, x_low = split(x.to(tl.float32), scale)
+            y, y_low = split(y.to(tl.float32), scale)
             low = low_parts.load([0, d])
-            score = _product(x_low, high, score, UPCAST)
-            score = _product(x, low, score, UPCAST)
-        score = _product(x, high, score, UPCAST)
+            score = _product(y_low, high, score, UPCAST)
+            score = _product(y, low, score, UPCAST)
+        score = _product(y, high, score, UPCAST)
     if SPLIT:
         score = score * power_of_two(-shift)[:, None] * power_of_two(-codebook_shift(meta_ptr))
     score += tl.load(bias_ptr + columns)[None, :]
@@ -102,20 +91,20 @@ def _select_kernel(
             least = tl.where(is_enough, least, middle + 1)
     is_taken = (ordered > threshold[:, None]) | ((ordered == threshold[:, None]) & (columns[None, :] <= last[:, None]))
     places = tl.cumsum(is_taken.to(tl.int32), axis=1) - 1
-    mask = is_taken & (rows < num_rows)[:, None]
+    mask = is_taken & (n < x.num_rows)[:, None]
     out = tl.arange(0, BLOCK_N)[:, None] * kept + places
     start = first.to(tl.int64) * kept
     value = from_ordered(ordered)
     if not DOT:
         value = squares[:, None] - 2.0 * value
-        tl.store(square_ptr + rows, squares, mask=rows < num_rows)
+        tl.store(square_ptr + n, squares, mask=n < x.num_rows)
     tl.store(index_ptr + start + out, tl.broadcast_to(columns[None, :], [BLOCK_N, BLOCK_K]).to(tl.int64), mask=mask)
     tl.store(value_ptr + start + out, value, mask=mask)
     # What is not finite, or too long for a square, is left to differences.
     is_found = (from_ordered(threshold) > NEVER) & (squares < float("inf")) & (is_open == 0)
-    is_lost = (is_found == 0) & (rows < num_rows)
-    place = tl.atomic_add(count_ptr + tl.zeros_like(rows), 1, mask=is_lost, sem="relaxed")
-    tl.store(worklist_ptr + place, rows, mask=is_lost)
+    is_lost = (is_found == 0) & (n < x.num_rows)
+    place = tl.atomic_add(count_ptr + tl.zeros_like(n), 1, mask=is_lost, sem="relaxed")
+    tl.store(worklist_ptr + place, n, mask=is_lost)
 
 
 def topk_on_chip(
@@ -133,7 +122,7 @@ def topk_on_chip(
     count = torch.zeros(1, dtype=torch.int32, device=x.device)
     block = [config.block_k, config.block_d]
     _select_kernel[(triton.cdiv(rows.num_rows, config.block_n),)](
-        x,
+        rows,
         TensorDescriptor.from_tensor(parts.high, block),
         TensorDescriptor.from_tensor(parts.low, block),
         parts.bias,
@@ -144,9 +133,6 @@ def topk_on_chip(
         squares,
         worklist,
         count,
-        rows.num_rows,
-        rows.num_features,
-        *rows.strides,
         kept,
         DOT=metric == "dot",
         SPLIT=splits_parts,
@@ -155,7 +141,6 @@ def topk_on_chip(
         BLOCK_N=config.block_n,
         BLOCK_K=config.block_k,
         BLOCK_D=config.block_d,
-        UNIT=unit(*rows.strides[1:3]),
         STAGES=config.num_stages,
         num_warps=config.num_warps,
         maxnreg=255,

@@ -9,7 +9,7 @@ from torch import Tensor
 from .codebook_parts import codebook_shift, own_shift, power_of_two
 from .distances import squared_distances
 from .ordered import NO_KEY, index_of, sort_keys, to_key, value_of
-from .rows import Rows, row_offsets, unit
+from .rows import Rows, as_rows, code_offsets, load_rows, row_offsets
 from .tuning import INTERPRETED
 
 # The order of what is not finite: after all that is, and then NaN codes.
@@ -22,62 +22,33 @@ _PAIRS, _ELEMENTS = (2**13, 2**17) if INTERPRETED else (256, 2**13)
 
 @triton.jit
 def _sort_kernel(
-    x_ptr,
-    codes_ptr,
+    x,
+    dictionary,
     square_ptr,
     index_ptr,
     value_ptr,
-    num_rows,
-    num_features,
-    inner,
-    stride_outer,
-    stride_inner,
-    stride_d,
-    num_codes,
-    stride_ck,
-    stride_cd,
     kept,
-    DOT: tl.constexpr,
     INTERPRETED: tl.constexpr,
-    UNIT: tl.constexpr,
-    CODE_UNIT: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     """Sort what was found, in place; a distance that cancelled in its score is computed anew."""
-    rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    DOT: tl.constexpr = square_ptr is None
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     columns = tl.arange(0, BLOCK_K)
-    mask = (rows < num_rows)[:, None] & (columns < kept)[None, :]
-    at = rows.to(tl.int64)[:, None] * kept + columns[None, :]
+    mask = (n < x.num_rows)[:, None] & (columns < kept)[None, :]
+    at = n.to(tl.int64)[:, None] * kept + columns[None, :]
     codes = tl.load(index_ptr + at, mask=mask, other=0).to(tl.int32)
     value = tl.load(value_ptr + at, mask=mask, other=0.0)
     if DOT:
         value = -value
     else:
-        squares = tl.load(square_ptr + rows, mask=rows < num_rows, other=0.0)
+        squares = tl.load(square_ptr + n, mask=n < x.num_rows, other=0.0)
         cancels = (value < squares[:, None] * 0.015625) & mask
         if tl.max(cancels.to(tl.int32)) > 0:
-            exact = squared_distances(
-                x_ptr,
-                codes_ptr,
-                rows,
-                tl.where(cancels, codes, num_codes),
-                num_rows,
-                num_codes,
-                num_features,
-                inner,
-                stride_outer,
-                stride_inner,
-                stride_d,
-                stride_ck,
-                stride_cd,
-                1.0,
-                UNIT,
-                CODE_UNIT,
-                BLOCK_D,
-            )
-            value = tl.where(cancels, exact, value)
+            index = tl.where(cancels, codes, dictionary.num_rows)
+            value = tl.where(cancels, squared_distances(x, dictionary, n, index, 1.0, BLOCK_D), value)
     keys = sort_keys(tl.where(mask, to_key(value, codes), NO_KEY), False, INTERPRETED)
     value = value_of(keys)
     tl.store(index_ptr + at, index_of(keys), mask=mask)
@@ -85,46 +56,32 @@ def _sort_kernel(
 
 
 @triton.jit
-def _keys(
-    x_ptr,
-    codes_ptr,
-    bias_ptr,
-    starts,
-    codes,
-    is_there,
-    num_features,
-    stride_d,
-    stride_ck,
-    stride_cd,
-    scale,
-    DOT: tl.constexpr,
-    BIASED: tl.constexpr,
-    CODE_UNIT: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
+def _keys(x, dictionary, bias_ptr, starts, codes, is_there, scale, DOT: tl.constexpr, BLOCK_D: tl.constexpr):
     """Keys of codes [R, C] for the rows that start at `starts` [R]; those of what is not finite say what it is."""
     total = tl.zeros(codes.shape, tl.float32)
     is_nan_code = tl.zeros(codes.shape, tl.int32)
     has_nan = tl.zeros(starts.shape, tl.int32)
-    of_codes = codes.to(tl.int64) * (stride_ck // CODE_UNIT) * CODE_UNIT
-    for begin in range(0, num_features, BLOCK_D):
+    of_codes = code_offsets(dictionary, codes)
+    for begin in range(0, x.num_features, BLOCK_D):
         d = begin + tl.arange(0, BLOCK_D)
-        inside = d < num_features
+        inside = d < x.num_features
         d = d.to(tl.int64)
-        x = tl.load(x_ptr + starts[:, None] + d[None, :] * stride_d, mask=inside[None, :], other=0.0).to(tl.float32)
+        row = tl.load(x.tensor + starts[:, None] + d[None, :] * x.stride_d, mask=inside[None, :], other=0.0).to(
+            tl.float32
+        )
         c = tl.load(
-            codes_ptr + of_codes[:, :, None] + d[None, None, :] * stride_cd,
+            dictionary.tensor + of_codes[:, :, None] + d[None, None, :] * dictionary.stride_d,
             mask=is_there[:, :, None] & inside[None, None, :],
             other=0.0,
         ).to(tl.float32)
-        has_nan = tl.maximum(has_nan, tl.max((x != x).to(tl.int32), axis=1))
+        has_nan = tl.maximum(has_nan, tl.max((row != row).to(tl.int32), axis=1))
         is_nan_code = tl.maximum(is_nan_code, tl.max((c != c).to(tl.int32), axis=2))
         if DOT:
-            total -= tl.sum(x[:, None, :] * c, axis=2)
+            total -= tl.sum(row[:, None, :] * c, axis=2)
         else:
-            difference = (x[:, None, :] - c) * scale
+            difference = (row[:, None, :] - c) * scale
             total += tl.sum(difference * difference, axis=2)
-    if BIASED:
+    if bias_ptr is not None:
         bias = tl.load(bias_ptr + codes, mask=is_there, other=0.0).to(tl.float32)
         is_nan_code = tl.maximum(is_nan_code, (bias != bias).to(tl.int32))
         total -= bias
@@ -139,8 +96,8 @@ def _keys(
 
 @triton.jit
 def _rank_kernel(
-    x_ptr,
-    codes_ptr,
+    x,
+    dictionary,
     bias_ptr,
     meta_ptr,
     candidate_ptr,
@@ -150,26 +107,16 @@ def _rank_kernel(
     value_ptr,
     first,
     num_rows,
-    num_features,
-    inner,
-    stride_outer,
-    stride_inner,
-    stride_d,
-    num_codes,
-    stride_ck,
-    stride_cd,
     kept,
-    LISTED: tl.constexpr,
     DOT: tl.constexpr,
-    BIASED: tl.constexpr,
     INTERPRETED: tl.constexpr,
-    CODE_UNIT: tl.constexpr,
     BLOCK_N: tl.constexpr,
     CAPACITY: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     """Rank the candidates of each row or, for rows of a worklist and those with too many candidates, all codes."""
     columns = tl.arange(0, CAPACITY)[None, :]
+    LISTED: tl.constexpr = worklist_ptr is not None
     if LISTED:
         num_rows = tl.load(count_ptr)
     for start in range(tl.program_id(0) * BLOCK_N, num_rows, tl.num_programs(0) * BLOCK_N):
@@ -178,7 +125,7 @@ def _rank_kernel(
         if LISTED:
             rows = tl.load(worklist_ptr + places, mask=mask, other=0).to(tl.int64)
             codes = tl.zeros([BLOCK_N, 1], tl.int32) + columns
-            total = tl.where(mask, num_codes, 0)[:, None]
+            total = tl.where(mask, dictionary.num_rows, 0)[:, None]
         else:
             rows = first + places.to(tl.int64)
             found = tl.load(count_ptr + places, mask=mask, other=0)[:, None]
@@ -186,58 +133,24 @@ def _rank_kernel(
             at = candidate_ptr + places.to(tl.int64)[:, None] * CAPACITY + columns
             codes = tl.load(at, mask=is_listed & (columns < found), other=0)
             codes = tl.where(is_listed, codes, columns)
-            total = tl.where(is_listed, found, tl.where(mask[:, None], num_codes, 0))
+            total = tl.where(is_listed, found, tl.where(mask[:, None], dictionary.num_rows, 0))
         rows = tl.where(mask, rows, 0)
-        starts = row_offsets(rows, inner, stride_outer, stride_inner)
+        starts = row_offsets(x, rows)
         shift = tl.zeros([BLOCK_N], tl.int32)
         if not DOT:
             # Differences are scaled so that their squares stay in range.
             largest = tl.zeros([BLOCK_N], tl.float32)
-            for begin in range(0, num_features, BLOCK_D):
-                d = (begin + tl.arange(0, BLOCK_D)).to(tl.int64)
-                of_x = x_ptr + starts[:, None] + d[None, :] * stride_d
-                x = tl.load(of_x, mask=(d < num_features)[None, :], other=0.0).to(tl.float32)
-                largest = tl.maximum(largest, tl.max(tl.abs(x), axis=1))
+            for begin in range(0, x.num_features, BLOCK_D):
+                y = load_rows(x, rows, begin + tl.arange(0, BLOCK_D)).to(tl.float32)
+                largest = tl.maximum(largest, tl.max(tl.abs(y), axis=1))
             shift = tl.minimum(codebook_shift(meta_ptr), own_shift(largest))
         scale = power_of_two(shift)[:, None, None]
-        best = _keys(
-            x_ptr,
-            codes_ptr,
-            bias_ptr,
-            starts,
-            codes,
-            columns < total,
-            num_features,
-            stride_d,
-            stride_ck,
-            stride_cd,
-            scale,
-            DOT,
-            BIASED,
-            CODE_UNIT,
-            BLOCK_D,
-        )
+        best = _keys(x, dictionary, bias_ptr, starts, codes, columns < total, scale, DOT, BLOCK_D)
         best = sort_keys(best, False, INTERPRETED)
         # Only where all codes are looked at.
         for begin in range(CAPACITY, tl.max(total), CAPACITY):
             codes = tl.zeros([BLOCK_N, 1], tl.int32) + begin + columns
-            more = _keys(
-                x_ptr,
-                codes_ptr,
-                bias_ptr,
-                starts,
-                codes,
-                codes < total,
-                num_features,
-                stride_d,
-                stride_ck,
-                stride_cd,
-                scale,
-                DOT,
-                BIASED,
-                CODE_UNIT,
-                BLOCK_D,
-            )
+            more = _keys(x, dictionary, bias_ptr, starts, codes, codes < total, scale, DOT, BLOCK_D)
             # Of an ascending and a descending sequence the lesser ones are the least of both.
             best = sort_keys(tl.minimum(best, sort_keys(more, True, INTERPRETED)), False, INTERPRETED)
         kind = (index_of(best) % 4).to(tl.int32)
@@ -262,21 +175,13 @@ def sort_found(rows: Rows, dictionary: Tensor, metric: str, squares: Tensor, ind
     block_k = triton.next_power_of_2(kept)
     block_n = max(1, 4 * _PAIRS // block_k)
     _sort_kernel[(triton.cdiv(rows.num_rows, block_n),)](
-        rows.tensor,
-        dictionary,
-        squares,
+        rows,
+        as_rows(dictionary),
+        None if metric == "dot" else squares,
         indices,
         values,
-        rows.num_rows,
-        rows.num_features,
-        *rows.strides,
-        len(dictionary),
-        *dictionary.stride(),
         kept,
-        DOT=metric == "dot",
         INTERPRETED=INTERPRETED,
-        UNIT=unit(*rows.strides[1:3]),
-        CODE_UNIT=unit(dictionary.stride(0)),
         BLOCK_N=block_n,
         BLOCK_K=block_k,
         BLOCK_D=4,
@@ -314,9 +219,9 @@ def rank(
     if worklist is not None:
         programs = min(programs, _PROGRAMS)
     _rank_kernel[(programs,)](
-        rows.tensor,
-        dictionary,
-        dictionary if bias is None else bias,
+        rows,
+        as_rows(dictionary),
+        bias,
         meta,
         candidates,
         worklist,
@@ -325,16 +230,9 @@ def rank(
         values,
         first,
         num_rows,
-        rows.num_features,
-        *rows.strides,
-        len(dictionary),
-        *dictionary.stride(),
         kept,
-        LISTED=worklist is not None,
         DOT=metric == "dot",
-        BIASED=bias is not None,
         INTERPRETED=INTERPRETED,
-        CODE_UNIT=unit(dictionary.stride(0)),
         BLOCK_N=block_n,
         CAPACITY=capacity,
         BLOCK_D=max(8, _ELEMENTS // (block_n * capacity)),

@@ -18,7 +18,7 @@ from .codebook_parts import CodebookParts, codebook_parts, codebook_shift, own_s
 from .ordered import from_ordered, kth_largest, to_ordered
 from .products import product
 from .rescan import ERROR
-from .rows import Rows, load_rows, unit
+from .rows import Rows, load_rows
 from .topk_rank import rank
 from .tuning import INTERPRETED, TopkConfig, filter_config, num_splits
 
@@ -32,70 +32,43 @@ _MOST_ROWS, _MOST_BOUNDS = 2**15, 2**26
 
 @triton.jit
 def _row_parts_kernel(
-    x_ptr,
+    x,
     part_ptr,
     unit_ptr,
     reach_ptr,
     first,
     num_rows,
-    num_features,
-    inner,
-    stride_outer,
-    stride_inner,
-    stride_d,
     SPLIT: tl.constexpr,
     PADDED: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    UNIT: tl.constexpr,
 ):
     """Scaled high parts of rows, [N, D padded], the unit of each and its length, by which errors are bounded."""
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask = rows < num_rows
+    n = tl.where(mask, first + rows, x.num_rows)
     features = tl.arange(0, BLOCK_D)
     shift = tl.zeros([BLOCK_N], tl.int32)
     if SPLIT:
         largest = tl.zeros([BLOCK_N], tl.float32)
         for d in range(0, PADDED, BLOCK_D):
-            x = load_rows(
-                x_ptr,
-                first + rows,
-                d + features,
-                first + num_rows,
-                num_features,
-                inner,
-                stride_outer,
-                stride_inner,
-                stride_d,
-                UNIT,
-            )
-            largest = tl.maximum(largest, tl.max(tl.abs(x.to(tl.float32)), axis=1))
+            y = load_rows(x, n, d + features)
+            largest = tl.maximum(largest, tl.max(tl.abs(y.to(tl.float32)), axis=1))
         shift = own_shift(largest)
     scale = power_of_two(shift)[:, None]
     squares = tl.zeros([BLOCK_N], tl.float32)
     for d in range(0, PADDED, BLOCK_D):
-        x = load_rows(
-            x_ptr,
-            first + rows,
-            d + features,
-            first + num_rows,
-            num_features,
-            inner,
-            stride_outer,
-            stride_inner,
-            stride_d,
-            UNIT,
-        )
-        scaled = x.to(tl.float32) * scale
+        y = load_rows(x, n, d + features)
+        scaled = y.to(tl.float32) * scale
         squares += tl.sum(scaled * scaled, axis=1)
-        high = x
+        high = y
         if SPLIT:
-            high, _ = split(x.to(tl.float32), scale)
+            high, _ = split(y.to(tl.float32), scale)
         out = rows.to(tl.int64)[:, None] * PADDED + d + features[None, :]
         tl.store(part_ptr + out, high, mask=mask[:, None])
     length = tl.sqrt(squares)
     if SPLIT:
-        length += tl.sqrt(tl.cast(num_features, tl.float32)) * _SMALLEST
+        length += tl.sqrt(tl.cast(x.num_features, tl.float32)) * _SMALLEST
     tl.store(unit_ptr + rows, power_of_two(-shift), mask=mask)
     tl.store(reach_ptr + rows, length * power_of_two(-shift), mask=mask)
 
@@ -236,19 +209,16 @@ def _list(
     x_parts = torch.empty(num_rows, padded, dtype=parts.high.dtype, device=device)
     units, reaches, thresholds = torch.empty(3, num_rows, dtype=torch.float32, device=device)
     _row_parts_kernel[(triton.cdiv(num_rows, 32),)](
-        rows.tensor,
+        rows,
         x_parts,
         units,
         reaches,
         first,
         num_rows,
-        rows.num_features,
-        *rows.strides,
         SPLIT=splits_parts,
         PADDED=padded,
         BLOCK_N=32,
         BLOCK_D=config.block_d,
-        UNIT=unit(*rows.strides[1:3]),
     )
     capacity = max(64, triton.next_power_of_2(3 * kept))
     most = torch.empty(num_rows, tiles * groups, dtype=torch.float32, device=device)

@@ -17,32 +17,13 @@ _BLOCK_N = 64
 
 
 @triton.jit
-def _vector_quantize_bwd_kernel(
-    grad_ptr,
-    half_error_ptr,
-    factor_ptr,
-    out_ptr,
-    num_rows,
-    num_features,
-    grad_inner,
-    grad_outer,
-    grad_step,
-    grad_d,
-    inner,
-    stride_outer,
-    stride_inner,
-    stride_d,
-    slope,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
+def _vector_quantize_bwd_kernel(grad, half_error, out, factor_ptr, slope, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
     """grad - half_error * slope * factor, where factor is the gradient of the commitment loss."""
-    rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    grad = load_rows(grad_ptr, rows, d, num_rows, num_features, grad_inner, grad_outer, grad_step, grad_d)
-    half_error = load_rows(half_error_ptr, rows, d, num_rows, num_features, inner, stride_outer, stride_inner, stride_d)
-    out = grad.to(tl.float32) - half_error.to(tl.float32) * slope * tl.load(factor_ptr).to(tl.float32)
-    store_rows(out_ptr, out, rows, d, num_rows, num_features, inner, stride_outer, stride_inner, stride_d)
+    step = slope * tl.load(factor_ptr).to(tl.float32)
+    value = load_rows(grad, n, d).to(tl.float32) - load_rows(half_error, n, d).to(tl.float32) * step
+    store_rows(out, value, n, d)
 
 
 def vector_quantize_fwd(
@@ -55,7 +36,8 @@ def vector_quantize_fwd(
     quantized = empty_like_rows(rows.tensor)
     half_error = torch.empty_like(quantized) if need_error else x.new_empty(0)
     if x.numel() > 0:
-        search(rows, codebook, precision, indices, distances, Quantized(quantized, half_error, counts))
+        out = Quantized(as_rows(quantized), as_rows(half_error) if need_error else None, counts)
+        search(rows, codebook, precision, indices, distances, out)
     # Distances are divided by D.
     loss = (distances.sum(dtype=torch.float64) / max(1, rows.num_rows)).to(torch.float32)
     # Channel-first rows come back channel-first.
@@ -86,17 +68,7 @@ def vector_quantize_bwd(
             grid = (triton.cdiv(rows.num_rows, _BLOCK_N), triton.cdiv(rows.num_features, 64))
             with on_device(half_error):
                 _vector_quantize_bwd_kernel[grid](
-                    grad.tensor,
-                    rows.tensor,
-                    grad_commitment_loss,
-                    grad_x,
-                    rows.num_rows,
-                    rows.num_features,
-                    *grad.strides,
-                    *rows.strides,
-                    slope,
-                    BLOCK_N=_BLOCK_N,
-                    BLOCK_D=64,
+                    grad, rows, as_rows(grad_x), grad_commitment_loss, slope, BLOCK_N=_BLOCK_N, BLOCK_D=64
                 )
         grad_x = laid_out_like(half_error, grad_x)
     return grad_x, grad_codebook
