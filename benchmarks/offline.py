@@ -23,12 +23,13 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
-from dlvae_kernels.backends import triton as kernels
-from dlvae_kernels.backends.triton.tuning import search_config
+from dlvae_kernels.backends.triton import operations as kernels
+from dlvae_kernels.backends.triton.architectures import TABLE
+from dlvae_kernels.backends.triton.search.config import search_config
 
 ARCHITECTURES = (80, 90, 100)
 # Bytes of shared memory that a program may take.
-_SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+_SHARED = {arch: row.shared_memory for arch, row in TABLE.items()}
 _TOOL = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 # Kernels on the matrix units; one that the compiler made a trap has no such instructions.
 _PRODUCTS = (
