@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -26,6 +28,7 @@ LEVELS = {
     "benchmarks": 9,
     "tests": 10,
 }
+TRITON = "dlvae_kernels.backends.triton"
 OWN = ("dlvae_kernels", "models", "benchmarks", "tools", "tests")
 
 pytestmark = pytest.mark.small
@@ -74,6 +77,42 @@ def test_backend_imports_no_other_backend(name, file):
         assert all(target.startswith(backend) for target in own), f"{name} imports {own}"
     if name.startswith("dlvae_kernels.backends.reference"):
         assert top <= {"torch", "__future__", "collections", "typing", "dlvae_kernels"}
+
+
+def triton_level(name: str) -> int:
+    """The level of a module of the Triton backend: shared code, then families of helpers, then operations."""
+    rest = name.removeprefix(TRITON).lstrip(".").split(".")
+    if rest[0] in ("architectures", "language"):
+        return 0
+    # The families are folders; the operations are files.
+    return 1 if (ROOT / "dlvae_kernels/backends/triton" / rest[0]).is_dir() else 2
+
+
+@pytest.mark.parametrize(("name", "file"), [each for each in modules().items() if each[0].startswith(f"{TRITON}.")])
+def test_triton_imports_go_from_operations_to_helpers(name, file):
+    own = [target for target in imported(name, file) if target.startswith(f"{TRITON}.")]
+    for target in own:
+        assert triton_level(target) <= triton_level(name), f"{name} imports {target}"
+    if name == f"{TRITON}.operations":
+        assert own == [f"{TRITON}.topk"], "operations.py loads kernels when they first run"
+
+
+def test_triton_modules_are_not_replaced_by_functions():
+    code = f"""
+import importlib, pkgutil, types
+package = importlib.import_module("{TRITON}")
+names = [each.name for each in pkgutil.walk_packages(package.__path__, "{TRITON}.")]
+from {TRITON} import operations
+for name in operations._FILES:
+    getattr(operations, name)
+for name in names:
+    importlib.import_module(name)
+for name in names:
+    parent, _, own = name.rpartition(".")
+    assert isinstance(getattr(importlib.import_module(parent), own), types.ModuleType), name
+"""
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-2000:]
 
 
 def test_imported_nested_and_relative_imports_are_found(tmp_path):

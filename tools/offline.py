@@ -24,12 +24,13 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
-from dlvae_kernels.backends import triton as kernels
-from dlvae_kernels.backends.triton.tuning import search_config
+from dlvae_kernels.backends.triton import operations as kernels
+from dlvae_kernels.backends.triton.architectures import TABLE
+from dlvae_kernels.backends.triton.search.config import search_config
 
 ARCHITECTURES = (80, 90, 100)
 # The shared memory that one program can use, in bytes.
-_SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+_SHARED = {arch: row.shared_memory for arch, row in TABLE.items()}
 _TOOL = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 # Kernels that use the matrix units. A kernel that the compiler replaced by a trap has no matrix instructions.
 _PRODUCTS = (

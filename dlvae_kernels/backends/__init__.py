@@ -19,7 +19,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from . import native, reference, triton
+from . import native, reference
+from .triton import operations as triton_operations
 
 __all__ = [
     "BACKENDS",
@@ -31,7 +32,7 @@ __all__ = [
     "use_backend",
 ]
 
-BACKENDS: dict[str, ModuleType] = {"triton": triton, "native": native, "reference": reference}
+BACKENDS: dict[str, ModuleType] = {"triton": triton_operations, "native": native, "reference": reference}
 # The backends to try, in order, before the reference, which runs everything.
 _PREFERENCE = {"cuda": ("triton", "native"), "cpu": ("native",)}
 

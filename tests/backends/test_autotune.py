@@ -7,10 +7,10 @@ import dataclasses
 import pytest
 import torch
 
-autotune = pytest.importorskip("dlvae_kernels.backends.triton.autotune")
+autotune = pytest.importorskip("dlvae_kernels.backends.triton.search.autotune")
 from triton.runtime.errors import OutOfResources  # noqa: E402
 
-from dlvae_kernels.backends.triton.tuning import SearchConfig  # noqa: E402
+from dlvae_kernels.backends.triton.search.config import SearchConfig  # noqa: E402
 
 DEFAULT = SearchConfig(128, 128, 64, 4, 16, False, 8, 3, 255)
 
@@ -18,7 +18,7 @@ DEFAULT = SearchConfig(128, 128, 64, 4, 16, False, 8, 3, 255)
 @pytest.fixture(autouse=True)
 def _own_folder(tmp_path, monkeypatch):
     monkeypatch.setattr(autotune, "_path", lambda: tmp_path / "deeper" / "dlvae_search.json")
-    monkeypatch.setattr(autotune, "architecture", lambda: 90)
+    monkeypatch.setattr(autotune, "capability", lambda: 90)
     monkeypatch.setattr(autotune, "_chosen", {})
 
 
@@ -29,7 +29,7 @@ def choose(seconds, n=1000, k=500, kind="float32"):
 
 
 def test_the_fastest_is_chosen_and_measured_once():
-    fastest = dataclasses.replace(DEFAULT, group=8, look_d=8, num_stages=4)
+    fastest = dataclasses.replace(DEFAULT, group=8, compare_d=8, num_stages=4)
     chosen, tried = choose(lambda config: 1.0 if config == fastest else 2.0)
     assert chosen == fastest
     assert tried[0] == DEFAULT

@@ -8,19 +8,21 @@ import subprocess
 import sys
 from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch._subclasses import FakeTensorMode
 
-from dlvae_kernels.backends import triton, unavailable_reason
+from dlvae_kernels.backends import unavailable_reason
+from dlvae_kernels.backends.triton import operations
 from tools import offline
 
 ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.slow
-def test_every_operation_in_the_interpreter():
+def test_triton_operations_interpreted_match_float64():
     words = ["-m", "pytest", "tests/functional", "-q", "-W", "ignore::RuntimeWarning", "-m"]
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     command = [sys.executable, *words, "interpreter and not large"]
@@ -29,7 +31,7 @@ def test_every_operation_in_the_interpreter():
 
 
 @pytest.mark.slow
-def test_every_kernel_compiles_for_every_architecture_without_spills():
+def test_triton_kernels_every_architecture_compile_without_spills():
     words = [sys.executable, "-m", "tools.offline"]
     result = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-2000:]
@@ -37,14 +39,14 @@ def test_every_kernel_compiles_for_every_architecture_without_spills():
     assert sum("_search_kernel" in line for line in found) > 90
     for arch, matrix in ((80, "HMMA"), (90, "HGMMA"), (100, "UTCHMMA")):
         assert any(line.startswith(f"sm_{arch} ") and f" {matrix} x" in line for line in found)
-    # Instructions beside those of the matrix units for each distance: what a search may cost, by its inputs.
+    # The most instructions outside the matrix units for each distance, by inputs.
     for inputs, most in (("float32", 5.0), ("float16", 4.0), ("bfloat16", 4.0)):
         case = f"_search_kernel D=64 K=16384 {inputs} float32"
         (line,) = [each for each in found if case in each and each.startswith("sm_90")]
         assert float(re.search(r"([0-9.]+) other instructions", line)[1]) <= most
 
 
-def test_a_fault_is_found():
+def test_offline_kernel_with_faults_reports_them():
     kernel = offline.Kernel("_search_kernel D=64", "", 90, 255, 8, 2**20, {}, 0, None)
     assert [fault.split()[0] for fault in kernel.faults()] == ["spills", "uses", "has"]
     fine = offline.Kernel("_search_kernel D=64", "", 90, 255, 0, 2**10, {"HGMMA": 4}, 2, 3.5)
@@ -52,12 +54,12 @@ def test_a_fault_is_found():
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is there")
-def test_why_it_cannot_run_here():
+def test_unavailable_reason_without_cuda_names_it():
     assert "no CUDA device" in unavailable_reason("triton", "nearest_code", torch.zeros(2, 3))
     assert "no Triton kernel for faiss" in unavailable_reason("triton", "faiss")
 
 
-def test_types_and_devices_that_it_does_not_take(monkeypatch):
+def test_unavailable_reason_dtypes_and_devices_are_named(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert unavailable_reason("triton", "nearest_code", torch.zeros(2, 3)) is None
     assert "float64" in unavailable_reason("triton", "nearest_code", torch.zeros(2, 3).double())
@@ -83,7 +85,7 @@ def test_types_and_devices_that_it_does_not_take(monkeypatch):
         ((1, 512, 256, 100, torch.float32), False),
     ],
 )
-def test_few_atoms_are_decoded_densely(size, is_dense, monkeypatch):
+def test_sparse_decode_few_atoms_takes_dense_kernels(size, is_dense, monkeypatch):
     num_rows, num_atoms, num_features, kept, dtype = size
     module = import_module("dlvae_kernels.backends.triton.sparse_decode")
     taken = []
@@ -96,36 +98,62 @@ def test_few_atoms_are_decoded_densely(size, is_dense, monkeypatch):
     names = "dense_decode_fwd", "dense_decode_bwd_values", "dense_decode_bwd_dictionary", "_bwd_values", "segment_sum"
     for name in names:
         monkeypatch.setattr(module, name, lambda *args, name=name: taken.append(name) or torch.empty(1, 1))
-    monkeypatch.setattr(import_module(module.suits.__module__), "architecture", lambda: 90)
+    monkeypatch.setattr(import_module("dlvae_kernels.backends.triton.architectures"), "capability", lambda: 90)
     with FakeTensorMode():
         values, indices = torch.empty(num_rows, kept, dtype=dtype), torch.empty(num_rows, kept, dtype=torch.int64)
         dictionary = torch.empty(num_atoms, num_features, dtype=dtype)
-        out = triton.sparse_decode_fwd(values, indices, dictionary)
-        triton.sparse_decode_bwd(out, values, indices, dictionary, True, True)
+        out = operations.sparse_decode_fwd(values, indices, dictionary)
+        operations.sparse_decode_bwd(out, values, indices, dictionary, True, True)
     assert taken == (list(names[:3]) if is_dense else ["_sparse_decode_fwd_kernel", "_bwd_values", "segment_sum"])
 
 
-def test_unknown_names():
+@pytest.mark.parametrize(("capability", "row"), [(80, 80), (86, 80), (90, 90), (100, 100), (120, 100)])
+def test_architecture_without_a_row_takes_the_newest_older_one(capability, row, monkeypatch):
+    architectures = import_module("dlvae_kernels.backends.triton.architectures")
+    monkeypatch.setattr(architectures, "capability", lambda: capability)
+    assert architectures.architecture() is architectures.TABLE[row]
+
+
+def test_wanted_programs_multiprocessors_come_from_the_driver(monkeypatch):
+    architectures = import_module("dlvae_kernels.backends.triton.architectures")
+    monkeypatch.setattr(architectures, "capability", lambda: 90)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert architectures.wanted_programs() == 2 * 132
+    monkeypatch.setattr(architectures, "INTERPRETED", False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 7)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(multi_processor_count=16))
+    architectures._multiprocessors.cache_clear()
+    try:
+        assert architectures.wanted_programs() == 2 * 16
+        assert architectures.partition(4, 100) == (8, 13)
+        assert architectures.partition(4, 100, max_tiles=10) == (10, 10)
+        assert architectures.partition(4, 100, max_partitions=2) == (2, 50)
+        assert architectures.partition(1000, 100) == (1, 100)
+    finally:
+        architectures._multiprocessors.cache_clear()
+
+
+def test_operations_unknown_name_raises_attribute_error():
     with pytest.raises(AttributeError, match="no attribute 'cublas'"):
-        _ = triton.cublas
+        _ = operations.cublas
 
 
-def test_parts_of_a_codebook():
+def test_codebook_terms_sum_equals_scaled_codebook():
     code = """
-from dataclasses import replace
 import torch
-from dlvae_kernels.backends.triton.codebook_parts import codebook_parts
-from dlvae_kernels.backends.triton.tuning import search_config
-config = replace(search_config(3, 5, torch.float16, True, False), block_d=16, packed=False)
+from dlvae_kernels.backends.triton.language.rows import as_codes
+from dlvae_kernels.backends.triton.search.codebook_terms import codebook_terms
 codebook = torch.randn(5, 3)
-parts = codebook_parts(codebook, config, torch.float16, True)
-rows, shift = parts.high[:5, :3].float() + parts.low[:5, :3].float(), parts.high.float().abs().max()
+options = {"block_k": 128, "dtype": torch.float16, "two_terms": True}
+terms = codebook_terms(as_codes(codebook), padded=16, **options)
+rows, shift = terms.high[:5, :3].float() + terms.low[:5, :3].float(), terms.high.float().abs().max()
 assert 2**13 <= shift <= 2**15
 torch.testing.assert_close(rows / rows.norm(), codebook / codebook.norm(), rtol=2e-6, atol=1e-7)
-packed = codebook_parts(codebook, replace(config, block_d=32, packed=True), torch.float16, True).high[:5].float()
+packed = codebook_terms(as_codes(codebook), padded=32, packed=True, **options).high[:5].float()
 high, same, low, bias = packed.split([3, 3, 3, 23], dim=1)
-assert torch.equal(high, parts.high[:5, :3].float()) and torch.equal(high, same)
-assert torch.equal(low, parts.low[:5, :3].float())
+assert torch.equal(high, terms.high[:5, :3].float()) and torch.equal(high, same)
+assert torch.equal(low, terms.low[:5, :3].float())
 assert not bias[:, 3:].any()
 bias = bias[:, :3].double() @ torch.tensor([1.0, 2.0**-9, 2.0**-18]).double()
 expected = codebook.double().square().sum(1)
@@ -136,18 +164,18 @@ torch.testing.assert_close(bias / bias.sum(), expected / expected.sum(), rtol=1e
     assert result.returncode == 0, result.stderr[-2000:]
 
 
-def test_lists_of_candidates():
-    """A candidate list holds little more than k of many codes; an overflowing or unbounded one is not used."""
+def test_topk_stream_candidate_lists_are_short():
+    """A list of many codes holds little more than k; one that overflows, or has no threshold, is not used."""
     code = """
 import torch
-from dlvae_kernels.backends.triton import topk_stream
+from dlvae_kernels.backends.triton.topk import stream
 from dlvae_kernels.testing import assert_same_topk
 from dlvae_kernels import topk_codes, use_backend
-counts, original = [], topk_stream.rank
+counts, original = [], stream.rank
 def spy(*args, candidates, **options):
     counts.append((args[-1].tolist(), candidates.shape[1]))
     original(*args, candidates=candidates, **options)
-topk_stream.rank = spy
+stream.rank = spy
 x, dictionary = torch.randn(40, 8), torch.randn(1024, 8)
 with use_backend("triton"):
     assert_same_topk(*topk_codes(x, dictionary, 30), x, dictionary)
@@ -168,7 +196,7 @@ assert_same_topk(indices[keep], distances[keep], x[keep], dictionary)
     assert result.returncode == 0, result.stderr[-2000:]
 
 
-def test_more_than_it_keeps(monkeypatch):
+def test_topk_codes_large_k_is_unavailable(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     x, codes = torch.zeros(2, 3), torch.zeros(600, 3)
     assert unavailable_reason("triton", "topk_codes", x, codes, 256, "l2", None) is None

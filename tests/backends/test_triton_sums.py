@@ -14,11 +14,11 @@ ROOT = Path(__file__).parents[2]
 _SETUP = """
 from importlib import import_module
 import torch
-tuning, one_hot_sum, dense_decode, sparse_decode, segment_sum, rows = (
-    import_module(f"dlvae_kernels.backends.triton.{name}")
-    for name in ("tuning", "one_hot_sum", "dense_decode", "sparse_decode", "segment_sum", "rows")
+names = "architectures", "sums.one_hot_sum", "decode.dense_decode", "sparse_decode", "sums.segment_sum", "language.rows"
+architectures, one_hot_sum, dense_decode, sparse_decode, segment_sum, rows = (
+    import_module(f"dlvae_kernels.backends.triton.{name}") for name in names
 )
-tuning.WANTED_PROGRAMS = 1
+architectures.wanted_programs = lambda: 1
 def check(actual, exact):
     error = float((actual.double() / exact - 1).abs().max())
     assert error <= 2e-6, error
@@ -37,7 +37,7 @@ sums = dense_decode.dense_decode_bwd_dictionary(rows.as_rows(x), torch.ones(2**1
 check(sums, value.double() * len(x))
 """,
     "join_edges": """
-chunks, size = 2**14, segment_sum._CHUNK
+chunks, size = 2**14, segment_sum.CHUNK
 codes, edges = torch.zeros(chunks * size, dtype=torch.int16), (value * size).expand(chunks, 2, 2).clone()
 out = torch.zeros(1, 2)
 segment_sum._join_edges_kernel[1, 1](codes, out, edges, len(codes), 1, chunks, CHUNK=size, AHEAD=16, BLOCK_D=16)
@@ -62,7 +62,8 @@ def test_triton_sum_equal_terms_error_is_bounded(case):
 def test_one_hot_sum_does_not_take_more_rows_than_float32_counts():
     code = """
 import torch
-from dlvae_kernels.backends.triton import one_hot_sum, rows
+from dlvae_kernels.backends.triton.language import rows
+from dlvae_kernels.backends.triton.sums import one_hot_sum
 x = torch.ones(1, 1)
 assert one_hot_sum.suits(rows.as_rows(x.expand(2**24, 1)), 1)
 assert not one_hot_sum.suits(rows.as_rows(x.expand(2**24 + 1, 1)), 1)

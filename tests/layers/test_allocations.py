@@ -13,7 +13,7 @@ from benchmarks.results import ROOT
 from benchmarks.sizes import DICTIONARY, SAE
 from dlvae_kernels import DictionaryLearning, SparseAutoencoder, use_backend
 from dlvae_kernels.backends import native
-from dlvae_kernels.backends import triton as kernels
+from dlvae_kernels.backends.triton import operations as kernels
 from tests.allocations import Allocations, without_launching
 
 # Elements of one chunk of scores or of gathered atoms of the reference.

@@ -1,4 +1,4 @@
-"""Triton `ema_update`: statistics of a batch, and one pass that moves averages and codebook."""
+"""Triton `ema_update`: the statistics of a batch, and one pass that updates the averages and the codebook."""
 
 from __future__ import annotations
 
@@ -7,100 +7,66 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .one_hot_sum import one_hot_sum, suits
-from .rows import as_rows, load_rows
-from .segment_sum import segment_sum
-from .tuning import on_device
+from .architectures import on_device
+from .language.rows import as_codes, as_rows, code_offsets, load_codes, load_rows, store_codes
+from .sums.one_hot_sum import one_hot_sum, suits
+from .sums.segment_sum import segment_sum
 
 
 @triton.jit
-def _finite_codes_kernel(
-    x_ptr,
-    index_ptr,
-    code_ptr,
-    num_rows,
-    num_features,
-    inner,
-    stride_outer,
-    stride_inner,
-    stride_d,
-    num_codes,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    """The codes of rows; K for rows that hold NaN or infinity, or whose index is out of range."""
-    rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+def _finite_codes_kernel(x, index_ptr, code_ptr, num_codes, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Write the codes of vectors; K for a vector with NaN or infinity, or with an index out of range."""
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     largest = tl.zeros([BLOCK_N], tl.float32)
-    for begin in range(0, num_features, BLOCK_D):
-        d = begin + tl.arange(0, BLOCK_D)
-        x = load_rows(x_ptr, rows, d, num_rows, num_features, inner, stride_outer, stride_inner, stride_d)
-        x = tl.abs(x.to(tl.float32))
-        largest = tl.maximum(largest, tl.max(tl.where(x == x, x, float("inf")), axis=1))
-    index = tl.load(index_ptr + rows, mask=rows < num_rows, other=0)
-    is_kept = (largest < float("inf")) & (index >= 0) & (index < num_codes)
-    tl.store(code_ptr + rows, tl.where(is_kept, index, num_codes), mask=rows < num_rows)
+    for begin in range(0, x.num_features, BLOCK_D):
+        y = tl.abs(load_rows(x, n, begin + tl.arange(0, BLOCK_D)).to(tl.float32))
+        largest = tl.maximum(largest, tl.max(tl.where(y == y, y, float("inf")), axis=1))
+    index = tl.load(index_ptr + n, mask=n < x.num_vectors, other=0)
+    is_valid = (largest < float("inf")) & (index >= 0) & (index < num_codes)
+    tl.store(code_ptr + n, tl.where(is_valid, index, num_codes), mask=n < x.num_vectors)
 
 
 @triton.jit
 def _ema_step_kernel(
-    codebook_ptr,
-    size_ptr,
-    sum_ptr,
-    statistics_ptr,
+    codebook,
+    cluster_size_ptr,
+    embed_sum,
+    statistics,
     total_ptr,
-    num_codes,
-    num_features,
-    stride_ck,
-    stride_cd,
-    stride_sk,
-    stride_sd,
-    stride_tk,
-    stride_td,
     weight,
     epsilon,
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """sum <- sum + weight * (batch sum - sum); codebook <- sum / smoothed size, where a row took the code."""
+    """Move embed_sum towards the sums of the batch by `weight`, and the codes to embed_sum / smoothed size.
+
+    statistics: [K, D + 1], the sums of the batch, and in the last column its counts.
+    """
+    num_codes, num_features = codebook.num_codes, codebook.num_features
     k = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    inside = k < num_codes
-    mask = inside[:, None] & (d < num_features)[None, :]
-    k, d = k.to(tl.int64), d.to(tl.int64)
-    count = tl.load(
-        statistics_ptr + k * stride_tk + tl.cast(num_features, tl.int64) * stride_td, mask=inside, other=0.0
-    )
-    size = tl.load(size_ptr + k, mask=inside, other=1.0)
+    last = code_offsets(statistics, k) + tl.cast(num_features, tl.int64) * statistics.stride_d
+    count = tl.load(statistics.tensor + last, mask=k < num_codes, other=0.0)
+    size = tl.load(cluster_size_ptr + k, mask=k < num_codes, other=1.0)
     total = tl.load(total_ptr)
     smoothed = (size + epsilon) / (total + num_codes * epsilon) * total
-    batch = tl.load(statistics_ptr + k[:, None] * stride_tk + d[None, :] * stride_td, mask=mask, other=0.0)
-    at = k[:, None] * stride_sk + d[None, :] * stride_sd
-    old = tl.load(sum_ptr + at, mask=mask, other=0.0)
-    # As torch.lerp, which is exact at both ends.
+    batch, old = load_codes(statistics, k, d), load_codes(embed_sum, k, d)
+    # This is torch.lerp, which is exact for weights 0 and 1.
     new = tl.where(weight < 0.5, old + weight * (batch - old), batch - (batch - old) * (1.0 - weight))
-    tl.store(sum_ptr + at, new, mask=mask)
-    # A code that no row took stays where it is: smoothing would pull it to the origin step by step.
+    store_codes(embed_sum, new, k, d)
+    # A code without vectors stays where it is; smoothing would move it towards the origin at each step.
     is_used = (count > 0) & (size > 0)
-    moved = new / tl.where(is_used, smoothed, 1.0)[:, None]
-    tl.store(codebook_ptr + k[:, None] * stride_ck + d[None, :] * stride_cd, moved, mask=mask & is_used[:, None])
+    store_codes(codebook, new / tl.where(is_used, smoothed, 1.0)[:, None], tl.where(is_used, k, num_codes), d)
 
 
 def ema_statistics(x: Tensor, indices: Tensor, num_codes: int) -> Tensor:
     if x.numel() == 0:
         return torch.zeros(num_codes, x.shape[-1] + 1, dtype=torch.float32, device=x.device)
     rows = as_rows(x)
-    codes = torch.empty(rows.num_rows, dtype=torch.int64, device=x.device)
+    codes = torch.empty(rows.num_vectors, dtype=torch.int64, device=x.device)
     with on_device(x):
-        _finite_codes_kernel[(triton.cdiv(rows.num_rows, 64),)](
-            rows.tensor,
-            indices.contiguous(),
-            codes,
-            rows.num_rows,
-            rows.num_features,
-            *rows.strides,
-            num_codes,
-            BLOCK_N=64,
-            BLOCK_D=64,
+        _finite_codes_kernel[(triton.cdiv(rows.num_vectors, 64),)](
+            rows, indices.contiguous(), codes, num_codes, BLOCK_N=64, BLOCK_D=64
         )
     total = one_hot_sum if suits(rows, num_codes) else segment_sum
     return total(rows, codes, num_codes)
@@ -115,20 +81,15 @@ def ema_step(
     grid = (triton.cdiv(num_codes, 32), triton.cdiv(num_features, 64))
     with on_device(codebook):
         _ema_step_kernel[grid](
-            codebook,
+            as_codes(codebook),
             cluster_size.contiguous(),
-            embed_sum,
-            statistics,
+            as_codes(embed_sum),
+            as_codes(statistics)._replace(num_features=num_features),
             total,
-            num_codes,
-            num_features,
-            *codebook.stride(),
-            *embed_sum.stride(),
-            *statistics.stride(),
             1 - decay,
             epsilon,
             BLOCK_K=32,
             BLOCK_D=64,
         )
-    # Written by a kernel, which autograd and the cache of codebook parts do not see.
+    # Autograd does not see what a kernel writes.
     torch.autograd.graph.increment_version((codebook, embed_sum))

@@ -1,118 +1,33 @@
-"""Triton `kept_softmax`: a softmax over all codes at the few that each row keeps, tile by tile; never [N, K].
+"""Triton `kept_softmax`: a softmax over all codes, at the k codes that each vector selects; never [N, K].
 
-Forward: online sums, and the logits of the kept codes out of the same tiles. Backward: with g the gradient of the kept
-values v and s = sum g v, that of a logit is its kept g v, less s p. The first part is sparse, that of `sparse_decode`;
-for the second, s P W and P^T (s x), a tile's logits are made again (as in Dao et al. 2022, arXiv:2205.14135). Both are
-sums over b of exp(a . b + shifts) b: of codes for a row, and of rows for a code.
+The forward pass computes the sums of the softmax tile by tile (`softmax/log_sum_exp.py`). Let g be the gradient of the
+selected values v, s = sum of g v, and p the softmax. The gradient of the logits is g v at the selected codes, minus s p
+at all codes. The first part is sparse and goes through `sparse_decode`. The second needs s P W for the vectors and
+P^T (s x) for the codes, both sums over b of exp(a . b + shifts) b (`softmax/softmax_sum.py`).
 """
 
 from __future__ import annotations
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from .gather_codes import gather_codes_bwd
-from .log_sum_exp import inner_products, is_wide, log_sum_exp
-from .rows import Rows, as_rows, load_rows, unit
+from .language.rows import as_rows
+from .softmax.log_sum_exp import log_sum_exp
+from .softmax.softmax_sum import softmax_sum
 from .sparse_decode import sparse_decode_bwd, sparse_decode_fwd
-from .tuning import on_device, softmax_sum_config, splits_of
 
 
-@triton.jit
-def _softmax_sum_kernel(
-    a_ptr,
-    b_ptr,
-    a_shift_ptr,
-    b_shift_ptr,
-    scale_ptr,
-    out_ptr,
-    scale_sum_ptr,
-    num_a,
-    num_b,
-    num_features,
-    a_inner,
-    a_outer,
-    a_step,
-    a_d,
-    b_inner,
-    b_outer,
-    b_step,
-    b_d,
-    tiles_per_split,
-    SCALED: tl.constexpr,
-    WIDE: tl.constexpr,
-    A_UNIT: tl.constexpr,
-    B_UNIT: tl.constexpr,
-    BLOCK_A: tl.constexpr,
-    BLOCK_B: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_OUT: tl.constexpr,
-):
-    """Sums over the b of one split of w b, w = scale_b exp(a . b + shifts): [splits, A, D]; SCALED: also of w."""
-    a = tl.program_id(0).to(tl.int64) * BLOCK_A + tl.arange(0, BLOCK_A)
-    d = tl.program_id(1) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
-    a_shift = tl.load(a_shift_ptr + a, mask=a < num_a, other=float("-inf"))
-    total = tl.zeros([BLOCK_A, BLOCK_OUT], tl.float32)
-    scale_sum = tl.zeros([BLOCK_A], tl.float32)
-    first = tl.program_id(2).to(tl.int64) * tiles_per_split * BLOCK_B
-    for start in range(first, tl.minimum(first + tiles_per_split * BLOCK_B, num_b), BLOCK_B):
-        b = start + tl.arange(0, BLOCK_B)
-        weights = inner_products(
-            a_ptr,
-            b_ptr,
-            a,
-            b,
-            num_a,
-            num_b,
-            num_features,
-            a_inner,
-            a_outer,
-            a_step,
-            a_d,
-            b_inner,
-            b_outer,
-            b_step,
-            b_d,
-            WIDE,
-            A_UNIT,
-            B_UNIT,
-            BLOCK_A,
-            BLOCK_B,
-            BLOCK_D,
-        )
-        b_shift = tl.load(b_shift_ptr + b, mask=b < num_b, other=float("-inf"))
-        # The bias of a code first, as when the largest logit was found.
-        if SCALED:
-            weights = (weights + a_shift[:, None]) + b_shift[None, :]
-        else:
-            weights = (weights + b_shift[None, :]) + a_shift[:, None]
-        weights = tl.exp(weights)
-        if SCALED:
-            weights *= tl.load(scale_ptr + b, mask=b < num_b, other=0.0)[None, :]
-            scale_sum += tl.sum(weights, axis=1)
-        right = load_rows(b_ptr, b, d, num_b, num_features, b_inner, b_outer, b_step, b_d, B_UNIT)
-        # Weights of half precision would round the sum.
-        total = tl.dot(weights, right.to(tl.float32), acc=total, input_precision="tf32x3")
-    at = tl.program_id(2).to(tl.int64) * num_a + a
-    mask = (a < num_a)[:, None] & (d < num_features)[None, :]
-    tl.store(out_ptr + at[:, None] * num_features + d[None, :], total, mask=mask)
-    if SCALED:
-        tl.store(scale_sum_ptr + at, scale_sum, mask=(a < num_a) & (tl.program_id(1) == 0))
-
-
-def _offsets(weight: Tensor, bias: Tensor | None) -> Tensor:
-    """The bias, [K] float32."""
+def _float32_bias(weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The bias, [K] float32; zeros for None."""
     if bias is None:
         return torch.zeros(len(weight), dtype=torch.float32, device=weight.device)
     return bias.float().contiguous()
 
 
 def kept_softmax_fwd(x: Tensor, weight: Tensor, bias: Tensor | None, indices: Tensor) -> tuple[Tensor, Tensor]:
-    offsets = _offsets(weight, bias)
-    kept = indices.reshape(-1, indices.shape[-1]).contiguous()  # [N, k]
-    logits, largest, totals = log_sum_exp(as_rows(x), as_rows(weight), offsets, kept)
+    selected = indices.reshape(-1, indices.shape[-1]).contiguous()  # [N, k]
+    logits, largest, totals = log_sum_exp(as_rows(x), as_rows(weight), _float32_bias(weight, bias), selected)
     values = logits.sub_(largest[:, None]).exp_().div_(totals[:, None])
     return values.view(indices.shape), torch.stack([largest, totals], dim=1).view(*x.shape[:-1], 2)
 
@@ -129,57 +44,20 @@ def kept_softmax_bwd(
     need_weight: bool,
     need_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    kept = grad * values  # [..., k]
+    grad_logits = grad * values  # [..., k]
     largest, totals = sums.view(-1, 2).unbind(1)  # [N]
-    slope, row_shift = kept.sum(-1).flatten() / totals, -largest
-    offsets = _offsets(weight, bias)
+    slope, x_shift = grad_logits.sum(-1).flatten() / totals, -largest
+    code_shift = _float32_bias(weight, bias)
     rows, codes = as_rows(x), as_rows(weight)
     grad_x, grad_weight, grad_bias = (torch.empty(0, dtype=torch.float32, device=x.device) for _ in range(3))
     if need_x:
-        of_codes, _ = _softmax_sum(rows, codes, row_shift, offsets, None)
-        grad_x = sparse_decode_fwd(kept, indices, weight).float()
-        grad_x.view(of_codes.shape).addcmul_(slope[:, None], of_codes, value=-1)
+        code_sums, _ = softmax_sum(rows, codes, x_shift, code_shift, None)
+        grad_x = sparse_decode_fwd(grad_logits, indices, weight).float()
+        grad_x.view(code_sums.shape).addcmul_(slope[:, None], code_sums, value=-1)
     if need_weight or need_bias:
-        of_rows, scales = _softmax_sum(codes, rows, offsets, row_shift, slope)
+        vector_sums, slope_sums = softmax_sum(codes, rows, code_shift, x_shift, slope)
     if need_weight:
-        grad_weight = sparse_decode_bwd(x, kept, indices, weight, False, True)[1].sub_(of_rows)
+        grad_weight = sparse_decode_bwd(x, grad_logits, indices, weight, False, True)[1].sub_(vector_sums)
     if need_bias:
-        grad_bias = gather_codes_bwd(kept.unsqueeze(-1), indices, len(weight)).squeeze(1) - scales
+        grad_bias = gather_codes_bwd(grad_logits.unsqueeze(-1), indices, len(weight)).squeeze(1) - slope_sums
     return grad_x, grad_weight, grad_bias
-
-
-def _softmax_sum(a: Rows, b: Rows, a_shift: Tensor, b_shift: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor]:
-    """For each a, sum over all b of w b, [A, D], and of w, [A], w = scale_b exp(a . b + shifts); float32."""
-    with on_device(a_shift):
-        config = softmax_sum_config(a.num_features, is_wide(a.tensor, b.tensor))
-    blocks = triton.cdiv(a.num_rows, config.block_a), triton.cdiv(a.num_features, config.block_out)
-    splits, per_split = splits_of(blocks[0] * blocks[1], triton.cdiv(b.num_rows, config.block_b))
-    out = torch.empty(splits, a.num_rows, a.num_features, dtype=torch.float32, device=a_shift.device)
-    scales = torch.empty(splits, a.num_rows, dtype=torch.float32, device=a_shift.device)
-    if out.numel() > 0:
-        with on_device(out):
-            _softmax_sum_kernel[(*blocks, splits)](
-                a.tensor,
-                b.tensor,
-                a_shift,
-                b_shift,
-                a_shift if scale is None else scale,
-                out,
-                scales,
-                a.num_rows,
-                b.num_rows,
-                a.num_features,
-                *a.strides,
-                *b.strides,
-                per_split,
-                SCALED=scale is not None,
-                WIDE=is_wide(a.tensor, b.tensor),
-                A_UNIT=unit(*a.strides[1:3]),
-                B_UNIT=unit(*b.strides[1:3]),
-                BLOCK_A=config.block_a,
-                BLOCK_B=config.block_b,
-                BLOCK_D=config.block_d,
-                BLOCK_OUT=config.block_out,
-                num_warps=config.num_warps,
-            )
-    return (out[0], scales[0]) if splits == 1 else (out.sum(0), scales.sum(0))

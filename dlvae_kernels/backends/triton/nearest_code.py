@@ -1,12 +1,12 @@
-"""Triton `nearest_code`: see `search`."""
+"""Triton `nearest_code`: the search in `search/`."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from .rows import as_rows
-from .search import search
+from .language.rows import as_rows
+from .search.launch import search
 
 
 def nearest_code(x: Tensor, codebook: Tensor, return_distance: bool, precision: str) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""Triton `vector_quantize`: one kernel from rows to codes, see `search`; where codes are split among programs, two."""
+"""Triton `vector_quantize`: the search in `search/`, whose kernel also writes the codes if K is not partitioned."""
 
 from __future__ import annotations
 
@@ -7,42 +7,22 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .quantize_rows import Quantized
-from .rows import as_rows, empty_like_rows, laid_out_like, load_rows, store_rows
-from .search import search
-from .segment_sum import segment_sum
-from .tuning import on_device
+from .architectures import on_device
+from .language.rows import as_rows, empty_like_rows, laid_out_like, load_rows, store_rows
+from .search.launch import search
+from .search.quantize_rows import Quantized
+from .sums.segment_sum import segment_sum
 
-_BLOCK_N = 64
+_BLOCK_N, _BLOCK_D = 64, 64
 
 
 @triton.jit
-def _vector_quantize_bwd_kernel(
-    grad_ptr,
-    half_error_ptr,
-    factor_ptr,
-    out_ptr,
-    num_rows,
-    num_features,
-    grad_inner,
-    grad_outer,
-    grad_step,
-    grad_d,
-    inner,
-    stride_outer,
-    stride_inner,
-    stride_d,
-    slope,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    """grad - half_error * slope * factor, where factor is the gradient of the commitment loss."""
-    rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+def _vector_quantize_bwd_kernel(grad, half_error, out, weight_ptr, slope, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Write grad - half_error * slope * weight, where weight is the gradient of the commitment loss."""
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    grad = load_rows(grad_ptr, rows, d, num_rows, num_features, grad_inner, grad_outer, grad_step, grad_d)
-    half_error = load_rows(half_error_ptr, rows, d, num_rows, num_features, inner, stride_outer, stride_inner, stride_d)
-    out = grad.to(tl.float32) - half_error.to(tl.float32) * slope * tl.load(factor_ptr).to(tl.float32)
-    store_rows(out_ptr, out, rows, d, num_rows, num_features, inner, stride_outer, stride_inner, stride_d)
+    error = load_rows(half_error, n, d).to(tl.float32) * slope * tl.load(weight_ptr).to(tl.float32)
+    store_rows(out, load_rows(grad, n, d).to(tl.float32) - error, n, d)
 
 
 def vector_quantize_fwd(
@@ -55,10 +35,11 @@ def vector_quantize_fwd(
     quantized = empty_like_rows(rows.tensor)
     half_error = torch.empty_like(quantized) if need_error else x.new_empty(0)
     if x.numel() > 0:
-        search(rows, codebook, precision, indices, distances, Quantized(quantized, half_error, counts))
-    # Distances are divided by D.
-    loss = (distances.sum(dtype=torch.float64) / max(1, rows.num_rows)).to(torch.float32)
-    # Channel-first rows come back channel-first.
+        out = Quantized(as_rows(quantized), half_error if need_error else None, counts)
+        search(rows, codebook, precision, indices, distances, out)
+    # The distances are already divided by D.
+    loss = (distances.sum(dtype=torch.float64) / max(1, rows.num_vectors)).to(torch.float32)
+    # A channel-first map comes back channel-first.
     quantized, half_error = laid_out_like(x, quantized), laid_out_like(x, half_error) if need_error else half_error
     return quantized, indices, loss, loss.clone(), counts, half_error
 
@@ -73,30 +54,27 @@ def vector_quantize_bwd(
     need_x: bool,
     need_codebook: bool,
 ) -> tuple[Tensor, Tensor]:
+    # The losses are means of the squared error, which is twice half_error.
     slope = 4 / max(1, half_error.numel())
     empty = torch.empty(0, dtype=torch.float32, device=half_error.device)
     grad_x = grad_codebook = empty
+    rows = as_rows(half_error)
     if need_codebook:
-        total = segment_sum(as_rows(half_error), indices.flatten(), num_codes)[:, :-1]
+        total = segment_sum(rows, indices.flatten(), num_codes)[:, :-1]
         grad_codebook = total * (slope * grad_codebook_loss)
     if need_x:
-        grad, rows = as_rows(grad_quantized), as_rows(half_error)
         grad_x = empty_like_rows(rows.tensor)
         if half_error.numel() > 0:
-            grid = (triton.cdiv(rows.num_rows, _BLOCK_N), triton.cdiv(rows.num_features, 64))
+            grid = (triton.cdiv(rows.num_vectors, _BLOCK_N), triton.cdiv(rows.num_features, _BLOCK_D))
             with on_device(half_error):
                 _vector_quantize_bwd_kernel[grid](
-                    grad.tensor,
-                    rows.tensor,
+                    as_rows(grad_quantized),
+                    rows,
+                    as_rows(grad_x),
                     grad_commitment_loss,
-                    grad_x,
-                    rows.num_rows,
-                    rows.num_features,
-                    *grad.strides,
-                    *rows.strides,
                     slope,
                     BLOCK_N=_BLOCK_N,
-                    BLOCK_D=64,
+                    BLOCK_D=_BLOCK_D,
                 )
         grad_x = laid_out_like(half_error, grad_x)
     return grad_x, grad_codebook

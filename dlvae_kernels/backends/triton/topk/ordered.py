@@ -1,18 +1,21 @@
-"""Floats as integers of the same order: for the k-th largest of a row, and for sorting values with their indices."""
+"""float32 numbers as integers of the same order, to find the k-th largest and to sort values with their indices."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-# The key of what is not there: after all others.
+from ..architectures import INTERPRETED
+
+# The key of a missing element, which sorts after all others.
 NO_KEY = tl.constexpr(9223372036854775807)
+_INTERPRETED = tl.constexpr(INTERPRETED)
 
 
 @triton.jit
 def to_ordered(value):
-    """The int32 of a float32 that sorts as it does; of NaN as of -inf."""
-    # Of the two zeros only one stays, as they are equal.
+    """The int32 that sorts as a float32 does; NaN sorts as -inf."""
+    # Both zeros become one, because they are equal.
     value = tl.where(value == 0, 0.0, tl.where(value == value, value, float("-inf")))
     bits = value.to(tl.int32, bitcast=True)
     return bits ^ ((bits >> 31) & 0x7FFFFFFF)
@@ -20,49 +23,52 @@ def to_ordered(value):
 
 @triton.jit
 def from_ordered(ordered):
+    """The float32 of an int32 of `to_ordered`."""
     return (ordered ^ ((ordered >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def to_key(value, index):
-    """int64 that sorts by value, and then by index, which is in [0, 2^32)."""
+    """The int64 that sorts by value and then by index, which is in [0, 2^32)."""
     return (to_ordered(value).to(tl.int64) << 32) | index.to(tl.int64)
 
 
 @triton.jit
 def value_of(key):
+    """The value of a key."""
     return from_ordered((key >> 32).to(tl.int32))
 
 
 @triton.jit
 def index_of(key):
+    """The index of a key."""
     return key & 0xFFFFFFFF
 
 
 @triton.jit
-def sort_keys(keys, DESCENDING: tl.constexpr, INTERPRETED: tl.constexpr):
+def sort_keys(keys, DESCENDING: tl.constexpr):
     """Each row of keys [R, C] sorted."""
-    if not INTERPRETED:
+    if not _INTERPRETED:
         return tl.sort(keys, dim=1, descending=DESCENDING)
-    # The interpreter exchanges one by one: the same bitonic network by whole rows.
+    # The interpreter's sort exchanges elements one by one. This is the same bitonic network on whole rows.
     place = tl.arange(0, keys.shape[1])[None, :] + tl.zeros(keys.shape, tl.int32)
     size = 2
     while size <= keys.shape[1]:
-        apart = size // 2
-        while apart > 0:
-            other = tl.gather(keys, place ^ apart, axis=1)
-            takes_lesser = ((place & apart) == 0) == (((place & size) == 0) != DESCENDING)
+        distance = size // 2
+        while distance > 0:
+            other = tl.gather(keys, place ^ distance, axis=1)
+            takes_lesser = ((place & distance) == 0) == (((place & size) == 0) != DESCENDING)
             keys = tl.where(takes_lesser, tl.minimum(keys, other), tl.maximum(keys, other))
-            apart //= 2
+            distance //= 2
         size *= 2
     return keys
 
 
 @triton.jit
 def kth_largest(ordered, k):
-    """Of each row of ordered [R, C] a threshold that at least k of it reach, and how many do: more than k only by ties.
+    """A threshold that at least k elements of each row of ordered [R, C] reach, and the number of those; k <= C.
 
-    By halving the interval between the least and the largest; C >= k.
+    More than k reach it only where elements tie. The interval from the least to the largest element is halved.
     """
     low = tl.min(ordered, axis=1)
     high = tl.max(ordered, axis=1) + 1

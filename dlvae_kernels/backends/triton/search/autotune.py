@@ -1,7 +1,8 @@
-"""Opt-in, by DLVAE_AUTOTUNE=1: block sizes of the search by measurement, kept in memory and on disk.
+"""Autotuning, opt-in by DLVAE_AUTOTUNE=1: block sizes of the search by measurement, kept in memory and on disk.
 
-A size is tuned when it is first seen, rows and codes up to the next power of two, and never while a graph is captured:
-warm up first. The file is `dlvae_search.json` in Triton's cache folder; delete it to measure anew.
+A configuration is measured when numbers of vectors and codes, each up to the next power of two, first occur, and never
+while a CUDA graph is captured: warm up first. The file is `dlvae_search.json` in Triton's cache folder; delete it to
+measure again.
 """
 
 from __future__ import annotations
@@ -17,13 +18,14 @@ import torch
 import triton
 from triton.runtime.errors import OutOfResources
 
-from .tuning import INTERPRETED, SearchConfig, architecture
+from ..architectures import INTERPRETED, capability
+from .config import SearchConfig
 
 _chosen: dict[str, SearchConfig] = {}
 
 
 def is_wanted() -> bool:
-    """Whether to measure: asked for, on a GPU, and not within a captured graph."""
+    """Whether autotuning is asked for and possible: on a GPU, and while no CUDA graph is captured."""
     if os.environ.get("DLVAE_AUTOTUNE") != "1" or INTERPRETED:
         return False
     return not torch.cuda.is_current_stream_capturing()
@@ -31,19 +33,21 @@ def is_wanted() -> bool:
 
 def tuned(
     default: SearchConfig,
-    num_rows: int,
+    num_vectors: int,
     num_codes: int,
     kind: str,
     run: Callable[[SearchConfig], None],
     seconds: Callable[[Callable[[], None]], float] = lambda call: float(triton.testing.do_bench(call)),
 ) -> SearchConfig:
-    """The configuration of the shortest time for rows and codes of about these numbers.
+    """The fastest configuration for about so many vectors and codes.
 
     Args:
-        kind: what else the choice depends on.
+        kind: dtypes, precision and D, on which the choice depends too.
+        run: launches the search with a configuration.
+        seconds: measures a call.
     """
-    sizes = (triton.next_power_of_2(num_rows), triton.next_power_of_2(num_codes))
-    key = f"{kind} N={sizes[0]} K={sizes[1]} sm_{architecture()} triton {triton.__version__}"
+    sizes = (triton.next_power_of_2(num_vectors), triton.next_power_of_2(num_codes))
+    key = f"{kind} N={sizes[0]} K={sizes[1]} sm_{capability()} triton {triton.__version__}"
     if not _chosen:
         _chosen.update(_read())
     if key not in _chosen:
@@ -53,15 +57,15 @@ def tuned(
 
 
 def candidates(default: SearchConfig) -> list[SearchConfig]:
-    """The default, which comes first, and what differs from it in one or two values."""
-    look = default.group * default.look_d
+    """The default, which comes first, and configurations that differ from it in a few values."""
+    compared = default.group * default.compare_d
     found = [default]
     for group in (2, 4, 8):
         for stages in (2, 3, 4):
             for registers in (128, 255):
                 found.append(
                     dataclasses.replace(
-                        default, group=group, look_d=look // group, num_stages=stages, max_registers=registers
+                        default, group=group, compare_d=compared // group, num_stages=stages, max_registers=registers
                     )
                 )
     if default.block_k == 128:
@@ -79,7 +83,7 @@ def _fastest(
         try:
             times[config] = seconds(lambda config=config: run(config))  # type: ignore[misc]
         except OutOfResources:
-            # More shared memory or registers than there are.
+            # The configuration needs more shared memory or registers than the device has.
             continue
     return min(times, key=lambda config: times[config], default=default)
 
@@ -89,7 +93,7 @@ def _path() -> Path:
 
 
 def _read() -> dict[str, SearchConfig]:
-    """What earlier processes measured; nothing where the file is missing, or was written by another version."""
+    """The choices of earlier processes; none if the file is missing or was written by another version."""
     try:
         return {key: SearchConfig(**values) for key, values in json.loads(_path().read_text()).items()}
     except (OSError, ValueError, TypeError, AttributeError):
@@ -99,7 +103,7 @@ def _read() -> dict[str, SearchConfig]:
 def _write(chosen: dict[str, SearchConfig]) -> None:
     _path().parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps({key: dataclasses.asdict(config) for key, config in chosen.items()}, indent=1)
-    # Whole or not at all, as other processes may read it.
+    # Other processes may read the file at any time: it is replaced as a whole.
     with tempfile.NamedTemporaryFile("w", dir=_path().parent, delete=False) as file:
         file.write(text)
     os.replace(file.name, _path())

@@ -1,0 +1,1 @@
+"""`sparse_decode` with few atoms, on the matrix units."""

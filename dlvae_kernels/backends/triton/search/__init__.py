@@ -1,0 +1,1 @@
+"""The search for the nearest code, behind `nearest_code` and `vector_quantize`."""

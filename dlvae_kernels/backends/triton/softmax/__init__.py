@@ -1,0 +1,1 @@
+"""Sums over exponentials of logits, behind `kept_softmax`."""

@@ -1,0 +1,87 @@
+"""Sums and counts of vectors by code, for few codes: one_hot^T x on the matrix units, with the one-hot in registers.
+
+The order of additions is fixed. A program adds the sums of its tiles of vectors one after another, at most MAX_TILES of
+them, and the sums of all programs are added pairwise (docs/numerics.md, section 9.1).
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..architectures import on_device, partition
+from ..language.products import sum_marked
+from ..language.rows import Rows, load_rows
+
+_BLOCK_N, _BLOCK_K = 64, 128
+MAX_TILES = 64
+# float32 holds larger counts inexactly.
+_MAX_VECTORS = 2**24
+# About here a sort takes as long (an estimate). With more products or codes, `segment_sum` sorts.
+_MAX_FLOP = 3e10
+_MAX_CODES = 1024
+
+
+@triton.jit
+def _one_hot_sum_kernel(
+    x,
+    code_ptr,
+    out_ptr,
+    num_codes,
+    tiles_each,
+    TERMS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Write the sums, and in the last column the counts, of the vectors of one partition: [partitions, K, D + 1]."""
+    num_features = x.num_features
+    k = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
+    d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    total = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
+    count = tl.zeros([BLOCK_K], tl.float32)
+    begin = tl.program_id(2).to(tl.int64) * tiles_each * BLOCK_N
+    for start in range(begin, tl.minimum(begin + tiles_each * BLOCK_N, x.num_vectors), BLOCK_N):
+        n = start + tl.arange(0, BLOCK_N)
+        code = tl.load(code_ptr + n, mask=n < x.num_vectors, other=num_codes)
+        # A vector without a code may hold NaN or infinity.
+        y = tl.where((code < num_codes)[:, None], load_rows(x, n, d), 0.0)
+        is_code = k[:, None] == code[None, :]
+        count += tl.sum(is_code.to(tl.float32), axis=1)
+        # The matrix units round towards zero when they add to an accumulator: each tile starts from 0.
+        total += sum_marked(is_code, y, tl.zeros([BLOCK_K, BLOCK_D], tl.float32), TERMS)
+    at = out_ptr + (tl.program_id(2).to(tl.int64) * num_codes + k) * (num_features + 1)
+    tl.store(at[:, None] + d[None, :], total, mask=(k < num_codes)[:, None] & (d < num_features)[None, :])
+    tl.store(at + num_features, count, mask=(k < num_codes) & (tl.program_id(1) == 0))
+
+
+def suits(x: Rows, num_codes: int) -> bool:
+    """Whether this is likely faster than `segment_sum`, and counts are exact."""
+    terms = 3 if x.tensor.dtype == torch.float32 else 1
+    is_small = num_codes <= _MAX_CODES and x.num_vectors <= _MAX_VECTORS
+    return is_small and 2.0 * x.num_vectors * num_codes * x.num_features * terms <= _MAX_FLOP
+
+
+def one_hot_sum(x: Rows, codes: Tensor, num_codes: int) -> Tensor:
+    """The sums and counts [K, D + 1] float32 of vectors by their codes [N]; vectors of code K are left out."""
+    block_d = min(64, max(16, triton.next_power_of_2(x.num_features)))
+    blocks = triton.cdiv(num_codes, _BLOCK_K), triton.cdiv(x.num_features, block_d)
+    with on_device(x.tensor):
+        tiles = triton.cdiv(x.num_vectors, _BLOCK_N)
+        partitions, tiles_each = partition(blocks[0] * blocks[1], tiles, max_tiles=MAX_TILES)
+        out = torch.empty(partitions, num_codes, x.num_features + 1, dtype=torch.float32, device=x.tensor.device)
+        _one_hot_sum_kernel[(*blocks, partitions)](
+            x,
+            codes,
+            out,
+            num_codes,
+            tiles_each,
+            TERMS=3 if x.tensor.dtype == torch.float32 else 1,
+            BLOCK_N=_BLOCK_N,
+            BLOCK_K=_BLOCK_K,
+            BLOCK_D=block_d,
+            num_warps=8,
+        )
+    return out.sum(0)

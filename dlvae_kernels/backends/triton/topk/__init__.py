@@ -1,0 +1,1 @@
+"""The k nearest codes, behind `topk_codes`."""
