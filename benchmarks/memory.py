@@ -51,10 +51,14 @@ def peak_on_cpu(entry: Entry, size: Size, implementation: Implementation, backen
     with server.Pool(1) as pool:
         arguments = entry.name, size, implementation.name, backend, torch.get_num_threads()
         try:
-            return pool.apply_async(_peaks, arguments).get(_SECONDS)
+            found = pool.apply_async(_peaks, arguments).get(_SECONDS)
         except multiprocessing.TimeoutError:
             case = f"{implementation.name} in {entry.name} at {size}"
             raise RuntimeError(f"expected the memory of {case} within {_SECONDS} s, got no answer") from None
+        # The child ends by itself and frees its resources; leaving the block would kill it.
+        pool.close()
+        pool.join()
+        return found
 
 
 def _peaks(entry_name: str, size: Size, name: str, backend: str | None, threads: int) -> dict[str, float]:
