@@ -3,7 +3,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import ops  # noqa: F401  (defines torch.ops.dlvae)
+from .. import ops
 from .checks import (
     check_at_least,
     check_between,
@@ -38,7 +38,7 @@ def ema_statistics(x: Tensor, indices: Tensor, num_codes: int) -> Tensor:
         raise ValueError("expected x of shape [..., D], got ()")
     check_indices_of("indices", indices, "x", x)
     num_codes = check_size("num_codes", num_codes, 1)
-    return torch.ops.dlvae.ema_statistics(x.detach(), indices, num_codes)
+    return ops.call("ema_statistics", x.detach(), indices, num_codes)
 
 
 def ema_step(

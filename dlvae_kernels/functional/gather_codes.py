@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import ops
 from .checks import check_codebook, check_indices, check_same_device
 from .gradients import differentiable, gradient_of, is_differentiated, once_differentiable
 
@@ -55,4 +56,4 @@ def gather_codes(codebook: Tensor, indices: Tensor) -> Tensor:
     check_same_device("indices", indices, "codebook", codebook)
     if is_differentiated(codebook):
         return differentiable(_GatherCodes, codebook, indices)
-    return torch.ops.dlvae.gather_codes_fwd(codebook.detach(), indices)
+    return ops.call("gather_codes_fwd", codebook.detach(), indices)

@@ -5,6 +5,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
+from .. import ops
 from .checks import check_indices, check_same_device, check_tensor, check_vectors
 from .gradients import differentiable, gradient_of, is_differentiated, no_forward_mode, once_differentiable
 
@@ -83,5 +84,5 @@ def kept_softmax(x: Tensor, weight: Tensor, bias: Tensor | None, indices: Tensor
         values, _ = differentiable(_KeptSoftmax, x, weight, bias, indices)
     else:
         detached_bias = None if bias is None else bias.detach()
-        values, _ = torch.ops.dlvae.kept_softmax_fwd(x.detach(), weight.detach(), detached_bias, indices)
+        values, _ = ops.call("kept_softmax_fwd", x.detach(), weight.detach(), detached_bias, indices)
     return values

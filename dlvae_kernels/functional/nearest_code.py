@@ -2,10 +2,9 @@ from __future__ import annotations
 
 from typing import Literal, get_args, overload
 
-import torch
 from torch import Tensor
 
-from .. import ops  # noqa: F401  (defines torch.ops.dlvae)
+from .. import ops
 from .checks import check_choice, check_vectors
 
 Precision = Literal["float32", "exact", "tf32"]
@@ -51,5 +50,5 @@ def nearest_code(
     """
     check_vectors("x", x, "codebook", codebook)
     check_choice("precision", precision, PRECISIONS)
-    indices, distances = torch.ops.dlvae.nearest_code(x.detach(), codebook.detach(), return_distance, precision)
+    indices, distances = ops.call("nearest_code", x.detach(), codebook.detach(), return_distance, precision)
     return (indices, distances) if return_distance else indices

@@ -3,7 +3,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import ops  # noqa: F401  (defines torch.ops.dlvae)
+from .. import ops
 from .checks import check_indices, check_size
 
 
@@ -27,4 +27,4 @@ def one_hot(indices: Tensor, num_codes: int, *, dtype: torch.dtype = torch.float
     if indices.ndim not in (1, 2):
         raise ValueError(f"expected indices of shape [N] or [N, k], got {tuple(indices.shape)}; pass indices.flatten()")
     num_codes = check_size("num_codes", num_codes, 1)
-    return torch.ops.dlvae.one_hot(indices, num_codes, dtype)
+    return ops.call("one_hot", indices, num_codes, dtype)

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import ops
 from .checks import check_codebook, check_floating, check_indices, check_same_device
 from .gradients import differentiable, gradient_of, is_differentiated, once_differentiable
 
@@ -82,4 +83,4 @@ def sparse_decode(values: Tensor, indices: Tensor, dictionary: Tensor) -> Tensor
     check_same_device("indices", indices, "dictionary", dictionary)
     if is_differentiated(values, dictionary):
         return differentiable(_SparseDecode, values, indices, dictionary)
-    return torch.ops.dlvae.sparse_decode_fwd(values.detach(), indices, dictionary.detach())
+    return ops.call("sparse_decode_fwd", values.detach(), indices, dictionary.detach())

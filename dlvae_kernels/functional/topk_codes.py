@@ -5,6 +5,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from .. import ops
 from .checks import check_bias, check_choice, check_size, check_vectors
 from .gradients import differentiable, gradient_of, is_differentiated, once_differentiable
 
@@ -105,5 +106,5 @@ def topk_codes(
         indices, values = differentiable(_TopkCodes, x, dictionary, k, metric, bias)
     else:
         detached_bias = None if bias is None else bias.detach()
-        indices, values = torch.ops.dlvae.topk_codes(x.detach(), dictionary.detach(), k, metric, detached_bias)
+        indices, values = ops.call("topk_codes", x.detach(), dictionary.detach(), k, metric, detached_bias)
     return indices, values

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .. import ops
 from .checks import check_choice, check_vectors
 from .gradients import (
     differentiable,
@@ -123,5 +124,5 @@ def vector_quantize(x: Tensor, codebook: Tensor, *, precision: Precision = "floa
     if is_differentiated(x, codebook):
         *outputs, _ = differentiable(_VectorQuantize, x, codebook, True, precision)
     else:
-        *outputs, _ = torch.ops.dlvae.vector_quantize_fwd(x.detach(), codebook.detach(), False, precision)
+        *outputs, _ = ops.call("vector_quantize_fwd", x.detach(), codebook.detach(), False, precision)
     return VectorQuantizeOutput(*outputs)
