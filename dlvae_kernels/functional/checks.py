@@ -1,6 +1,6 @@
 """Checks of arguments: each raises a `ValueError` that names the argument, what was expected, and what it got.
 
-All checks look at shapes and types alone, so that `torch.compile` evaluates them while tracing.
+All checks look only at shapes and types, so that `torch.compile` evaluates them while tracing.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def _check_parameter_dtype(name: str, parameter: Tensor, other_name: str, other:
 
 
 def check_layer_dtype(name: str, inputs: Tensor, parameter: Tensor) -> None:
-    """Check that the inputs of a layer have the dtype of its parameter, or half precision beside float32."""
+    """Check that the inputs of a layer have the dtype of its parameter, or half precision for a float32 parameter."""
     check_floating(name, inputs)
     if not _fits(parameter.dtype, inputs.dtype):
         raise ValueError(
