@@ -1,6 +1,6 @@
 """Checks of arguments: each raises a `ValueError` that names the argument, what was expected, and what it got.
 
-All checks look at shapes and types alone, so that `torch.compile` evaluates them while tracing.
+All checks look only at shapes and types, so that `torch.compile` evaluates them while tracing.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def _check_parameter_dtype(name: str, parameter: Tensor, other_name: str, other:
 
 
 def check_layer_dtype(name: str, inputs: Tensor, parameter: Tensor) -> None:
-    """Check that the inputs of a layer have the dtype of its parameter, or half precision beside float32."""
+    """Check that the inputs of a layer have the dtype of its parameter, or half precision for a float32 parameter."""
     check_floating(name, inputs)
     if not _fits(parameter.dtype, inputs.dtype):
         raise ValueError(
@@ -120,7 +120,7 @@ def check_indices_of(name: str, indices: Tensor, x_name: str, x: Tensor) -> None
 
 
 def check_size(name: str, value: int, low: int, high: int | None = None) -> int:
-    """Return `value` as a Python int: a whole number, NumPy's included, of at least `low` and at most `high`."""
+    """Return `value` as a Python int: an integer, NumPy's included, of at least `low` and at most `high`."""
     try:
         # A SymInt stays symbolic; True and False are no sizes.
         size = value if isinstance(value, torch.SymInt) else operator.index(value)
@@ -128,7 +128,7 @@ def check_size(name: str, value: int, low: int, high: int | None = None) -> int:
         size = None
     if size is None or isinstance(value, bool) or size < low or (high is not None and size > high):
         bounds = f"of at least {low}" if high is None else f"in [{low}, {high}]"
-        raise ValueError(f"expected {name} to be a whole number {bounds}, got {value!r}")
+        raise ValueError(f"expected {name} to be an integer {bounds}, got {value!r}")
     return size
 
 

@@ -47,7 +47,7 @@ def kept_softmax(x: Tensor, weight: Tensor, bias: Tensor | None, indices: Tensor
 
     Args:
         x: [..., D] float16, bfloat16, float32 or (reference) float64, any strides.
-        weight: W, [K, D], same device; the dtype of x, or float32 beside a half-precision x.
+        weight: W, [K, D], same device; the dtype of x, or float32 if x has half precision.
         bias: b, [K], dtype and device of weight; or None.
         indices: [..., k] int64, same device; a code may occur twice for a vector.
     Returns:

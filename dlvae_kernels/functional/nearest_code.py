@@ -28,7 +28,7 @@ def nearest_code(
 
     Args:
         x: [..., D] float16, bfloat16, float32 or (reference) float64, any strides.
-        codebook: [K, D], same device; the dtype of x, or float32 beside a half-precision x.
+        codebook: [K, D], same device; the dtype of x, or float32 if x has half precision.
         return_distance: also return the squared distances.
         precision: precision of the search in Triton; the other backends always return the float64 argmin. "float32":
             the float64 argmin wherever the two best distances differ by more than float32 rounding; "exact": near-ties

@@ -84,7 +84,7 @@ def straight_through(x: Tensor, decoded: Tensor, indices: Tensor) -> StraightThr
     Returns:
         decoded: [..., D], a copy of `decoded`; its gradient goes to x unchanged, and not to `decoded`.
         decoded_loss, x_loss: scalars, at least float32: both are the mean of (x - decoded)^2 over all elements. The
-        gradient of the first goes to `decoded` alone, that of the second to x alone.
+        gradient of the first goes only to `decoded`, that of the second only to x.
     Raises:
         ValueError: shape, dtype or device do not fit.
 

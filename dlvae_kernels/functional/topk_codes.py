@@ -69,10 +69,10 @@ def topk_codes(
 
     Args:
         x: [..., D] float16, bfloat16, float32 or (reference) float64, any strides.
-        dictionary: [K, D], same device; the dtype of x, or float32 beside a half-precision x.
+        dictionary: [K, D], same device; the dtype of x, or float32 if x has half precision.
         k: the number of selected atoms, 1 <= k <= K.
         metric: "l2", squared Euclidean distance, or "dot", the inner product x.w plus the atom's bias.
-        bias: [K], only with the metric "dot"; the dtype of dictionary, or float32 beside a half-precision one.
+        bias: [K], only with the metric "dot"; the dtype of dictionary, or float32 if that has half precision.
     Returns:
         (indices [..., k] int64, values [..., k] float32, or float64 for float64). With "l2" the values are squared
         distances, ascending, NaN as in `nearest_code`, without gradient. With "dot" they are products, descending, with

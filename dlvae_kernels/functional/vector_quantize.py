@@ -82,7 +82,7 @@ class _VectorQuantize(torch.autograd.Function):
     def jvp(ctx: Any, x_tangent: Tensor | None, codebook_tangent: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         half_error, indices = ctx.saved_tensors
         slope = 4 / max(1, half_error.numel())
-        # The straight-through output depends on x alone.
+        # The straight-through output depends only on x.
         quantized = torch.zeros_like(half_error) if x_tangent is None else x_tangent.clone()
         tangent = torch.zeros_like(half_error) if x_tangent is None else x_tangent
         commitment_loss = -slope * sum_of_products(half_error, tangent)
@@ -98,14 +98,14 @@ def vector_quantize(x: Tensor, codebook: Tensor, *, precision: Precision = "floa
 
     Args:
         x: [..., D] float16, bfloat16, float32 or (reference) float64, any strides.
-        codebook: [K, D], same device; the dtype of x, or float32 beside a half-precision x.
+        codebook: [K, D], same device; the dtype of x, or float32 if x has half precision.
         precision: precision of the search, as in `nearest_code`.
     Returns:
         quantized [..., D]: codebook[indices], with the dtype and (where x is dense) strides of x; its gradient passes
         to x unchanged;
         indices [...] int64, as from `nearest_code`;
         codebook_loss and commitment_loss, scalars, float32 (float64 for float64): both are the mean over all elements
-        of (quantized - x)^2; the gradient of the first goes to the codebook alone, that of the second to x alone;
+        of (quantized - x)^2; the gradient of the first goes only to the codebook, that of the second only to x;
         counts [K] int64, the number of vectors assigned to each code.
     Raises:
         ValueError: D, dtype or device do not fit, or K == 0.

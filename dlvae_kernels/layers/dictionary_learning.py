@@ -45,7 +45,7 @@ class DictionaryLearning(nn.Module):
         sparsity_level: k, the number of atoms selected for each position, 1 <= k <= K.
         representation: the form of the last output of `forward`: "dense" ([N, K]) or "sparse" (`SparseRepresentation`).
         gradient: the path of the gradient of the reconstruction: "straight_through" (to x unchanged; the
-            dictionary and the coefficients learn from the loss alone) or "direct" (through coefficients and atoms).
+            dictionary and the coefficients learn only from the loss) or "direct" (through coefficients and atoms).
         channel_last: maps are [B, *spatial, D].
     Raises:
         ValueError: an argument is out of its range.
@@ -57,7 +57,7 @@ class DictionaryLearning(nn.Module):
     >>> reconstruction.shape, representation.shape
     (torch.Size([2, 4, 5, 5]), torch.Size([50, 8]))
 
-    Source: the DictionaryLearning layer of a VQ-VAE notebook of 2023, which the README names.
+    Source: the DictionaryLearning layer of a VQ-VAE notebook of October 2023, which docs/training.md describes.
     """
 
     def __init__(

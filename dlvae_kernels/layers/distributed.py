@@ -19,7 +19,7 @@ def num_ranks(sync: bool) -> int:
 
 
 def all_reduce_sum(tensor: Tensor, sync: bool) -> Tensor:
-    """The sum of `tensor` over all ranks, in place where there is more than one."""
+    """The sum of `tensor` over all ranks, in place if there is more than one."""
     if num_ranks(sync) > 1:
         dist.all_reduce(tensor)
     return tensor

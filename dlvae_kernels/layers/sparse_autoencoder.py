@@ -81,7 +81,7 @@ class SparseAutoencoder(nn.Module):
         """Reconstruct vectors from their most active latents.
 
         Args:
-            x: [..., D] float16, bfloat16 or float32, any strides; half precision also beside float32 parameters.
+            x: [..., D] float16, bfloat16 or float32, any strides; half precision also for float32 parameters.
         Returns:
             `SparseAutoencoderOutput`; the reconstruction has the dtype of x, the values are float32.
         Raises:
@@ -97,7 +97,7 @@ class SparseAutoencoder(nn.Module):
         indices, products = topk_codes(
             x - self.b_dec, self.encoder.weight, self.k, metric="dot", bias=self.encoder.bias
         )
-        # The largest values after the ReLU are the largest before it, wherever they are not 0.
+        # The largest values after the ReLU are the largest before it, if they are not 0.
         return products.relu(), indices
 
     def decode(self, values: Tensor, indices: Tensor) -> Tensor:

@@ -158,8 +158,8 @@ class VectorQuantizerEMA(CodebookLayer):
         # The layer keeps its own float32 buffers, even where load_state_dict assigns the caller's tensors.
         for name in ("_embedding.weight", "_ema_cluster_size", "_ema_w"):
             if (value := state_dict.get(prefix + name)) is not None:
-                wide = torch.promote_types(value.dtype, torch.float32)
-                state_dict[prefix + name] = value.detach().to(wide, copy=True)
+                dtype = torch.promote_types(value.dtype, torch.float32)
+                state_dict[prefix + name] = value.detach().to(dtype, copy=True)
         size, total = (state_dict.get(prefix + name) for name in ("_ema_cluster_size", "_ema_w"))
         if size is not None and total is not None and total.shape[:1] == size.shape:
             # The layer of the VQ-VAE notebook starts with counts of 0 and random sums; a sum without vectors is 0.

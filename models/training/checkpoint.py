@@ -141,7 +141,7 @@ def _progress(text: str | None) -> dict[str, Any]:
     update, seconds = progress.get("update"), progress.get("seconds")
     if type(update) is not int or not 0 <= update < 2**63:
         raise _BrokenError(
-            f"expected the update of its progress to be a whole number of at least 0, got {_one_line(update)}"
+            f"expected the update of its progress to be an integer of at least 0, got {_one_line(update)}"
         )
     if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not 0 <= seconds <= sys.float_info.max:
         raise _BrokenError(

@@ -91,13 +91,13 @@ class Config(NetworkConfig):
 # For the type of a default, the accepted types and their description.
 _TYPES: dict[type, tuple[tuple[type, ...], str]] = {
     bool: ((bool,), "true or false"),
-    int: ((int,), "a whole number"),
+    int: ((int,), "an integer"),
     float: ((float, int), "a number"),
     str: ((str,), "a string"),
 }
 # The product of two sizes fits into 64 bits.
 _LARGEST = 2**31 - 1
-# The whole numbers with other bounds than [1, _LARGEST].
+# The integers with other bounds than [1, _LARGEST].
 _BOUNDS = {"warmup": (0, _LARGEST), "hiddens": (2, _LARGEST), "residual_layers": (0, 1000), "seed": (0, 2**32 - 1)}
 _CHOICES = {name: get_args(kind) for name, kind in get_type_hints(Config).items() if get_args(kind)}
 _HELP = {name: kind.__metadata__[0] for name, kind in get_type_hints(Config, include_extras=True).items()}

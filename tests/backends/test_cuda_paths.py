@@ -252,7 +252,7 @@ def test_softmax_of_what_is_not_finite(emulated):
 @pytest.mark.parametrize("n", [0, 1, 127, 128, 129, 256, 1000])
 @pytest.mark.parametrize("d", [1, 130])
 def test_codes_whose_pairs_fill_many_chunks(emulated, n, d):
-    # One code has nearly all rows, and the codes beside it have none; whole numbers, of which sums are exact.
+    # One code has nearly all rows, and the codes beside it have none; integers, of which sums are exact.
     x = torch.randint(-8, 9, (n, d)).float()
     indices = torch.full((n,), 3)
     indices[::127] = 5

@@ -62,7 +62,7 @@ def tensor(data: st.DataObject, *shape: int, types=TYPES, scale=True, odd=False)
     else:
         memory = torch.randn(count, generator=generator)
     if scale:
-        # Powers of two: sums of whole numbers stay exact, and ties are ties in any order of addition.
+        # Powers of two: sums of integers stay exact, and ties are ties in any order of addition.
         memory *= data.draw(st.sampled_from((1.0, 1.0, 2.0**-10, 2.0**10)))
     memory = memory.to(data.draw(st.sampled_from(types)))
     if odd and count > offset:

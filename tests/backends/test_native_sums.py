@@ -1,4 +1,4 @@
-"""The C++ operations that sum, gather and scatter: exact where their inputs are small whole numbers, on each
+"""The C++ operations that sum, gather and scatter: exact where their inputs are small integers, on each
 instruction set that this machine has, at any number of threads."""
 
 from __future__ import annotations

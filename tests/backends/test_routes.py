@@ -123,6 +123,9 @@ def test_main_prints_every_operation_backend_and_reason():
     assert result.returncode == 0, result.stderr
     info = backend_info()
     assert all(f"\n{op} " in result.stdout for op in info)
+    cuda = native.cuda_unavailable_reason()
+    expected = "available" if cuda is None else f"unavailable: {cuda}"
+    assert f"CUDA kernels of the native backend: {expected}\n" in result.stdout
     for backend in BACKENDS:
         lines = [line for line in result.stdout.splitlines() if line.startswith(f"{backend}, ")]
         for op, reasons in info.items():

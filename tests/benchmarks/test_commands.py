@@ -47,7 +47,7 @@ def test_command_with_a_selection_writes_its_rows(tmp_path, capsys):
         (["--size", "0x3x3"], "at least 1, got '0x3x3'"),
         (["--baseline", "numpy"], "expected baseline to be one of"),
         (["--device", "tpu"], "tpu"),
-        (["updates", "--rounds", "0"], "expected rounds to be a whole number of at least 1, got 0"),
+        (["updates", "--rounds", "0"], "expected rounds to be an integer of at least 1, got 0"),
         (
             ["--op", "one_hot", "--size", "8x4x2", "--backend", "cublas"],
             "expected name to be one of triton, native, reference, got 'cublas'",

@@ -77,7 +77,7 @@ def test_kept_softmax_any_size_and_dtype_equals_float64(device, size, dtype):
 
 
 def test_kept_softmax_several_tiles_and_chunks_match_float64(device, monkeypatch):
-    if forced_backend() in ("native", "emulated"):
+    if forced_backend() == "native":
         # The sizes of native kernels are fixed: chunks of 512 codes, blocks of at most 128 vectors, and superblocks of
         # 256 vectors for this number of codes.
         *inputs, indices = case(600, 8300, 20, 3, device)

@@ -214,11 +214,11 @@ def test_dictionary_learning_bad_inputs_raise(bad, message):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((0, ATOMS, 0.1, SELECTED), r"expected dim to be a whole number of at least 1, got 0"),
-        ((DIM, 0, 0.1, SELECTED), r"expected num_atoms to be a whole number of at least 1, got 0"),
+        ((0, ATOMS, 0.1, SELECTED), r"expected dim to be an integer of at least 1, got 0"),
+        ((DIM, 0, 0.1, SELECTED), r"expected num_atoms to be an integer of at least 1, got 0"),
         ((DIM, ATOMS, -0.1, SELECTED), r"expected sparsity to be at least 0, got -0.1"),
-        ((DIM, ATOMS, 0.1, 0), r"expected sparsity_level to be a whole number in \[1, 24\], got 0"),
-        ((DIM, ATOMS, 0.1, 25), r"expected sparsity_level to be a whole number in \[1, 24\], got 25"),
+        ((DIM, ATOMS, 0.1, 0), r"expected sparsity_level to be an integer in \[1, 24\], got 0"),
+        ((DIM, ATOMS, 0.1, 25), r"expected sparsity_level to be an integer in \[1, 24\], got 25"),
     ],
 )
 def test_dictionary_learning_bad_arguments_raise(arguments, message):

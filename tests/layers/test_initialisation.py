@@ -147,5 +147,5 @@ def test_sizes_any_integer_are_accepted(kind):
 
 @pytest.mark.parametrize("size", [8.0, np.float64(8), True, "8", None])
 def test_sizes_no_integers_raise(size):
-    with pytest.raises(ValueError, match=r"expected num_embeddings to be a whole number of at least 1, got .*"):
+    with pytest.raises(ValueError, match=r"expected num_embeddings to be an integer of at least 1, got .*"):
         VectorQuantizer(size, D, 0.25)

@@ -213,10 +213,10 @@ def test_sparse_autoencoder_bad_inputs_raise(layer, bad, message):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((0, ATOMS, SELECTED), r"expected dim to be a whole number of at least 1, got 0"),
-        ((DIM, 0, SELECTED), r"expected num_atoms to be a whole number of at least 1, got 0"),
-        ((DIM, ATOMS, 0), r"expected k to be a whole number in \[1, 40\], got 0"),
-        ((DIM, ATOMS, 41), r"expected k to be a whole number in \[1, 40\], got 41"),
+        ((0, ATOMS, SELECTED), r"expected dim to be an integer of at least 1, got 0"),
+        ((DIM, 0, SELECTED), r"expected num_atoms to be an integer of at least 1, got 0"),
+        ((DIM, ATOMS, 0), r"expected k to be an integer in \[1, 40\], got 0"),
+        ((DIM, ATOMS, 41), r"expected k to be an integer in \[1, 40\], got 41"),
     ],
 )
 def test_sparse_autoencoder_bad_arguments_raise(arguments, message):

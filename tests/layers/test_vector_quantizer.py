@@ -410,8 +410,8 @@ def test_quantizer_bad_indices_raise(kind, indices, message):
 @pytest.mark.parametrize(
     ("arguments", "options", "message"),
     [
-        ((0, D, 0.25), {}, r"expected num_embeddings to be a whole number of at least 1, got 0"),
-        ((K, 0, 0.25), {}, r"expected embedding_dim to be a whole number of at least 1, got 0"),
+        ((0, D, 0.25), {}, r"expected num_embeddings to be an integer of at least 1, got 0"),
+        ((K, 0, 0.25), {}, r"expected embedding_dim to be an integer of at least 1, got 0"),
         ((K, D, -0.25), {}, r"expected commitment_cost to be at least 0, got -0.25"),
         ((K, D, 0.25), {"encodings": "dense"}, r"expected encodings to be one of 'one_hot', 'indices', got 'dense'"),
         ((K, D, 0.25), {"init": "zeros"}, r"expected init to be one of .*, got 'zeros'"),

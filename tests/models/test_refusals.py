@@ -89,8 +89,8 @@ def test_train_without_umap_prints_note(images, tmp_path, monkeypatch, capsys):
     ("words", "message"),
     [
         (["--updates", "1e9"], "argument --updates: invalid int value: '1e9'"),
-        (["--updates", 10**10], r"expected updates to be a whole number in \[1, 2147483647\], got 10000000000"),
-        (["--updates", 10**30], r"expected updates to be a whole number in \[1, 2147483647\], got 10+"),
+        (["--updates", 10**10], r"expected updates to be an integer in \[1, 2147483647\], got 10000000000"),
+        (["--updates", 10**30], r"expected updates to be an integer in \[1, 2147483647\], got 10+"),
         (["--updates", "9" * 5000], "argument --updates: invalid int value"),
         (
             ["--num-embeddings", 100000000000],
@@ -103,12 +103,12 @@ def test_train_without_umap_prints_note(images, tmp_path, monkeypatch, capsys):
         (["--hiddens", 2**31 - 1, "--embedding-dim", 2**31 - 1], r"the model needs more than 2\^63 bytes"),
         (
             ["--residual-layers", 2_000_000],
-            r"expected residual_layers to be a whole number in \[0, 1000\], got 2000000",
+            r"expected residual_layers to be an integer in \[0, 1000\], got 2000000",
         ),
         (["--batch-size", 2**63], "expected batch_size to be .*, got 9223372036854775808"),
         (["--rank-timeout", 10**18], "expected rank_timeout to be .*, got 1000000000000000000"),
         (["--checkpoint-every", 2**70], "expected checkpoint_every to be"),
-        (["--seed", 2**64], "expected seed to be a whole number in .*, got 18446744073709551616"),
+        (["--seed", 2**64], "expected seed to be an integer in .*, got 18446744073709551616"),
         (["--lr", "nan"], "expected lr to lie in .*, got nan"),
         (["--lr", "fast"], "argument --lr: invalid float value: 'fast'"),
         (["--nothing"], "unrecognized arguments: --nothing"),

@@ -237,7 +237,7 @@ def test_train_with_invalid_data_or_size_ends_with_message(images, tmp_path):
     )
     assert result.stderr.strip() == message
     result = train("--model", "dlvae", *images, "--sparsity-level", 33, "--out", tmp_path / "b")
-    assert "expected sparsity_level to be a whole number in [1, 32], got 33" in result.stderr
+    assert "expected sparsity_level to be an integer in [1, 32], got 33" in result.stderr
     assert not (tmp_path / "a").exists()
     assert not (tmp_path / "b").exists()
     assert report_main([str(tmp_path)]) == 1

@@ -36,13 +36,13 @@ def segment_sum(
     if num_long == 0:
         return _sum_bags(source, vectors, starts, per_pair)
     # The host allocates an upper bound on the number of chains; surplus chains are empty.
-    code, chain, first_chains = _places_of(counts // CHAIN + 1, len(codes) // CHAIN + num_codes)
+    code, chain, first_chains = _slots_of(counts // CHAIN + 1, len(codes) // CHAIN + num_codes)
     chain_starts = pad((starts[code] + chain * CHAIN).clamp(max=len(codes)), (0, 1), value=len(codes))
     chain_sums = _sum_bags(source, vectors, chain_starts, per_pair)
     sums = chain_sums[first_chains[:-1]]  # [K, D]
     # So far sums holds the first chain of each code. All codes with more than one chain are among the longest.
     longest = counts.topk(num_long).indices
-    item, chain, first_terms = _places_of(counts[longest] // CHAIN + 1, len(codes) // CHAIN + num_long)
+    item, chain, first_terms = _slots_of(counts[longest] // CHAIN + 1, len(codes) // CHAIN + num_long)
     terms = chain_sums[first_chains[pad(longest, (0, 1))[item]] + chain].double()
     # Surplus terms are summed into a last bag, which is discarded.
     bags = pad(first_terms, (0, 1), value=len(terms))
@@ -50,17 +50,17 @@ def segment_sum(
     return sums
 
 
-def _places_of(sizes: Tensor, total: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Lay out M items of the given sizes [M] one after another on `total` places.
+def _slots_of(sizes: Tensor, total: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Lay out M items of the given sizes [M] one after another on `total` slots.
 
     Returns:
-        The item of each place, or M beyond the last item; the number of the place within its item; and the first place
+        The item of each slot, or M beyond the last item; the number of the slot within its item; and the first slot
         of each item, followed by the end of the last, [M + 1].
     """
     first = pad(sizes.cumsum(0), (1, 0))
-    place = torch.arange(total, device=sizes.device)
-    item = torch.searchsorted(first[1:], place, right=True)
-    return item, place - first[item], first
+    slot = torch.arange(total, device=sizes.device)
+    item = torch.searchsorted(first[1:], slot, right=True)
+    return item, slot - first[item], first
 
 
 def _sum_bags(source: Tensor, vectors: Tensor, starts: Tensor, weights: Tensor | None) -> Tensor:

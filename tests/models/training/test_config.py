@@ -69,12 +69,12 @@ def test_preset_notebook_has_hyper_parameters_of_notebook(model, init):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--updates", "0"], r"expected updates to be a whole number in \[1, 2147483647\], got 0"),
-        (["--hiddens", "1"], r"expected hiddens to be a whole number in \[2, 2147483647\], got 1"),
-        (["--seed", "-1"], r"expected seed to be a whole number in \[0, 4294967295\], got -1"),
+        (["--updates", "0"], r"expected updates to be an integer in \[1, 2147483647\], got 0"),
+        (["--hiddens", "1"], r"expected hiddens to be an integer in \[2, 2147483647\], got 1"),
+        (["--seed", "-1"], r"expected seed to be an integer in \[0, 4294967295\], got -1"),
         (["--lr", "inf"], r"expected lr to lie in .*, got inf"),
         (["--lr", "1e300"], r"expected lr to lie in \[0, 3\.4.*e\+38\], got 1e\+300"),
-        (["--batch-size", "-1"], r"expected batch_size to be a whole number in \[1, 2147483647\], got -1"),
+        (["--batch-size", "-1"], r"expected batch_size to be an integer in \[1, 2147483647\], got -1"),
         (["--lr", "-1"], r"expected lr to lie in .*, got -1.0"),
         (["--decay", "0"], r"expected decay to lie in \(0, 1\] for vqvae-ema, got 0.0"),
         (["--model", "gan"], "invalid choice: 'gan'"),
