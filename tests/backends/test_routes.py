@@ -11,6 +11,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import dlvae_kernels
 from dlvae_kernels import BackendUnavailable, backend_info, backends, nearest_code, use_backend
@@ -318,3 +321,42 @@ def test_nearest_code_one_vector_costs_at_most_12_us_more_than_native():
         for name, call in calls.items():
             best[name] = min(best[name], timeit.timeit(call, number=20) / 20)
     assert best["public"] - best["native"] <= 12e-6, best
+
+
+class _Recorder(TorchDispatchMode):
+    """Records the names of the operations that reach torch's dispatcher."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.append(str(function))
+        return function(*args, **(kwargs or {}))
+
+
+def test_call_dispatch_mode_sees_the_operation():
+    with _Recorder() as recorder:
+        nearest_code(X, CODEBOOK)
+    assert "dlvae.nearest_code.default" in recorder.names
+
+
+def test_call_fake_and_meta_tensors_run_the_fake():
+    assert nearest_code(X.to("meta"), CODEBOOK.to("meta")).is_meta
+    with FakeTensorMode() as mode:
+        inputs = mode.from_tensor(X), mode.from_tensor(CODEBOOK)
+    assert isinstance(nearest_code(*inputs), FakeTensor)
+
+
+def test_call_traced_graphs_hold_the_operation():
+    graph = make_fx(lambda x, codebook: nearest_code(x, codebook))(X, CODEBOOK)
+    assert "dlvae.nearest_code" in graph.code
+    batched = torch.func.vmap(lambda x: dlvae_kernels.gather_codes(CODEBOOK, x))(torch.zeros(2, 3).long())
+    assert batched.shape == (2, 3, 3)
+
+
+def test_call_tensor_subclass_stays_one():
+    class Named(torch.Tensor):
+        pass
+
+    assert type(nearest_code(X.as_subclass(Named), CODEBOOK)) is Named
