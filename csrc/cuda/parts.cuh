@@ -18,10 +18,13 @@ inline __device__ float unit_of(const float* extent, bool is_split) {
   return is_split ? ldexpf(1, -exponent_for(extent[0])) : 1;
 }
 
-// The error bound of a product as a fraction of |x| |c|. The terms omit 2^-20. Each of D / 16 additions on tensor
-// cores, for each of 4 products of terms, truncates each of 16 addends at 2^-24 of the largest addend (Fasi et al.
-// 2021, doi:10.7717/peerj-cs.330), which is at most |x| |c|.
-inline __device__ float error_of_products(int64_t features) { return 0x1p-20f * (1 + (float)features / 4); }
+// The error bound of a sum of products as a fraction of |x| |c|; docs/numerics.md, 6.1. The terms omit 2^-20. Tensor
+// cores add 16 features of one product of terms with an error of at most 20 units of 2^-24 of the largest addend, which
+// is at most |x| |c| (Fasi et al. 2021, doi:10.7717/peerj-cs.330).
+template <int PRODUCTS_OF_TERMS>
+inline __device__ float error_of_products(int64_t features) {
+  return 0x1p-20f * (1 + (float)features * (PRODUCTS_OF_TERMS * 20 / 256.0f));
+}
 // The error bound of a score as a fraction of the half norm or bias that the product is subtracted from.
 constexpr float ERROR_OF_START = 0x1p-22f;
 // The error bound of underflow in products of half-precision numbers.

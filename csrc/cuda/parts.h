@@ -1,7 +1,8 @@
 // Rows and codes in the form that tensor cores read: in half precision, padded with zeros to whole tiles.
 //
 // A float32 number is the sum of a high and a low float16 term, to 22 bits. Products of two such numbers are summed as
-// high * low + low * high + high * high; the omitted products are below 2^-20 of the result. Both factors are scaled by
+// high * low + low * high + high * high, for `products` with low * low before them. What the terms omit is below 2^-20
+// of |x| |c| (docs/numerics.md, 4.1). Both factors are scaled by
 // powers of two, so that all terms stay in the range of float16: the codebook by one factor, each row by its own.
 // Half-precision inputs are used as they are: their products are exact in float32.
 #pragma once

@@ -89,7 +89,7 @@ __global__ void finish_kernel(
   indices[begin + row] = best.code;
   const float longest = extent[1], reach = lengths[row] * longest;
   const float error =
-      error_of_products(features) * reach + ERROR_OF_START * longest * longest + error_of_underflow(features);
+      error_of_products<3>(features) * reach + ERROR_OF_START * longest * longest + error_of_underflow(features);
   // A reach that is NaN or infinite makes the row uncertain.
   const bool is_certain = reach < 0x1p100f && best.score < 0x1p100f && best.second - best.score > 2 * error;
   if (!is_certain) list[atomicAdd(listed, 1)] = (int)(begin + row);

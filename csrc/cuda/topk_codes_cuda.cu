@@ -139,7 +139,7 @@ __device__ void put(const Topk& t, int64_t row, int64_t row_at, const Exact* sor
 
 // [2]: the error bound of a score is the first element times |x|, in the scale of packed rows, plus the second.
 __global__ void margins_kernel(Topk t, const float* extent, const float* largest_bias, bool is_split, double* margins) {
-  const double longest = extent[1], share = error_of_products(t.x.features);
+  const double longest = extent[1], share = error_of_products<4>(t.x.features);
   // The square might overflow float32.
   const double unit = t.is_product ? unit_of(extent, is_split) : 1;
   // The half norm of a very long code overflows. Such a code is never the nearest, but may have any product.
