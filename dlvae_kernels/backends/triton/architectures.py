@@ -59,6 +59,9 @@ class Architecture:
     stream_block_k: int
     # sparse_decode with few atoms: the most features of a block, which registers bound.
     decode_block_d: int
+    # sparse_decode with more atoms than a chain: the registers of a thread. With None the compiler chooses; it
+    # would spill on Hopper.
+    chain_registers: int | None
     # kept_softmax: codes of a tile; features at a time and the most features of a sum, for half precision and float32.
     softmax_block_k: int
     softmax_block_d: tuple[int, int]
@@ -94,6 +97,7 @@ TABLE = {
         on_chip_stages=1,
         stream_block_k=64,
         decode_block_d=128,
+        chain_registers=None,
         softmax_block_k=64,
         softmax_block_d=(32, 16),
         softmax_block_out=(128, 128),
@@ -119,6 +123,7 @@ TABLE = {
         on_chip_stages=2,
         stream_block_k=128,
         decode_block_d=256,
+        chain_registers=88,
         softmax_block_k=128,
         softmax_block_d=(64, 16),
         softmax_block_out=(256, 128),
@@ -144,6 +149,7 @@ TABLE = {
         on_chip_stages=2,
         stream_block_k=64,
         decode_block_d=256,
+        chain_registers=None,
         softmax_block_k=128,
         softmax_block_d=(64, 32),
         softmax_block_out=(256, 256),

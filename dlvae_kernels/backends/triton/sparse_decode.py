@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .architectures import on_device
+from .architectures import architecture, on_device
 from .decode.dense_decode import dense_decode_bwd_dictionary, dense_decode_bwd_values, dense_decode_fwd, suits
 from .language.rows import Rows, as_codes, as_rows, load_codes, load_rows, store_rows
 from .sums.segment_sum import segment_sum, valid_or_last
@@ -115,6 +115,7 @@ def sparse_decode_fwd(values: Tensor, indices: Tensor, dictionary: Tensor) -> Te
             CHAIN=None if is_chain else _CHAIN,
             BLOCK_N=block_n,
             BLOCK_D=block_d,
+            maxnreg=None if is_chain else architecture().chain_registers,
         )
     return out
 

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..language.rows import Codes, load_codes, load_codes_where
+from ..language.rows import Codes, load_codes_where
 from ..language.scaling import bias_shift, codebook_shift, exponent_of, power_of_two, split_terms
 
 # The bias of codes that cannot win: padding, and those whose norm is NaN or infinite.
@@ -63,7 +63,7 @@ def _bias_kernel(
     total = tl.zeros([BLOCK_K], tl.float32)
     largest = tl.zeros([BLOCK_K], tl.float32)
     for begin in range(0, codes.num_features, BLOCK_D):
-        c = load_codes(codes, k, begin + tl.arange(0, BLOCK_D)).to(tl.float32)
+        c = load_codes_where(codes, k, is_code, begin + tl.arange(0, BLOCK_D)).to(tl.float32)
         total += tl.sum(c * c, axis=1)
         largest = tl.maximum(largest, tl.max(tl.abs(c), axis=1))
     half = 0.5 * total

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..language.rows import Codes, Rows, load_codes, row_offsets
+from ..language.rows import Codes, Rows, load_codes_where, row_offsets
 from ..language.scaling import bias_exponent, codebook_shift, power_of_two, vector_shift
 
 # The relative error of a score, of |x| |c| + |c|^2 / 2, times 1 + D / 85: docs/numerics.md, section 7.2.
@@ -78,13 +78,14 @@ def _rescan_kernel(
         index = tl.load(index_ptr + n).to(tl.int32)
         for first in range(0, codes.num_codes, BLOCK_K):
             k = first + tl.arange(0, BLOCK_K)
+            is_code = k < codes.num_codes
             distance = tl.zeros([BLOCK_K], tl.float32)
             for begin in range(0, x.num_features, BLOCK_D):
                 d = begin + tl.arange(0, BLOCK_D)
                 y = _load_features(x, start, d)
-                difference = (y[None, :] - load_codes(codes, k, d).to(tl.float32)) * power_of_two(shift)
+                difference = (y[None, :] - load_codes_where(codes, k, is_code, d).to(tl.float32)) * power_of_two(shift)
                 distance += tl.sum(difference * difference, axis=1)
-            distance = tl.where((k < codes.num_codes) & (distance == distance), distance, float("inf"))
+            distance = tl.where(is_code & (distance == distance), distance, float("inf"))
             smallest = tl.min(distance, axis=0)
             if smallest < best:
                 best = smallest
