@@ -1,16 +1,8 @@
 // The AVX-512 subsets that every server processor with AVX-512 has.
-#include "../kernels.h"
+#include "target.h"
 
 #if defined(DLVAE_X86)
-#if defined(__clang__)
-// The intrinsics declare their own targets, so Clang needs the header before the attribute.
-#include <immintrin.h>
-#pragma clang attribute push( \
-    __attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl"))), apply_to = function)
-#else
-#pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl")
-#endif
-// A target in the source does not define macros such as __AVX2__; only compiler options do.
+BEGIN_TARGET("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl")
 #define DLVAE_AVX2
 #define DLVAE_AVX512
 #include "../kernels/table.h"
@@ -19,8 +11,5 @@ const dlvae::Kernels& dlvae::avx512_kernels() {
   static const Kernels table = make_table("avx512");
   return table;
 }
-
-#if defined(__clang__)
-#pragma clang attribute pop
-#endif
+END_TARGET
 #endif
