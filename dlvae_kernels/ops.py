@@ -72,16 +72,8 @@ def _vector_quantize_fwd(
     return torch.empty_like(x), indices, loss, torch.empty_like(loss), counts, half_error
 
 
-def _vector_quantize_bwd(
-    grad_quantized: Tensor,
-    grad_codebook_loss: Tensor,
-    grad_commitment_loss: Tensor,
-    half_error: Tensor,
-    indices: Tensor,
-    num_codes: int,
-    need_x: bool,
-    need_codebook: bool,
-) -> tuple[Tensor, Tensor]:
+def _vector_quantize_bwd(*args: Any) -> tuple[Tensor, Tensor]:
+    *_, half_error, _, num_codes, need_x, need_codebook = args
     empty = half_error.new_empty(0, dtype=_sum_dtype(half_error.dtype))
     grad_codebook = empty.new_empty((num_codes, half_error.shape[-1])) if need_codebook else torch.empty_like(empty)
     return torch.empty_like(half_error) if need_x else empty, grad_codebook
@@ -115,18 +107,8 @@ def _kept_softmax_fwd(x: Tensor, weight: Tensor, bias: Tensor | None, indices: T
     return x.new_empty(indices.shape, dtype=dtype), x.new_empty((*x.shape[:-1], 2), dtype=dtype)
 
 
-def _kept_softmax_bwd(
-    grad: Tensor,
-    values: Tensor,
-    sums: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    indices: Tensor,
-    need_x: bool,
-    need_weight: bool,
-    need_bias: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _kept_softmax_bwd(grad: Tensor, values: Tensor, sums: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    x, weight, _, _, need_x, need_weight, need_bias = args
     shapes = (x.shape, need_x), (weight.shape, need_weight), (weight.shape[:1], need_bias)
     x_like, weight_like, bias_like = (values.new_empty(shape if need else (0,)) for shape, need in shapes)
     return x_like, weight_like, bias_like
