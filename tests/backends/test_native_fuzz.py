@@ -124,13 +124,28 @@ def assert_nearest(indices: Tensor, x: Tensor, codebook: Tensor) -> None:
         assert_same_finite_codes(place[chosen[finite]], rows[finite], codebook[is_finite_code])
 
 
-def assert_same_finite_codes(chosen: Tensor, rows: Tensor, codes: Tensor) -> None:
-    """Like `assert_same_codes`, but where the order of features decides between two sums in float64, either may win.
+def ranks_alike_in_any_order(rows: Tensor, codes: Tensor, metric: str, bias: Tensor | None = None) -> Tensor:
+    """Rows [N] whose codes are ranked alike by float64 sums over the features in any order.
 
-    Rows of equal features have many codes at one distance, whose sums of the same squares round differently.
+    Their scores are exact, or further apart than the sums may err, or those of equal codes. Rows of equal features have
+    many codes at one distance, whose sums of the same squares round differently.
     """
-    distances, reversed_distances = exact_distances(rows, codes), exact_distances(rows.flip(1), codes.flip(1))
-    is_certain = distances.argmin(1) == reversed_distances.argmin(1)
+    rows, codes = rows.double()[:, None], codes.double()
+    terms = (rows - codes).square() if metric == "l2" else rows * codes
+    scores, largest = terms.sum(2), terms.abs().sum(2).amax(1, keepdim=True)
+    unit = 2.0 ** (torch.frexp(largest).exponent - 53).double()
+    is_exact = (torch.remainder(terms, unit[:, None]) == 0).all(2).all(1)
+    if bias is not None:
+        scores, largest = scores + bias.double(), largest + bias.double().abs().max()
+    order = scores.argsort(dim=1, stable=True)
+    is_apart = scores.gather(1, order).diff(dim=1) > 2.0**-46 * largest
+    is_equal = (codes[order[:, 1:]] == codes[order[:, :-1]]).all(2)
+    return is_exact | (is_apart | is_equal).all(1)
+
+
+def assert_same_finite_codes(chosen: Tensor, rows: Tensor, codes: Tensor) -> None:
+    """Like `assert_same_codes`, but where the order of features decides between two sums in float64, either may win."""
+    distances, is_certain = exact_distances(rows, codes), ranks_alike_in_any_order(rows, codes, "l2")
     assert_same_codes(chosen[is_certain], rows[is_certain], codes, max_near_ties=1)
     found = distances.gather(1, chosen[:, None]).squeeze(1)[~is_certain]
     assert (found <= distances[~is_certain].amin(1) * (1 + 2.0**-46)).all()
@@ -209,12 +224,9 @@ def test_topk_codes(cpu, data):
     indices, values = run(cpu, "topk_codes", x, dictionary, k, metric, bias)
     assert indices.shape == values.shape == (*x.shape[:-1], k)
     rows, found, given = x.reshape(-1, d), indices.reshape(-1, k), values.reshape(-1, k)
-    exact = exact_distances if metric == "l2" else exact_products
-    scores, reversed_scores = exact(rows, dictionary), exact(rows.flip(1), dictionary.flip(1))
-    if bias is not None:
-        scores, reversed_scores = scores + bias.double(), reversed_scores + bias.double()
+    scores = exact_distances(rows, dictionary) if metric == "l2" else exact_products(rows, dictionary, bias)
     # Where the order of features decides between two sums in float64, only the values are compared.
-    is_certain = (scores.argsort(dim=1, stable=True) == reversed_scores.argsort(dim=1, stable=True)).all(1)
+    is_certain = ranks_alike_in_any_order(rows, dictionary, metric, bias)
     assert_same_topk(found[is_certain], given[is_certain], rows[is_certain], dictionary, metric=metric, bias=bias)
     best = scores.sort(1, descending=metric == "dot").values[:, :k]
     largest = float(scores.abs().max()) if scores.numel() > 0 else 0.0
