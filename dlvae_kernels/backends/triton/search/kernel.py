@@ -1,9 +1,10 @@
 """The kernel behind `nearest_code` and `vector_quantize`: tiles of codes stream past a block of vectors.
 
-The score is x . c - |c|^2 / 2; the largest belongs to the nearest code. A float32 product is three products of float16
-terms on the matrix units (docs/numerics.md, sections 4.1 and 7). A thread holds the codes 2i, 2i + 1 and those 8, 16
-and 24 after them. GROUP (2, 4 or 8) of these share one running maximum and its tile: with groups of 8, a distance takes
-under three instructions. At the end exact differences compare the codes of the best group.
+The score is x . c - |c|^2 / 2, the negative of that of docs/numerics.md, section 2; the largest belongs to the nearest
+code. A float32 product is three products of float16 terms on the matrix units (sections 4.1 and 7). A thread holds the
+codes 2i, 2i + 1 and those 8, 16 and 24 after them. GROUP (2, 4 or 8) of these share one running maximum and its tile:
+with groups of 8, a distance takes under three instructions. At the end exact differences compare the codes of the best
+group.
 """
 
 from __future__ import annotations
