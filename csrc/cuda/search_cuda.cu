@@ -12,17 +12,17 @@ namespace {
 
 // The best scores of a row so far. A score is half the squared distance minus a term that all codes share.
 struct Best {
-  float score, second;
+  float score, runner_up;
   int code;
 };
 
 __device__ void add(Best& best, float score, int code) {
-  best.second = fminf(best.second, fmaxf(best.score, score));
+  best.runner_up = fminf(best.runner_up, fmaxf(best.score, score));
   if (score < best.score) best.score = score, best.code = code;
 }
 
 __device__ void join(Best& best, const Best& other) {
-  best.second = fminf(fminf(best.second, other.second), fmaxf(best.score, other.score));
+  best.runner_up = fminf(fminf(best.runner_up, other.runner_up), fmaxf(best.score, other.score));
   if (other.score < best.score) best.score = other.score, best.code = other.code;
 }
 
@@ -67,7 +67,7 @@ __global__ void __launch_bounds__(Tiles::THREADS, 1) search_kernel(
 #pragma unroll
       for (int step = 1; step < 4; step *= 2)
         join(
-            own, {__shfl_xor_sync(ALL_LANES, own.score, step), __shfl_xor_sync(ALL_LANES, own.second, step),
+            own, {__shfl_xor_sync(ALL_LANES, own.score, step), __shfl_xor_sync(ALL_LANES, own.runner_up, step),
                   __shfl_xor_sync(ALL_LANES, own.code, step)});
       if (lane_index() % 4 == 0) of_warps[warp_index() % Tiles::WARPS_OF_CODES * TILE + Tiles::row_of(i, h)] = own;
     }
@@ -91,7 +91,7 @@ __global__ void finish_kernel(
   const float error = error_of_products<3>(features) * product_bound + ERROR_OF_START * longest * longest +
                       error_of_underflow(features);
   // A bound that is NaN or infinite makes the row uncertain.
-  const bool is_certain = product_bound < 0x1p100f && best.score < 0x1p100f && best.second - best.score > 2 * error;
+  const bool is_certain = product_bound < 0x1p100f && best.score < 0x1p100f && best.runner_up - best.score > 2 * error;
   if (!is_certain) list[atomicAdd(listed, 1)] = (int)(begin + row);
 }
 

@@ -45,11 +45,11 @@ void pack_codes(const Codebook& book, int64_t begin, int64_t end) {
 // The running minima of the scores of a row.
 template <class V>
 struct Lanes {
-  V best, second;  // the smallest score of each lane and the second-smallest
-  Ints where;      // the SIMD vector, or the group, of the smallest score
+  V best, runner_up;  // the smallest score of each lane and the second smallest
+  Ints where;         // the SIMD vector, or the group, of the smallest score
 
   DLVAE_INLINE void track(V score, Ints id) {
-    second = smaller(second, larger(best, score));
+    runner_up = smaller(runner_up, larger(best, score));
     where = score < best ? id : where;
     best = smaller(best, score);
   }
@@ -267,7 +267,7 @@ int64_t search_block(const Codebook& book, const float* x, int64_t count, Block<
       // The place of the best score; ties go to the lowest place.
       const Ints place = kept.best == best ? kept.where * WIDTH + counting() : fill(INT32_MAX);
       const int32_t first = lowest(place);
-      const auto second = lowest(place == first ? kept.second : kept.best);
+      const auto runner_up = lowest(place == first ? kept.runner_up : kept.best);
       // The codes [begin, end), `step` apart, one of which has the best score.
       const int64_t step = is_grouped ? WIDTH : 1;
       const int64_t begin = is_grouped ? first / WIDTH * GROUP * PANEL + first % WIDTH : first;
@@ -284,7 +284,7 @@ int64_t search_block(const Codebook& book, const float* x, int64_t count, Block<
         margin = 2.01f * A::error(book, margin, norm);
       }
       const typename A::Score threshold = A::sum(best, margin);
-      if (second <= threshold) {
+      if (runner_up <= threshold) {
         compare_close<A>(book, block, r, threshold, nearest);
         ++uncertain;
       } else if (is_grouped) {
