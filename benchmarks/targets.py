@@ -109,7 +109,7 @@ _LATENCY: tuple[Target, ...] = (
     Most("nearest_code", sizes.ONE_VECTOR, "over_us", 12, "us longer than the native operation"),
     Most("gather_codes", sizes.CIFAR, "over_us", 0, "us longer than F.embedding"),
 )
-# By device type, and those of `python -m benchmarks latency`.
+# The targets of each device type, and of `python -m benchmarks latency`.
 TARGETS = {"cpu": _CPU, "cuda": _CUDA, "latency": _LATENCY}
 
 

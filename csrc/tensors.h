@@ -7,6 +7,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <numeric>
+#include <string>
 #include <vector>
 
 #include "rows.h"
@@ -28,7 +29,9 @@ inline Type type_of(const char* name, const Tensor& tensor) {
     case ScalarType::Half: return Type::float16;
     default: break;
   }
-  STD_TORCH_CHECK(false, name, " has a dtype that is not float32, bfloat16 or float16");
+  STD_TORCH_CHECK(
+      false, "expected ", name, " of dtype float32, bfloat16 or float16, got ",
+      torch::headeronly::toString(tensor.scalar_type()));
 }
 
 // Throws unless the tensor is on the device of this library.
@@ -37,7 +40,7 @@ void check_device(const char* name, const Tensor& tensor);
 // Returns the rows of x [..., D] with any strides. The dimensions are taken in the given order, the features last.
 inline Rows rows_of(const char* name, const Tensor& x, const std::vector<int64_t>& order) {
   check_device(name, x);
-  STD_TORCH_CHECK(x.dim() >= 1, name, " has no dimensions; it needs [..., D]");
+  STD_TORCH_CHECK(x.dim() >= 1, "expected ", name, " of shape [..., D], got a tensor without dimensions");
   const int64_t last = order.back();
   Rows rows{};
   rows.data = x.data_ptr();
@@ -58,7 +61,8 @@ inline Rows rows_of(const char* name, const Tensor& x, const std::vector<int64_t
       continue;
     }
     STD_TORCH_CHECK(
-        rows.dims < Rows::MAX_DIMS, name, " has more than ", Rows::MAX_DIMS, " dimensions of rows that do not join");
+        rows.dims < Rows::MAX_DIMS, "expected ", name, " with strides that merge its vectors into at most ",
+        Rows::MAX_DIMS, " dimensions, got more: pass a contiguous tensor");
     rows.sizes[rows.dims] = size;
     rows.strides[rows.dims++] = stride;
   }
@@ -81,13 +85,21 @@ inline std::vector<int64_t> shape_of(const Tensor& tensor) {
   return std::vector<int64_t>(sizes.begin(), sizes.end());
 }
 
+// Returns the shape of a tensor as error messages show it: [2, 3].
+inline std::string shape_text(const Tensor& tensor) {
+  std::string text;
+  for (const int64_t size : shape_of(tensor)) text += (text.empty() ? "" : ", ") + std::to_string(size);
+  return "[" + text + "]";
+}
+
 // Checks the coefficients and indices of the atoms of each row.
 inline void check_atoms(const Tensor& values, const Tensor& indices, const Tensor& dictionary) {
   STD_TORCH_CHECK(
-      values.dim() >= 1 && shape_of(values) == shape_of(indices), "values and indices need one shape [..., k]");
+      values.dim() >= 1 && shape_of(values) == shape_of(indices),
+      "expected values and indices of one shape [..., k], got ", shape_text(values), " and ", shape_text(indices));
   STD_TORCH_CHECK(
       dictionary.dim() == 2 && dictionary.size(0) >= 1 && dictionary.size(1) >= 1,
-      "dictionary needs [K, D] with K >= 1 and D >= 1");
+      "expected dictionary of shape [K, D] with K >= 1 and D >= 1, got ", shape_text(dictionary));
 }
 
 // Returns the shape [..., last] with the leading dimensions of x [..., D].

@@ -28,7 +28,7 @@ from dlvae_kernels.backends.triton import operations as kernels
 from dlvae_kernels.backends.triton.architectures import TABLE
 from dlvae_kernels.backends.triton.search.config import search_config
 
-ARCHITECTURES = (80, 90, 100)
+ARCHITECTURES = tuple(TABLE)
 # The shared memory that one program can use, in bytes.
 _SHARED = {arch: row.shared_memory for arch, row in TABLE.items()}
 _TOOL = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"

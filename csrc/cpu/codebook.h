@@ -16,7 +16,7 @@ struct Found {
   double distance;  // squared
   int64_t index;    // -1 before the first
 
-  bool is_behind(double other, int64_t k) const {
+  bool loses_to(double other, int64_t k) const {
     return index < 0 || other < distance || (other == distance && k < index);
   }
 };

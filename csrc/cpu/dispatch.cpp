@@ -77,11 +77,12 @@ const Kernels& kernels() {
       if (all[i].available) return all[i].table();
     } else if (std::strcmp(name, all[i].name) == 0) {
       if (all[i].available) return all[i].table();
-      throw std::runtime_error(std::string("DLVAE_CPU is '") + name + "', which this processor cannot run");
+      throw std::runtime_error(
+          std::string("expected DLVAE_CPU to name an instruction set of this processor, got '") + name + "'");
     }
     known += (i == 0 ? "" : ", ") + std::string(all[i].name);
   }
-  throw std::runtime_error(std::string("DLVAE_CPU is '") + name + "'; it needs to be one of " + known);
+  throw std::runtime_error("expected DLVAE_CPU to be one of " + known + ", got '" + name + "'");
 }
 
 void* allocate(int64_t bytes) {

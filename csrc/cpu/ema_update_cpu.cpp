@@ -30,10 +30,16 @@ Rows column_of(const char* name, const Tensor& tensor) { return rows_of(name, to
 
 void check_state(const char* name, const Tensor& tensor, const std::vector<int64_t>& shape) {
   check_device(name, tensor);
-  STD_TORCH_CHECK(tensor.scalar_type() == ScalarType::Float, name, " has a dtype that is not float32");
-  STD_TORCH_CHECK(shape_of(tensor) == shape, name, " has a shape that does not go with codebook [K, D]");
+  STD_TORCH_CHECK(
+      tensor.scalar_type() == ScalarType::Float, "expected ", name, " of dtype float32, got ",
+      torch::headeronly::toString(tensor.scalar_type()));
+  STD_TORCH_CHECK(
+      shape_of(tensor) == shape, "expected ", name, " of the shape that codebook [K, D] requires, got ",
+      shape_text(tensor));
   for (int64_t i = 0; i < tensor.dim(); ++i)
-    STD_TORCH_CHECK(tensor.size(i) <= 1 || tensor.stride(i) != 0, name, " is expanded: it cannot be updated in place");
+    STD_TORCH_CHECK(
+        tensor.size(i) <= 1 || tensor.stride(i) != 0, "expected ", name,
+        " with memory for each element, which is updated in place, got an expanded tensor: clone it");
 }
 
 }  // namespace
@@ -41,8 +47,9 @@ void check_state(const char* name, const Tensor& tensor, const std::vector<int64
 Tensor ema_statistics(const Tensor& x, const Tensor& indices, int64_t num_codes) {
   const Rows rows = rows_of("x", x);
   const Indices codes("indices", indices);
-  STD_TORCH_CHECK(codes.count == rows.count, "indices are ", codes.count, "; x has ", rows.count, " rows");
-  STD_TORCH_CHECK(num_codes >= 1, "num_codes is ", num_codes, "; it needs to be at least 1");
+  STD_TORCH_CHECK(
+      codes.count == rows.count, "expected one index for each of the ", rows.count, " vectors of x, got ", codes.count);
+  STD_TORCH_CHECK(num_codes >= 1, "expected num_codes to be at least 1, got ", num_codes);
   const int64_t features = rows.features, ld = features + 1;
   const Tensor statistics = new_tensor(x, {num_codes, ld});
   float* out = data_of<float>(statistics);
@@ -71,14 +78,14 @@ Tensor ema_statistics(const Tensor& x, const Tensor& indices, int64_t num_codes)
 void ema_step(
     const Tensor& codebook, const Tensor& cluster_size, const Tensor& embed_sum, const Tensor& statistics, double decay,
     double epsilon) {
-  STD_TORCH_CHECK(codebook.dim() == 2, "codebook has ", codebook.dim(), " dimensions; it needs [K, D]");
+  STD_TORCH_CHECK(codebook.dim() == 2, "expected codebook of shape [K, D], got ", shape_text(codebook));
   const int64_t num_codes = codebook.size(0), features = codebook.size(1);
   check_state("codebook", codebook, {num_codes, features});
   check_state("cluster_size", cluster_size, {num_codes});
   check_state("embed_sum", embed_sum, {num_codes, features});
   STD_TORCH_CHECK(
       statistics.dim() == 2 && statistics.size(0) == num_codes && statistics.size(1) == features + 1,
-      "statistics have a shape that is not [K, D + 1]");
+      "expected statistics of shape [K, D + 1] = [", num_codes, ", ", features + 1, "], got ", shape_text(statistics));
   const Kernels& k = kernels();
   const float weight = static_cast<float>(1 - decay);
 

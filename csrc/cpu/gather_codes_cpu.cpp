@@ -7,7 +7,7 @@ namespace dlvae {
 Tensor gather_codes_fwd(const Tensor& codebook, const Tensor& indices) {
   check_device("codebook", codebook);
   type_of("codebook", codebook);
-  STD_TORCH_CHECK(codebook.dim() == 2, "codebook has ", codebook.dim(), " dimensions; it needs [K, D]");
+  STD_TORCH_CHECK(codebook.dim() == 2, "expected codebook of shape [K, D], got ", shape_text(codebook));
   const Indices which("indices", indices);
   const int64_t num_codes = codebook.size(0), size = codebook.element_size(), row_bytes = codebook.size(1) * size;
   const bool has_rows = codebook.size(1) == 1 || codebook.stride(1) == 1;
@@ -33,8 +33,10 @@ Tensor gather_codes_fwd(const Tensor& codebook, const Tensor& indices) {
 Tensor gather_codes_bwd(const Tensor& grad, const Tensor& indices, int64_t num_codes) {
   const Rows rows = rows_of("grad", grad);
   const Indices codes("indices", indices);
-  STD_TORCH_CHECK(codes.count == rows.count, "indices are ", codes.count, "; grad has ", rows.count, " rows");
-  STD_TORCH_CHECK(num_codes >= 1, "num_codes is ", num_codes, "; it needs to be at least 1");
+  STD_TORCH_CHECK(
+      codes.count == rows.count, "expected one index for each of the ", rows.count, " vectors of grad, got ",
+      codes.count);
+  STD_TORCH_CHECK(num_codes >= 1, "expected num_codes to be at least 1, got ", num_codes);
   const Tensor sums = new_tensor(grad, {num_codes, rows.features});
   const SortedPairs pairs(codes, 1, num_codes, nullptr, nullptr);
   segment_sum(rows, pairs, 1, 1, data_of<float>(sums), rows.features);

@@ -26,13 +26,15 @@ class Indices {
     }
     if (bits >> 63 == 0) return;
     const int64_t index = *std::find_if(data + begin, data + end, [=](int64_t i) { return i < 0 || i >= size; });
-    STD_TORCH_CHECK(false, name_, " hold ", index, "; they need to lie in [0, ", size, ")");
+    STD_TORCH_CHECK(false, "expected ", name_, " in [0, ", size, "), got ", index);
   }
 
  private:
   static Tensor adjacent(const char* name, const Tensor& tensor) {
     check_device(name, tensor);
-    STD_TORCH_CHECK(tensor.scalar_type() == ScalarType::Long, name, " have a dtype that is not int64");
+    STD_TORCH_CHECK(
+        tensor.scalar_type() == ScalarType::Long, "expected ", name, " of dtype int64, got ",
+        torch::headeronly::toString(tensor.scalar_type()));
     return torch::stable::contiguous(tensor);
   }
 

@@ -25,14 +25,18 @@ class Inputs {
     s.codes = weight.rows;
     s.features = weight.features;
     STD_TORCH_CHECK(
-        s.x.features == s.features, "x has ", s.x.features, " features; it needs the D = ", s.features, " of weight");
+        s.x.features == s.features, "expected x of D = ", s.features, " features as in weight, got ", s.x.features);
     check_device("indices", indices);
-    STD_TORCH_CHECK(indices.scalar_type() == ScalarType::Long, "indices have a dtype that is not int64");
     STD_TORCH_CHECK(
-        indices.dim() == x.dim(), "indices have ", indices.dim(), " dimensions; they need the ", x.dim(), " of x");
+        indices.scalar_type() == ScalarType::Long, "expected indices of dtype int64, got ",
+        torch::headeronly::toString(indices.scalar_type()));
+    STD_TORCH_CHECK(
+        indices.dim() == x.dim(), "expected indices of ", x.dim(), " dimensions, as many as x has, got ",
+        indices.dim());
     s.k = indices.size(indices.dim() - 1);
     STD_TORCH_CHECK(
-        indices.numel() == s.x.count * s.k, "indices have other rows than x; they need [..., k] with its ", s.x.count);
+        indices.numel() == s.x.count * s.k, "expected indices of shape [..., k] for the ", s.x.count,
+        " vectors of x, got ", shape_text(indices));
     s.indices = data_of<const int64_t>(indices_);
 
     const int64_t panels = (s.codes + all.panel - 1) / all.panel;
@@ -40,8 +44,8 @@ class Inputs {
     std::fill_n(start_.begin(), s.codes, 0.0f);
     if (bias.has_value()) {
       STD_TORCH_CHECK(
-          bias->dim() == 1 && bias->size(0) == s.codes, "bias has another shape; it needs [K] with the K = ", s.codes,
-          " of weight");
+          bias->dim() == 1 && bias->size(0) == s.codes, "expected bias of shape [K] = [", s.codes, "], got ",
+          shape_text(*bias));
       const Matrix column("bias", torch::stable::unsqueeze(*bias, 1));
       std::copy_n(column.data, s.codes, start_.begin());
     }
@@ -57,7 +61,7 @@ class Inputs {
  private:
   static const Tensor& checked(const Tensor& weight) {
     check_device("weight", weight);
-    STD_TORCH_CHECK(weight.dim() == 2, "weight has ", weight.dim(), " dimensions; it needs [K, D]");
+    STD_TORCH_CHECK(weight.dim() == 2, "expected weight of shape [K, D], got ", shape_text(weight));
     return weight;
   }
 
@@ -68,8 +72,10 @@ class Inputs {
 // Returns a contiguous float32 tensor of the forward pass after checking its type and size.
 Tensor adjacent(const char* name, const Tensor& tensor, int64_t numel) {
   check_device(name, tensor);
-  STD_TORCH_CHECK(tensor.scalar_type() == ScalarType::Float, name, " has a dtype that is not float32");
-  STD_TORCH_CHECK(tensor.numel() == numel, name, " has ", tensor.numel(), " elements; it needs ", numel);
+  STD_TORCH_CHECK(
+      tensor.scalar_type() == ScalarType::Float, "expected ", name, " of dtype float32, got ",
+      torch::headeronly::toString(tensor.scalar_type()));
+  STD_TORCH_CHECK(tensor.numel() == numel, "expected ", name, " of ", numel, " elements, got ", tensor.numel());
   return torch::stable::contiguous(tensor);
 }
 

@@ -36,8 +36,8 @@ struct Complex128 {
 
 Tensor one_hot(const Tensor& indices, int64_t num_codes, ScalarType dtype) {
   STD_TORCH_CHECK(
-      indices.dim() == 1 || indices.dim() == 2, "indices have ", indices.dim(), " dimensions; they need [N] or [N, k]");
-  STD_TORCH_CHECK(num_codes >= 1, "num_codes is ", num_codes, "; it needs to be at least 1");
+      indices.dim() == 1 || indices.dim() == 2, "expected indices of shape [N] or [N, k], got ", shape_text(indices));
+  STD_TORCH_CHECK(num_codes >= 1, "expected num_codes to be at least 1, got ", num_codes);
   const Indices ones("indices", indices);
   const int64_t k = indices.dim() == 2 ? indices.size(1) : 1;
   const Tensor out = new_tensor(indices, {indices.size(0), num_codes}, dtype);
@@ -50,7 +50,7 @@ Tensor one_hot(const Tensor& indices, int64_t num_codes, ScalarType dtype) {
     case 8: write<uint64_t>(ones, k, num_codes, one, out); break;
     default:
       STD_TORCH_CHECK(
-          out.element_size() == 16, "dtype has elements of ", out.element_size(), " bytes; it needs 1, 2, 4, 8 or 16");
+          out.element_size() == 16, "expected a dtype of 1, 2, 4, 8 or 16 bytes, got ", out.element_size(), " bytes");
       write<Complex128>(ones, k, num_codes, one, out);
   }
   return out;

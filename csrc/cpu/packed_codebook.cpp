@@ -34,19 +34,20 @@ Array<float> without_centre(const float* codes, int64_t count, int64_t features,
 }
 
 void check_codebook(const Tensor& codebook, const Rows& x) {
-  STD_TORCH_CHECK(codebook.dim() == 2, "codebook has ", codebook.dim(), " dimensions; it needs [K, D]");
+  STD_TORCH_CHECK(codebook.dim() == 2, "expected codebook of shape [K, D], got ", shape_text(codebook));
   const int64_t features = codebook.size(1);
-  STD_TORCH_CHECK(x.features == features, "x has D = ", x.features, "; it needs that of codebook, ", features);
+  STD_TORCH_CHECK(x.features == features, "expected x of D = ", features, " features as in codebook, got ", x.features);
 }
 
 PackedCodebook::PackedCodebook(const Kernels& kernels, const Tensor& codebook, const Rows& x)
     : codes_("codebook", codebook) {
   const int64_t count = codes_.rows, features = codes_.features;
   STD_TORCH_CHECK(
-      count >= 1 && features >= 1, "codebook has shape [", count, ", ", features,
-      "]; it needs [K, D] with K >= 1 and D >= 1");
+      count >= 1 && features >= 1, "expected codebook of shape [K, D] with K >= 1 and D >= 1, got ",
+      shape_text(codebook));
   STD_TORCH_CHECK(
-      count < INT32_MAX - kernels.panel, "codebook has ", count, " codes; the compiled search takes fewer than 2^31");
+      count < INT32_MAX - kernels.panel, "expected codebook of at most ", INT32_MAX - kernels.panel - 1, " codes, got ",
+      count);
   book_.codes = book_.centred = codes_.data;
   book_.count = count;
   book_.features = features;
@@ -75,7 +76,7 @@ void PackedCodebook::find(const Kernels& kernels, const Rows& x) {
     kernels.search_few(book_, rows.get(), ld, x.count, begin, end, found);
     const std::lock_guard<std::mutex> lock(mutex);
     for (int64_t r = 0; r < x.count; ++r)
-      if (found[r].index >= 0 && found_[r].is_behind(found[r].distance, found[r].index)) found_[r] = found[r];
+      if (found[r].index >= 0 && found_[r].loses_to(found[r].distance, found[r].index)) found_[r] = found[r];
   });
   const auto has_nan = [&](const float* v) {
     return std::any_of(v, v + features, [](float value) { return std::isnan(value); });

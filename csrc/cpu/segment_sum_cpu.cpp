@@ -63,7 +63,7 @@ SortedPairs::SortedPairs(
       rows_(new_array<uint32_t>(codes.count)),
       weights_(weights == nullptr ? nullptr : new_array<float>(codes.count)) {
   const int64_t rows = per_row == 0 ? 0 : codes.count / per_row;
-  STD_TORCH_CHECK(rows <= UINT32_MAX, "indices have ", rows, " rows; they may have ", UINT32_MAX);
+  STD_TORCH_CHECK(rows <= UINT32_MAX, "expected indices of at most ", UINT32_MAX, " vectors, got ", rows);
   // Each thread has counts of its own, which does not pay if there are many codes.
   const int64_t parts = std::min(threads_for(codes.count), 1 + codes.count / (2 * num_codes));
   const Array<int64_t> next = new_array<int64_t>(parts * num_codes);

@@ -90,7 +90,8 @@ std::tuple<Tensor, Tensor> sparse_decode_bwd(
   const int64_t per_row = indices.size(indices.dim() - 1);
   STD_TORCH_CHECK(
       rows.features == dictionary.size(1) && rows.count * per_row == which.count,
-      "grad needs [..., D] with the rows of indices and the D of dictionary");
+      "expected grad of shape [..., D] for indices ", shape_text(indices), " and dictionary ", shape_text(dictionary),
+      ", got ", shape_text(grad));
   const Tensor grad_values = new_tensor(grad, need_values ? shape_of(values) : std::vector<int64_t>{0});
   const Tensor grad_dictionary = new_tensor(grad, need_dictionary ? shape_of(dictionary) : std::vector<int64_t>{0});
   if (need_values) {

@@ -3,7 +3,7 @@
 namespace dlvae {
 
 void check_device(const char* name, const Tensor& tensor) {
-  STD_TORCH_CHECK(tensor.is_cpu(), name, " is not on the CPU");
+  STD_TORCH_CHECK(tensor.is_cpu(), "expected ", name, " on the CPU, got a tensor on another device");
 }
 
 Matrix::Matrix(const char* name, const Tensor& tensor) {

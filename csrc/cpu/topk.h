@@ -47,6 +47,7 @@ struct Topk {
 
 // The start of a score has at most this magnitude. Rows whose scores come near it are computed in float64.
 constexpr float LARGEST_START = 0x1p110f;
+// The score of padding, above all scores of codes.
 constexpr float NO_CODE = 3e38f;
 
 }  // namespace dlvae

@@ -123,16 +123,16 @@ void topk_of_few(const Kernels& kernels, const Topk& t) {
 std::tuple<Tensor, Tensor> topk_codes(
     const Tensor& x, const Tensor& dictionary, int64_t k, std::string metric, std::optional<Tensor> bias) {
   check_device("dictionary", dictionary);
-  STD_TORCH_CHECK(metric == "l2" || metric == "dot", "metric is '", metric, "'; it needs to be 'l2' or 'dot'");
-  STD_TORCH_CHECK(dictionary.dim() == 2, "dictionary has ", dictionary.dim(), " dimensions; it needs [K, D]");
+  STD_TORCH_CHECK(metric == "l2" || metric == "dot", "expected metric to be 'l2' or 'dot', got '", metric, "'");
+  STD_TORCH_CHECK(dictionary.dim() == 2, "expected dictionary of shape [K, D], got ", shape_text(dictionary));
   const Matrix codes("dictionary", dictionary);
   Topk t{};
   t.x = rows_of("x", x);
   STD_TORCH_CHECK(
-      t.x.features == codes.features, "x has ", t.x.features, " features; it needs the D = ", codes.features,
-      " of dictionary");
-  STD_TORCH_CHECK(k >= 1 && k <= codes.rows, "k is ", k, "; it needs to be in [1, ", codes.rows, "]");
-  STD_TORCH_CHECK(codes.rows < 1 << 30, "dictionary has ", codes.rows, " rows; it needs fewer than 2^30");
+      t.x.features == codes.features, "expected x of D = ", codes.features, " features as in dictionary, got ",
+      t.x.features);
+  STD_TORCH_CHECK(k >= 1 && k <= codes.rows, "expected k in [1, K] = [1, ", codes.rows, "], got ", k);
+  STD_TORCH_CHECK(codes.rows < 1 << 30, "expected dictionary of fewer than 2^30 codes, got ", codes.rows);
   t.codes = codes.data;
   t.count = codes.rows;
   t.features = codes.features;
@@ -140,10 +140,10 @@ std::tuple<Tensor, Tensor> topk_codes(
   t.is_product = metric == "dot";
   std::optional<Matrix> biases;
   if (bias.has_value()) {
-    STD_TORCH_CHECK(t.is_product, "bias is given; it needs to be None with the metric 'l2'");
+    STD_TORCH_CHECK(t.is_product, "expected bias to be None with metric 'l2', got a tensor");
     STD_TORCH_CHECK(
-        bias->dim() == 1 && bias->size(0) == t.count, "bias has another shape; it needs [K] with the K = ", t.count,
-        " of dictionary");
+        bias->dim() == 1 && bias->size(0) == t.count, "expected bias of shape [K] = [", t.count, "], got ",
+        shape_text(*bias));
     biases.emplace("bias", torch::stable::unsqueeze(*bias, 1));
     t.bias = biases->data;
   }

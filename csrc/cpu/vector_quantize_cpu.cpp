@@ -7,7 +7,7 @@ namespace dlvae {
 namespace {
 
 float scalar_of(const char* name, const Tensor& tensor) {
-  STD_TORCH_CHECK(tensor.numel() == 1, name, " has ", tensor.numel(), " elements; it needs one");
+  STD_TORCH_CHECK(tensor.numel() == 1, "expected ", name, " to be one number, got shape ", shape_text(tensor));
   float value;
   kernels().load_rows(rows_of(name, torch::stable::unsqueeze(tensor, -1)), 0, 1, &value, 1);
   return value;
@@ -65,8 +65,10 @@ std::tuple<Tensor, Tensor> vector_quantize_bwd(
     const Tensor& half_error, const Tensor& indices, int64_t num_codes, bool need_x, bool need_codebook) {
   const Rows rows = rows_of("half_error", half_error);
   const Indices codes("indices", indices);
-  STD_TORCH_CHECK(codes.count == rows.count, "indices are ", codes.count, "; half_error has ", rows.count, " rows");
-  STD_TORCH_CHECK(num_codes >= 1, "num_codes is ", num_codes, "; it needs to be at least 1");
+  STD_TORCH_CHECK(
+      codes.count == rows.count, "expected one index for each of the ", rows.count, " vectors of half_error, got ",
+      codes.count);
+  STD_TORCH_CHECK(num_codes >= 1, "expected num_codes to be at least 1, got ", num_codes);
   // d mean((q - x)^2) / d q = slope * half_error, before the gradient of either loss is multiplied in.
   const double slope = 4.0 / static_cast<double>(std::max<int64_t>(1, half_error.numel()));
   Tensor grad_x = new_tensor(half_error, {0});
@@ -80,7 +82,8 @@ std::tuple<Tensor, Tensor> vector_quantize_bwd(
   if (need_x) {
     check_device("grad_quantized", grad_quantized);
     STD_TORCH_CHECK(
-        shape_of(grad_quantized) == shape_of(half_error), "grad_quantized has a shape that is not that of half_error");
+        shape_of(grad_quantized) == shape_of(half_error), "expected grad_quantized of the shape of half_error, ",
+        shape_text(half_error), ", got ", shape_text(grad_quantized));
     grad_x = new_like(half_error);
     const std::vector<int64_t> order = memory_order(half_error);
     const Rows from = rows_of("grad_quantized", grad_quantized, order), less = rows_of("half_error", half_error, order);

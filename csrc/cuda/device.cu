@@ -12,7 +12,7 @@ extern "C" AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_inde
 namespace dlvae {
 
 void check_device(const char* name, const Tensor& tensor) {
-  STD_TORCH_CHECK(tensor.is_cuda(), name, " is not on a CUDA device");
+  STD_TORCH_CHECK(tensor.is_cuda(), "expected ", name, " on a CUDA device, got a tensor on another device");
 }
 
 namespace {

@@ -72,7 +72,8 @@ Tensor ema_statistics(const Tensor& x, const Tensor& indices, int64_t num_codes)
   const Rows rows = rows_of("x", x);
   const Tensor codes = indices_of("indices", indices);
   STD_TORCH_CHECK(
-      codes.numel() == rows.count, "indices have ", codes.numel(), " elements; they need one for each row of x");
+      codes.numel() == rows.count, "expected one index for each of the ", rows.count, " vectors of x, got ",
+      codes.numel());
   const Tensor statistics = new_tensor(x, {num_codes, rows.features + 1});
   const Tensor left_out = new_tensor(x, {rows.count}, ScalarType::Bool);
   bool* const flags = data_of<bool>(left_out);
@@ -95,7 +96,9 @@ void ema_step(
   STD_TORCH_CHECK(
       sizes.features == codes.count && sums.count == codes.count && sums.features == codes.features &&
           batch.count == codes.count && batch.features == codes.features + 1,
-      "cluster_size, embed_sum and statistics need [K], [K, D] and [K, D + 1] with the K and D of codebook");
+      "expected cluster_size, embed_sum and statistics of shapes [K], [K, D] and [K, D + 1] for codebook ",
+      shape_text(codebook), ", got ", shape_text(cluster_size), ", ", shape_text(embed_sum), " and ",
+      shape_text(statistics));
   const Tensor total = new_tensor(codebook, {1}, ScalarType::Double);
   double* const at = data_of<double>(total);
   const float weight = (float)(1 - decay);

@@ -43,7 +43,7 @@ void gather(const Tensor& codebook, const Tensor& indices, const Tensor& out) {
 Tensor gather_codes_fwd(const Tensor& codebook, const Tensor& indices) {
   check_device("codebook", codebook);
   type_of("codebook", codebook);
-  STD_TORCH_CHECK(codebook.dim() == 2, "codebook has ", codebook.dim(), " dimensions; it needs [K, D]");
+  STD_TORCH_CHECK(codebook.dim() == 2, "expected codebook of shape [K, D], got ", shape_text(codebook));
   const Tensor which = indices_of("indices", indices);
   std::vector<int64_t> shape = shape_of(indices);
   shape.push_back(codebook.size(1));
@@ -67,7 +67,8 @@ Tensor gather_codes_bwd(const Tensor& grad, const Tensor& indices, int64_t num_c
   const Rows rows = rows_of("grad", grad);
   const Tensor codes = indices_of("indices", indices);
   STD_TORCH_CHECK(
-      codes.numel() == rows.count, "indices have ", codes.numel(), " elements; they need one for each row of grad");
+      codes.numel() == rows.count, "expected one index for each of the ", rows.count, " vectors of grad, got ",
+      codes.numel());
   const Tensor sums = new_tensor(grad, {num_codes, rows.features});
   const SortedPairs pairs(grad, {data_of<int64_t>(codes), rows.count, 1, num_codes, nullptr, nullptr}, device);
   pairs.sum(grad, rows, nullptr, data_of<float>(sums), rows.features, device);

@@ -90,8 +90,8 @@ class Logits {
     if (!bias.has_value()) return;
     const Rows column = rows_of("bias", *bias);
     STD_TORCH_CHECK(
-        column.features == codes.count && column.count == 1,
-        "bias has another shape; it needs [K] with the K = ", codes.count, " of weight");
+        column.features == codes.count && column.count == 1, "expected bias of shape [K] = [", codes.count, "], got ",
+        shape_text(*bias));
     launch(
         "bias", bias_kernel, blocks(ceil_div(codes.count, THREADS)), THREADS, 0, device.stream, column,
         data_of<float>(bias_));
@@ -139,7 +139,9 @@ void multiply(
 
 Kept kept_of(const Tensor& indices, int64_t rows, int64_t codes, const Tensor& values, const Tensor& sums) {
   const int64_t k = indices.size(indices.dim() - 1);
-  STD_TORCH_CHECK(indices.numel() == rows * k, "indices have other rows than x; they need [..., k] with its ", rows);
+  STD_TORCH_CHECK(
+      indices.numel() == rows * k, "expected indices of shape [..., k] for the ", rows, " vectors of x, got ",
+      shape_text(indices));
   return {data_of<int64_t>(indices), k, codes, data_of<float>(values), data_of<float>(sums)};
 }
 
@@ -169,7 +171,8 @@ std::tuple<Tensor, Tensor, Tensor> kept_softmax_bwd(
   const Kept kept = kept_of(which, rows.count, codes.count, saved, saved_sums);
   STD_TORCH_CHECK(
       grad.numel() == which.numel() && values.numel() == which.numel() && sums.numel() == 2 * rows.count,
-      "grad and values need the shape of indices, and sums [..., 2]");
+      "expected grad and values of the shape of indices, ", shape_text(indices), ", and sums of shape [..., 2], got ",
+      shape_text(grad), ", ", shape_text(values), " and ", shape_text(sums));
   const std::vector<int64_t> none{0};
   const Tensor grad_x = new_tensor(x, need_x ? shape_of(x) : none);
   const Tensor grad_weight = new_zeroed(x, need_weight ? shape_of(weight) : none);

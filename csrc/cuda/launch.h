@@ -64,9 +64,9 @@ void with_type(Type type, const F& f) {
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Converts a count to the first extent of a grid, which may be as large.
+// Returns `count` as gridDim.x; throws if it exceeds 2^31 - 1.
 inline unsigned blocks(int64_t count) {
-  STD_TORCH_CHECK(count <= INT32_MAX, "a kernel needs ", count, " blocks; a grid has at most 2147483647");
+  STD_TORCH_CHECK(count <= INT32_MAX, "expected a grid of at most ", INT32_MAX, " blocks, got ", count);
   return static_cast<unsigned>(count);
 }
 

@@ -12,7 +12,7 @@ constexpr int TOP = 13;
 // Returns the exponent of the power of two that scales `largest` to TOP.
 inline __device__ int exponent_for(float largest) { return largest == 0 ? 0 : TOP - ilogbf(largest); }
 
-// Returns a factor: a product of scaled x and codes, times this factor twice, is the unscaled product. Its square might
+// Returns u, for which the unscaled product of x and a code is the scaled product * u * u. The square of u might
 // overflow float32.
 inline __device__ float unit_of(const float* extent, bool is_split) {
   return is_split ? ldexpf(1, -exponent_for(extent[0])) : 1;

@@ -36,7 +36,7 @@ template <class Tiles>
 __global__ void __launch_bounds__(Tiles::THREADS, 1)
     products_kernel(Parts rows, Parts codes, Output out, float* shares) {
   char* const shared = dynamic_shared<char>();
-  // The second extent of a grid may be too small for the number of tiles.
+  // gridDim.y is at most 65535, so blockIdx.x numbers both kinds of tiles.
   const int row_tiles = (int)(rows.count / TILE), row_tile = blockIdx.x % row_tiles, code_tile = blockIdx.x / row_tiles;
   const int first = blockIdx.y * (CHAIN / Tiles::DEPTH), steps = rows.depth / Tiles::DEPTH;
   Tiles::run_steps(
@@ -73,8 +73,8 @@ __global__ void add_shares_kernel(const float* shares, int count, Output out) {
   out.put(i / out.codes, i % out.codes, out.product_of(sum, i / out.codes));
 }
 
-// Computes products of rows and codes that the terms cannot hold. These are so few that searching for them would cost
-// more.
+// Computes products of rows and codes that the terms cannot hold. Such rows and codes are few: the blocks test all of
+// them, without a list.
 __global__ void __launch_bounds__(THREADS) repair_kernel(Rows x, int64_t begin, Rows codes, Output out) {
   const auto is_unfit = [&](int64_t row) { return !(out.lengths[row] < INFINITY); };
   const int64_t items = out.rows + out.codes;

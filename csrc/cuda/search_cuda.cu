@@ -12,17 +12,17 @@ namespace {
 
 // The best scores of a row so far. A score is half the squared distance minus a term that all codes share.
 struct Best {
-  float score, second;
+  float score, runner_up;
   int code;
 };
 
 __device__ void add(Best& best, float score, int code) {
-  best.second = fminf(best.second, fmaxf(best.score, score));
+  best.runner_up = fminf(best.runner_up, fmaxf(best.score, score));
   if (score < best.score) best.score = score, best.code = code;
 }
 
 __device__ void join(Best& best, const Best& other) {
-  best.second = fminf(fminf(best.second, other.second), fmaxf(best.score, other.score));
+  best.runner_up = fminf(fminf(best.runner_up, other.runner_up), fmaxf(best.score, other.score));
   if (other.score < best.score) best.score = other.score, best.code = other.code;
 }
 
@@ -67,7 +67,7 @@ __global__ void __launch_bounds__(Tiles::THREADS, 1) search_kernel(
 #pragma unroll
       for (int step = 1; step < 4; step *= 2)
         join(
-            own, {__shfl_xor_sync(ALL_LANES, own.score, step), __shfl_xor_sync(ALL_LANES, own.second, step),
+            own, {__shfl_xor_sync(ALL_LANES, own.score, step), __shfl_xor_sync(ALL_LANES, own.runner_up, step),
                   __shfl_xor_sync(ALL_LANES, own.code, step)});
       if (lane_index() % 4 == 0) of_warps[warp_index() % Tiles::WARPS_OF_CODES * TILE + Tiles::row_of(i, h)] = own;
     }
@@ -87,15 +87,16 @@ __global__ void finish_kernel(
   Best best = found[row];
   for (int share = 1; share < shares; ++share) join(best, found[share * padded + row]);
   indices[begin + row] = best.code;
-  const float longest = extent[1], reach = lengths[row] * longest;
-  const float error =
-      error_of_products<3>(features) * reach + ERROR_OF_START * longest * longest + error_of_underflow(features);
-  // A reach that is NaN or infinite makes the row uncertain.
-  const bool is_certain = reach < 0x1p100f && best.score < 0x1p100f && best.second - best.score > 2 * error;
+  const float longest = extent[1], product_bound = lengths[row] * longest;
+  const float error = error_of_products<3>(features) * product_bound + ERROR_OF_START * longest * longest +
+                      error_of_underflow(features);
+  // A bound that is NaN or infinite makes the row uncertain.
+  const bool is_certain = product_bound < 0x1p100f && best.score < 0x1p100f && best.runner_up - best.score > 2 * error;
   if (!is_certain) list[atomicAdd(listed, 1)] = (int)(begin + row);
 }
 
-// The order of codes: by this key, then by index. NaN codes come last, after distances that overflow.
+// A distance, infinite before the first code; ties go to the lower index. Codes with NaN are skipped, so that code 0
+// remains if all hold NaN.
 struct Exact {
   double distance;
   int code;
@@ -145,7 +146,7 @@ __global__ void __launch_bounds__(RESCAN_THREADS)
           nearest,
           {__shfl_xor_sync(ALL_LANES, nearest.distance, step), __shfl_xor_sync(ALL_LANES, nearest.code, step)});
     if (lane_index() == 0) of_warps[warp_index()] = nearest;
-    // All distances of a row that holds NaN are equal.
+    // A row that holds NaN is assigned to code 0.
     const bool is_nan = block_reduce((int)is_nan_row, Greatest{}, of_row) != 0;
     if (threadIdx.x == 0) {
       for (int w = 1; w < RESCAN_THREADS / 32; ++w) take_nearer(nearest, of_warps[w]);
@@ -158,7 +159,7 @@ __global__ void __launch_bounds__(RESCAN_THREADS)
 }  // namespace
 
 Tensor search(const Tensor& like, const Rows& x, const Rows& codes, int64_t* indices, const Device& device) {
-  STD_TORCH_CHECK(x.count < INT32_MAX, "x has ", x.count, " rows; it may have ", INT32_MAX - 1);
+  STD_TORCH_CHECK(x.count < INT32_MAX, "expected x of at most ", INT32_MAX - 1, " vectors, got ", x.count);
   const PackedCodes packed = pack_codes(like, codes, arithmetic_of(x, codes), device);
   const Tensor list = new_tensor(like, {x.count}, ScalarType::Int), listed = new_zeroed(like, {1}, ScalarType::Int);
   const int code_tiles = (int)(packed.parts.count / TILE);

@@ -138,7 +138,8 @@ SortedPairs::SortedPairs(const Tensor& like, const Pairs& pairs, const Device& d
       keys_(new_tensor(like, {2, pairs.count}, ScalarType::Int)),
       order_(new_tensor(like, {pairs.count}, ScalarType::Int)),
       starts_(new_tensor(like, {pairs.num_codes + 1}, ScalarType::Long)) {
-  STD_TORCH_CHECK(pairs.count < INT32_MAX, "indices have ", pairs.count, " elements; they may have ", INT32_MAX - 1);
+  STD_TORCH_CHECK(
+      pairs.count < INT32_MAX, "expected indices of at most ", INT32_MAX - 1, " elements, got ", pairs.count);
   uint32_t* const keys = data_of<uint32_t>(keys_);
   if (pairs.count > 0) {
     launch("keys", keys_kernel, blocks_of(pairs.count), THREADS, 0, device.stream, pairs, keys + pairs.count);

@@ -140,7 +140,8 @@ std::tuple<Tensor, Tensor> sparse_decode_bwd(
   const Rows rows = rows_of("grad", grad);
   STD_TORCH_CHECK(
       rows.features == dictionary.size(1) && rows.count * atoms.k == which.numel(),
-      "grad needs [..., D] with the rows of indices and the D of dictionary");
+      "expected grad of shape [..., D] for indices ", shape_text(indices), " and dictionary ", shape_text(dictionary),
+      ", got ", shape_text(grad));
   const Tensor grad_values = new_tensor(grad, need_values ? shape_of(values) : std::vector<int64_t>{0});
   const Tensor grad_dictionary = new_tensor(grad, need_dictionary ? shape_of(dictionary) : std::vector<int64_t>{0});
   if (need_values && rows.count > 0) {

@@ -18,12 +18,12 @@ inline Tensor new_zeroed(const Tensor& like, const std::vector<int64_t>& shape, 
 
 // Returns the rows of a codebook [K, D] after checking that D is that of x.
 inline Rows codes_of(const char* name, const Tensor& codes, const Rows& x) {
-  STD_TORCH_CHECK(codes.dim() == 2, name, " has ", codes.dim(), " dimensions; it needs [K, D]");
+  STD_TORCH_CHECK(codes.dim() == 2, "expected ", name, " of shape [K, D], got ", shape_text(codes));
   const Rows rows = rows_of(name, codes);
-  STD_TORCH_CHECK(rows.count >= 1, name, " has no rows; it needs [K, D] with K >= 1");
-  STD_TORCH_CHECK(rows.count < INT32_MAX, name, " has ", rows.count, " rows; it may have ", INT32_MAX - 1);
+  STD_TORCH_CHECK(rows.count >= 1, "expected ", name, " of shape [K, D] with K >= 1, got ", shape_text(codes));
+  STD_TORCH_CHECK(rows.count < INT32_MAX, "expected ", name, " of at most ", INT32_MAX - 1, " codes, got ", rows.count);
   STD_TORCH_CHECK(
-      rows.features == x.features, "x has ", x.features, " features; it needs the D = ", rows.features, " of ", name);
+      rows.features == x.features, "expected x of D = ", rows.features, " features as in ", name, ", got ", x.features);
   return rows;
 }
 
@@ -31,7 +31,9 @@ inline Rows codes_of(const char* name, const Tensor& codes, const Rows& x) {
 inline const float* number_of(const char* name, const Tensor& tensor) {
   check_device(name, tensor);
   STD_TORCH_CHECK(
-      tensor.numel() == 1 && tensor.scalar_type() == ScalarType::Float, name, " needs to be one float32 number");
+      tensor.numel() == 1 && tensor.scalar_type() == ScalarType::Float, "expected ", name,
+      " to be one float32 number, got shape ", shape_text(tensor), " and dtype ",
+      torch::headeronly::toString(tensor.scalar_type()));
   return data_of<float>(tensor);
 }
 
@@ -42,7 +44,9 @@ inline Tensor new_like(const Tensor& like) { return torch::stable::empty_like(li
 // check each index before its use, because a check here would wait for the GPU.
 inline Tensor indices_of(const char* name, const Tensor& tensor) {
   check_device(name, tensor);
-  STD_TORCH_CHECK(tensor.scalar_type() == ScalarType::Long, name, " have a dtype that is not int64");
+  STD_TORCH_CHECK(
+      tensor.scalar_type() == ScalarType::Long, "expected ", name, " of dtype int64, got ",
+      torch::headeronly::toString(tensor.scalar_type()));
   return torch::stable::contiguous(tensor);
 }
 

@@ -139,12 +139,12 @@ __device__ void put(const Topk& t, int64_t row, int64_t row_at, const Exact* sor
 
 // [2]: the error bound of a score is the first element times |x|, in the scale of packed rows, plus the second.
 __global__ void margins_kernel(Topk t, const float* extent, const float* largest_bias, bool is_split, double* margins) {
-  const double longest = extent[1], share = error_of_products<4>(t.x.features);
+  const double longest = extent[1], relative_error = error_of_products<4>(t.x.features);
   // The square might overflow float32.
   const double unit = t.is_product ? unit_of(extent, is_split) : 1;
   // The half norm of a very long code overflows. Such a code is never the nearest, but may have any product.
   const bool is_known = !t.is_product || longest < 0x1p60f;
-  margins[0] = is_known ? share * longest * unit * unit : INFINITY;
+  margins[0] = is_known ? relative_error * longest * unit * unit : INFINITY;
   margins[1] = ERROR_OF_START * (t.is_product ? *largest_bias : longest * longest) + error_of_underflow(t.x.features);
 }
 
@@ -208,7 +208,7 @@ __global__ void __launch_bounds__(THREADS, 4)
       const float value = load_element(t.x, row_at + d * t.x.stride);
       holds_nan |= value != value;
     }
-    // All scores of a row that holds NaN are equal.
+    // The scores of a row that holds NaN count as equal: its codes go by index.
     const bool is_nan_row = block_reduce((int)holds_nan, Greatest{}, of_warps) != 0;
     for (int64_t first = 0; first < t.codes.count; first += THREADS / LANES) {
       const int64_t code = first + threadIdx.x / LANES, known = min(code, t.codes.count - 1);
@@ -246,22 +246,23 @@ int power_of_two_from(int64_t count) {
 
 std::tuple<Tensor, Tensor> topk_codes(
     const Tensor& x, const Tensor& dictionary, int64_t k, std::string metric, std::optional<Tensor> bias) {
-  STD_TORCH_CHECK(metric == "l2" || metric == "dot", "metric is '", metric, "'; it needs to be 'l2' or 'dot'");
+  STD_TORCH_CHECK(metric == "l2" || metric == "dot", "expected metric to be 'l2' or 'dot', got '", metric, "'");
   const Device device(x);
   Topk t{};
   t.x = rows_of("x", x);
   t.codes = codes_of("dictionary", dictionary, t.x);
   STD_TORCH_CHECK(
-      k >= 1 && k <= t.codes.count && k <= MOST_K, "k is ", k, "; it needs to be in [1, K], and at most ", MOST_K);
-  STD_TORCH_CHECK(t.x.count < INT32_MAX, "x has ", t.x.count, " rows; it may have ", INT32_MAX - 1);
+      k >= 1 && k <= t.codes.count && k <= MOST_K, "expected k in [1, K] = [1, ", t.codes.count, "] and at most ",
+      MOST_K, ", got ", k);
+  STD_TORCH_CHECK(t.x.count < INT32_MAX, "expected x of at most ", INT32_MAX - 1, " vectors, got ", t.x.count);
   t.k = k;
   t.is_product = metric == "dot";
   if (bias.has_value()) {
-    STD_TORCH_CHECK(t.is_product, "bias is given; it needs to be None with the metric 'l2'");
+    STD_TORCH_CHECK(t.is_product, "expected bias to be None with metric 'l2', got a tensor");
     t.bias = rows_of("bias", *bias);
     STD_TORCH_CHECK(
-        t.bias.features == t.codes.count && t.bias.count == 1,
-        "bias has another shape; it needs [K] with the K = ", t.codes.count, " of dictionary");
+        t.bias.features == t.codes.count && t.bias.count == 1, "expected bias of shape [K] = [", t.codes.count,
+        "], got ", shape_text(*bias));
   }
   const Tensor indices = new_tensor(x, shape_with(x, {k}), ScalarType::Long);
   const Tensor values = new_tensor(x, shape_with(x, {k}));

@@ -112,10 +112,12 @@ std::tuple<Tensor, Tensor> vector_quantize_bwd(
     const Tensor& half_error, const Tensor& indices, int64_t num_codes, bool need_x, bool need_codebook) {
   const Device device(half_error);
   const Rows errors = rows_of("half_error", half_error), grad = rows_of("grad_quantized", grad_quantized);
-  STD_TORCH_CHECK(shape_of(grad_quantized) == shape_of(half_error), "grad_quantized has another shape than half_error");
   STD_TORCH_CHECK(
-      indices.numel() == errors.count, "indices have ", indices.numel(),
-      " elements; they need one for each row of half_error");
+      shape_of(grad_quantized) == shape_of(half_error), "expected grad_quantized of the shape of half_error, ",
+      shape_text(half_error), ", got ", shape_text(grad_quantized));
+  STD_TORCH_CHECK(
+      indices.numel() == errors.count, "expected one index for each of the ", errors.count,
+      " vectors of half_error, got ", indices.numel());
   // d mean((q - x)^2) / d q, before the gradient of either loss is multiplied in.
   const float slope = (float)(4.0 / std::max<int64_t>(1, half_error.numel()));
   const Tensor grad_x = need_x ? new_like(half_error) : new_tensor(half_error, {0});

@@ -60,7 +60,7 @@ inline Numbers times(Numbers values, float factor) {
   return values;
 }
 
-// Replaces some rows by rows that are not finite, or far larger than the others.
+// Overwrites six random elements: NaN, infinities, two huge numbers and a subnormal one.
 inline void spoil(Random& random, Numbers& values, int64_t features) {
   const float odd[] = {NAN, INFINITY, -INFINITY, 1e30f, 3e38f, 1e-45f};
   const int64_t count = (int64_t)values.size() / features;
@@ -88,8 +88,8 @@ inline Rows adjacent_rows(Numbers& values, int64_t count, int64_t features) {
 // The memory layout of a tensor of rows.
 struct Form {
   Type type;
-  int64_t padding;  // elements between rows
-  bool is_turned;   // the rows of each feature are adjacent
+  int64_t padding;     // elements between rows
+  bool is_transposed;  // the rows of each feature are adjacent
 };
 constexpr Form PLAIN{Type::float32, 0, false};
 constexpr Form FORMS[] = {
@@ -107,11 +107,12 @@ class Tensor {
  public:
   Tensor(const Kernels& kernels, Form form, const Numbers& values, int64_t count, int64_t features)
       : kernels_(kernels), form_(form), size_(form.type == Type::float32 ? 4 : 2) {
-    const int64_t ld = form.is_turned ? 1 : features + form.padding;
+    const int64_t ld = form.is_transposed ? 1 : features + form.padding;
     const bool is_empty = count == 0 || features == 0;
-    memory_.assign(is_empty ? 0 : (form.is_turned ? count * features : (count - 1) * ld + features) * size_, UNUSED);
+    memory_.assign(
+        is_empty ? 0 : (form.is_transposed ? count * features : (count - 1) * ld + features) * size_, UNUSED);
     memory_.shrink_to_fit();
-    rows = Rows{memory_.data(), form.type, count, features, form.is_turned ? count : 1, 1, {count}, {ld}};
+    rows = Rows{memory_.data(), form.type, count, features, form.is_transposed ? count : 1, 1, {count}, {ld}};
     kernels.store_rows(rows, 0, count, values.data(), features);
   }
   Tensor(const Tensor&) = delete;
@@ -120,7 +121,7 @@ class Tensor {
   // Returns the stored values after checking that the gaps between rows have not changed.
   Numbers values() const {
     const int64_t count = rows.count, features = rows.features;
-    for (int64_t row = 0; row + 1 < count && !form_.is_turned && features > 0; ++row)
+    for (int64_t row = 0; row + 1 < count && !form_.is_transposed && features > 0; ++row)
       for (int64_t i = features * size_; i < (features + form_.padding) * size_; ++i)
         CHECK(memory_[row * (features + form_.padding) * size_ + i] == UNUSED, "written behind row %ld", (long)row);
     Numbers found(count * features);

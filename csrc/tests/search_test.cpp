@@ -128,7 +128,7 @@ void test_few(
   kernels.search_few(book, rows.data(), ld, n, count / 3, count, rest.data());
   for (int64_t r = 0; r < n; ++r) {
     const float* row = &x[r * features];
-    const Found best = rest[r].index >= 0 && found[r].is_behind(rest[r].distance, rest[r].index) ? rest[r] : found[r];
+    const Found best = rest[r].index >= 0 && found[r].loses_to(rest[r].distance, rest[r].index) ? rest[r] : found[r];
     const bool is_finite = std::all_of(row, row + features, [](float value) { return std::isfinite(value); });
     CHECK(is_finite || best.index < 0, "row %ld is not finite and has code %ld", (long)r, (long)best.index);
     if (best.index >= 0) check_index(codes, count, row, features, best.index, r);

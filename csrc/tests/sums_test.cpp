@@ -159,7 +159,7 @@ void check_close(float found, double expected, double size, Form form) {
 
 void test_ema(const Kernels& kernels, Random& random, Form form, int64_t codes, int64_t features, float weight) {
   const int64_t ld = features + 1;
-  const Form state{Type::float32, form.padding, form.is_turned};
+  const Form state{Type::float32, form.padding, form.is_transposed};
   const Tensor codebook(kernels, state, numbers(random, codes * features), codes, features);
   const Tensor sum(kernels, state, numbers(random, codes * features), codes, features);
   const Tensor statistics(kernels, form, numbers(random, codes * ld), codes, ld);

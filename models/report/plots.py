@@ -34,7 +34,9 @@ def training_error(nmse: np.ndarray, held_out: float) -> Figure:
 
 
 def savitzky_golay(values: np.ndarray, window: int, order: int) -> np.ndarray:
-    """Each value replaced by that of the polynomial fitted to the window (odd) around it, or to the first or last one.
+    """Savitzky-Golay filter: each value becomes that of a polynomial fitted to the window around it.
+
+    Near the ends it is fitted to the first or the last whole window. `window` is odd.
 
     scipy's savgol_filter fits powers of the position up to 100^7, and its solver drops most of them: at 201/7 its
     weights sum to 1e-6 and not to 1 (scipy 1.17). Legendre polynomials keep them all.
@@ -89,7 +91,7 @@ def assignment_counts(counts: Tensor) -> Figure:
 
     active = int((counts > 0).sum())
     title = f"Utilisation: {active} active and {len(counts) - active} dead codes"
-    figure, axes = _figure(title, "code, in descending order", "assignments, held-out images")
+    figure, axes = _figure(title, "code, sorted by assignments", "assignments, held-out images")
     ordered = np.sort(counts.numpy())[::-1]
     axes.bar(np.arange(len(ordered)), ordered, width=1.0, color=colormaps["viridis"](0.4))
     axes.set_yscale("symlog")

@@ -24,7 +24,7 @@ class Config(NetworkConfig):
     data: Annotated[str, "image set: patches, cifar10, svhn, fashion-mnist or folder:PATH"] = "patches"
     data_dir: Annotated[str, "folder for downloads"] = "data"
     updates: Annotated[int, "number of optimizer steps"] = 1200
-    batch_size: Annotated[int, "images per update, of all ranks together"] = 32
+    batch_size: Annotated[int, "images per update, summed over all ranks"] = 32
     lr: Annotated[float, "peak learning rate of Adam"] = 2e-3
     schedule: Annotated[
         Literal["cosine", "constant"], "schedule of the learning rate: warm-up and cosine decay to zero, or constant"
@@ -33,7 +33,7 @@ class Config(NetworkConfig):
     precision: Annotated[
         Literal["auto", "float32", "bfloat16"], "auto: bfloat16 autocast if the hardware computes in bfloat16"
     ] = "auto"
-    channels_last: Annotated[bool, "memory layout of images and weights"] = True
+    channels_last: Annotated[bool, "store images and weights in the channels-last layout"] = True
     seed: Annotated[int, "seed of the weights, the batches and all random choices"] = 0
     device: Annotated[str, "cpu, cuda, cuda:N or auto"] = "auto"
     checkpoint_every: Annotated[int, "updates between checkpoints"] = 1000
@@ -45,7 +45,7 @@ class Config(NetworkConfig):
     cuda_graph: Annotated[bool, "on one GPU, replay the whole update as one CUDA graph"] = True
     compile: Annotated[bool, "compile the model with torch.compile"] = False
     profile: Annotated[bool, "profile ten updates into trace.json and profile.txt in the folder of the run"] = False
-    rank_timeout: Annotated[int, "seconds without an answer from another rank after which a rank ends"] = 50
+    rank_timeout: Annotated[int, "seconds to wait for another rank before giving up"] = 50
     out: Annotated[str, "folder of the run; empty: runs/MODEL-DATA-TIME"] = ""
 
     def __post_init__(self) -> None:

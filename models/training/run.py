@@ -237,7 +237,7 @@ class Run:
         return {"nmse": f"{nmse:.4f}", "perplexity": f"{perplexity:.0f}"}
 
     def _save(self) -> None:
-        # The metrics so far are those of the weights before the last update.
+        # The last loss was computed before the last update: it does not show whether that update broke the weights.
         if not all(value.isfinite().all() for value in self.model.state_dict().values()):
             raise TrainingDiverged(f"the weights after update {self.update} are not finite; {self._advice()}")
         if self.ranks.writes:

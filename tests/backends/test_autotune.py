@@ -1,4 +1,4 @@
-"""Choosing block sizes by time; the times here are made up, as the choice is what is tested."""
+"""The autotuner of block sizes, tested with invented times."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def choose(seconds, n=1000, k=500, kind="float32"):
     return autotune.tuned(DEFAULT, n, k, kind, tried.append, lambda call: (call(), seconds(tried[-1]))[1]), tried
 
 
-def test_the_fastest_is_chosen_and_measured_once():
+def test_tuned_new_sizes_measures_once_and_chooses_the_fastest():
     fastest = dataclasses.replace(DEFAULT, group=8, compare_d=8, num_stages=4)
     chosen, tried = choose(lambda config: 1.0 if config == fastest else 2.0)
     assert chosen == fastest
@@ -41,7 +41,7 @@ def test_the_fastest_is_chosen_and_measured_once():
         assert choose(lambda config: 1.0, **other)[0] == DEFAULT
 
 
-def test_another_process_reads_the_file(monkeypatch):
+def test_tuned_after_a_restart_reads_the_file(monkeypatch):
     chosen, _ = choose(lambda config: config.num_stages)
     assert chosen.num_stages == 2
     monkeypatch.setattr(autotune, "_chosen", {})
@@ -49,14 +49,14 @@ def test_another_process_reads_the_file(monkeypatch):
 
 
 @pytest.mark.parametrize("text", ["", "[1]", '{"a": {"no": 1}}', '{"a": 3}'])
-def test_a_file_that_cannot_be_read_is_measured_anew(text):
+def test_tuned_unreadable_file_measures_again(text):
     autotune._path().parent.mkdir(parents=True)
     autotune._path().write_text(text)
     assert choose(lambda config: 1.0)[0] == DEFAULT
     assert autotune._path().read_text() != text
 
 
-def test_what_does_not_fit_is_not_chosen():
+def test_tuned_config_out_of_resources_is_not_chosen():
     def seconds(config):
         if config.num_stages > 2:
             raise OutOfResources(2, 1, "shared memory")
@@ -65,7 +65,7 @@ def test_what_does_not_fit_is_not_chosen():
     assert choose(seconds)[0].num_stages == 2
 
 
-def test_only_where_it_is_asked_for(monkeypatch):
+def test_is_wanted_without_variable_or_in_capture_is_false(monkeypatch):
     monkeypatch.delenv("DLVAE_AUTOTUNE", raising=False)
     assert not autotune.is_wanted()
     monkeypatch.setenv("DLVAE_AUTOTUNE", "1")

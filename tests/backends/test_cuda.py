@@ -35,13 +35,13 @@ def cuobjdump(*words: object) -> str:
 
 
 @needs_compiler
-def test_the_emulator():
+def test_emulator_own_tests_pass():
     assert "emulator: ok" in make("test-cuda-emulator").stdout
 
 
 @pytest.mark.slow
 @needs_compiler
-def test_every_operation_in_the_emulator():
+def test_operations_in_emulator_pass_functional_tests():
     make("cuda-emulated")
     words = ["-m", "pytest", "tests/functional", "tests/backends/test_native_fuzz.py", "-q", "-m", "emulator"]
     environment = {**os.environ, "DLVAE_EMULATED_CUDA": str(LIBRARY)}
@@ -51,7 +51,7 @@ def test_every_operation_in_the_emulator():
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("num_features", [1, 2, 3, 4, 6, 8, 24, 300])
-def test_codes_of_any_strides(emulated, dtype, num_features):
+def test_gather_codes_any_strides_equals_indexing(emulated, dtype, num_features):
     wide = torch.randn(9, num_features + 5).to(dtype)
     indices = torch.randint(0, 9, (2, 25)).T
     for codebook in (wide[:, :num_features], wide[:, 1 : num_features + 1], wide[:, :num_features].T.clone().T):
@@ -63,7 +63,7 @@ def test_codes_of_any_strides(emulated, dtype, num_features):
 
 @pytest.mark.parametrize("dtype", [torch.bool, torch.bfloat16, torch.float32, torch.int64, torch.complex128])
 @pytest.mark.parametrize("num_codes", [1, 7, 16, 5000])
-def test_ones_beyond_the_codes_have_no_place(emulated, dtype, num_codes):
+def test_one_hot_index_out_of_range_writes_no_one(emulated, dtype, num_codes):
     indices = torch.randint(-2, num_codes + 2, (100, 3))
     columns = torch.arange(num_codes)
     expected = (indices[:, :, None] == columns).any(1).to(dtype)
@@ -72,7 +72,7 @@ def test_ones_beyond_the_codes_have_no_place(emulated, dtype, num_codes):
 
 @pytest.mark.slow
 @needs_nvcc
-def test_every_kernel_compiles_for_every_architecture_without_spills():
+def test_kernels_every_architecture_compile_without_spills():
     make("cuda", "DLVAE_CUDA_ARCHS=all")
     folder = ROOT / "build" / "cuda" / "80-86-89-90-100-120"
     found = "".join(path.read_text() for path in folder.glob("*.ptxas.txt"))
@@ -86,7 +86,7 @@ def test_every_kernel_compiles_for_every_architecture_without_spills():
 @pytest.mark.slow
 @needs_nvcc
 @pytest.mark.parametrize("file", ["search_cuda", "products"])
-def test_tensor_cores_and_copies_ahead_are_used(file):
+def test_kernels_sm_90_use_tensor_cores_and_asynchronous_copies(file):
     make("cuda", "DLVAE_CUDA_ARCHS=all")
     code = cuobjdump("-sass", "-arch", "sm_90", ROOT / f"build/cuda/80-86-89-90-100-120/{file}.cu.o")
     for instruction in ("HMMA.16816.F32 ", "HMMA.16816.F32.BF16 ", "LDGSTS.E.BYPASS.128", "LDSM.16.M88.4"):
@@ -106,7 +106,7 @@ def on_cuda(monkeypatch):
 @pytest.mark.skipif(
     native.library_unavailable_reason() is not None, reason=f"native: {native.library_unavailable_reason()}"
 )
-def test_reasons_that_it_cannot_run(on_cuda, monkeypatch, tmp_path):
+def test_unavailable_reason_cuda_library_unusable_states_reason(on_cuda, monkeypatch, tmp_path):
     monkeypatch.setattr(torch.version, "cuda", None)
     assert "was built without CUDA" in unavailable_reason("native", "nearest_code", *on_cuda)
     monkeypatch.setattr(torch.version, "cuda", "13.0")
@@ -137,7 +137,7 @@ def test_reasons_that_it_cannot_run(on_cuda, monkeypatch, tmp_path):
 @pytest.mark.skipif(
     native.library_unavailable_reason() is not None, reason=f"native: {native.library_unavailable_reason()}"
 )
-def test_a_gpu_without_triton_has_the_compiled_kernels(on_cuda, monkeypatch):
+def test_route_gpu_without_triton_takes_compiled_kernels(on_cuda, monkeypatch):
     monkeypatch.setitem(sys.modules, "triton", None)
     assert unavailable_reason("triton", "nearest_code", *on_cuda) == "the package triton is not installed"
     monkeypatch.setattr(native, "_load_cuda", lambda: None)
@@ -151,7 +151,7 @@ def test_a_gpu_without_triton_has_the_compiled_kernels(on_cuda, monkeypatch):
 
 @needs_compiler
 @pytest.mark.parametrize("model", ["vqvae", "vqvae-ema", "dlvae"])
-def test_models_train_without_triton(model, monkeypatch, tmp_path):
+def test_models_without_triton_train(model, monkeypatch, tmp_path):
     """Their kernels run in the emulator, on tensors of the CPU."""
     make("cuda-emulated")
     write_images(tmp_path, 20)

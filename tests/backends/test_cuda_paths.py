@@ -37,13 +37,13 @@ def finite(values: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("name", ORDERED)
-def test_the_order_of_threads_and_blocks_changes_no_bit(emulated, monkeypatch, name):
+def test_operations_any_order_of_threads_and_blocks_are_bitwise_reproducible(emulated, monkeypatch, name):
     # The operations that are updated in place come with `ema_step` below.
     # Features of x are not adjacent, those of codes and results are: other lanes load than store.
     x, codes = torch.randn(150, 80)[:, ::2], torch.randn(300, 40)
-    # Beyond float16 if the scale of the parts is by any other element.
+    # Beyond float16 if any other element sets the scale of the terms.
     codes[253, 7] = 60
-    # Rows that are searched again, rows with more ties than a selection has room for, and such as no part holds.
+    # Rows that are searched again, rows with more ties than a selection has room for, and rows beyond the terms.
     codes[40:200] = codes[40]
     x[60:90] = codes[40]
     x[3, 3], x[4, 4], codes[5, 5], x[6] = math.nan, math.inf, -math.inf, 1e30
@@ -67,7 +67,7 @@ def bits(values: Tensor) -> bytes:
     return plain.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
 
 
-def test_the_order_of_threads_changes_no_bit_of_the_averages(emulated, monkeypatch):
+def test_ema_step_any_order_of_threads_is_bitwise_reproducible(emulated, monkeypatch):
     state, statistics = (torch.randn(70, 9), torch.rand(70), torch.randn(70, 9)), torch.rand(70, 10)
 
     def run() -> list[Tensor]:
@@ -90,7 +90,7 @@ def first_of_nearest(x: Tensor, codes: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("d", [1, 16, 17, 96, 97, 200])
-def test_rows_that_rounding_might_decide_are_searched_again(emulated, d):
+def test_nearest_code_near_ties_are_searched_again(emulated, d):
     codes = torch.randn(300, d).repeat_interleave(2, 0)
     codes[1::2, 0] += 1e-6
     # More than there are blocks.
@@ -99,15 +99,15 @@ def test_rows_that_rounding_might_decide_are_searched_again(emulated, d):
     assert torch.equal(nearest(emulated, x, codes), first_of_nearest(x, codes))
 
 
-def test_few_rows_are_searched_again(emulated):
+def test_nearest_code_random_rows_few_are_searched_again(emulated):
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         x, codes = torch.randn(300, 24).to(dtype), torch.randn(200, 24).to(dtype)
         assert emulated.uncertain_rows(x, codes) < 10
         assert torch.equal(nearest(emulated, x, codes), first_of_nearest(x, codes))
 
 
-def test_ties_between_shares_of_the_codes_take_the_lowest(emulated):
-    # One tile of rows alone: two blocks share its four tiles of codes.
+def test_nearest_code_ties_between_partitions_take_the_lowest(emulated):
+    # One tile of rows: its four tiles of codes are partitioned between two blocks.
     codes = torch.randn(4 * TILE - 7, 20)
     codes[3 * TILE :] = codes[: TILE - 7]
     x = codes[torch.arange(40) * 12]
@@ -116,7 +116,7 @@ def test_ties_between_shares_of_the_codes_take_the_lowest(emulated):
 
 @pytest.mark.parametrize("scale", [1e-44, 1e-30, 1e-22, 3e-23, 1e-18, 1.0, 1e18, 1e30])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_nearest_of_codes_of_any_scale(emulated, dtype, scale):
+def test_nearest_code_any_scale_equals_float64(emulated, dtype, scale):
     x, codes = ((torch.randn(n, 8) * scale).to(dtype) for n in (100, 200))
     assert torch.equal(nearest(emulated, x, codes), first_of_nearest(x, codes))
     # Values may be beyond float32.
@@ -125,9 +125,9 @@ def test_nearest_of_codes_of_any_scale(emulated, dtype, scale):
 
 
 @pytest.mark.parametrize("outlier", [1e3, 1e8, 1e30])
-def test_a_code_that_is_not_finite_blurs_no_other(emulated, outlier):
+def test_nearest_code_non_finite_code_leaves_others_exact(emulated, outlier):
     x, codes = torch.randn(200, 8), torch.randn(200, 8)
-    # The scale of all parts is by this element, whose code counts for nothing.
+    # This element must not set the scale of the terms: its code is not finite.
     codes[7, 0], codes[7, 1] = outlier, torch.inf
     assert torch.equal(nearest(emulated, x, codes), first_of_nearest(x, codes))
     others = torch.cat([codes[:7], codes[8:]])
@@ -135,7 +135,7 @@ def test_a_code_that_is_not_finite_blurs_no_other(emulated, outlier):
     assert_same_topk(torch.where(indices > 7, indices - 1, indices), values, x, others)
 
 
-def test_rows_and_codes_of_hugely_different_lengths(emulated):
+def test_nearest_code_and_topk_very_different_lengths_equal_float64(emulated):
     x, codes = torch.randn(100, 16), torch.randn(200, 16)
     x *= 10.0 ** torch.randint(-30, 30, (100, 1))
     codes *= 10.0 ** torch.randint(-12, 12, (200, 1))
@@ -150,7 +150,7 @@ def test_rows_and_codes_of_hugely_different_lengths(emulated):
 
 
 @pytest.mark.parametrize("scale", [1e-10, 1e-20, 1e-25, 1e20])
-def test_products_with_codes_of_any_scale(emulated, scale):
+def test_topk_products_any_scale_equals_float64(emulated, scale):
     # Only exact products order these neighbours.
     codes = (torch.randn(200, 64).repeat_interleave(2, 0) + 1e-7 * torch.randn(400, 64)) * scale
     x = torch.randn(50, 64)
@@ -159,7 +159,7 @@ def test_products_with_codes_of_any_scale(emulated, scale):
     assert torch.equal(indices, exact.sort(dim=1, descending=True, stable=True).indices[:, :5])
 
 
-def test_biases_that_are_huge_or_no_number(emulated):
+def test_topk_huge_or_non_finite_bias_equals_float64(emulated):
     x, codes, bias = torch.randn(20, 8), torch.randn(150, 8), torch.randn(150)
     bias[[17, 100, 30, 60, 90]] = torch.tensor([1e31, 1e38, -1e31, math.inf, math.nan])
     indices, values = emulated.topk_codes(x, codes, 150, "dot", bias)
@@ -174,7 +174,7 @@ def test_biases_that_are_huge_or_no_number(emulated):
 
 
 @pytest.mark.parametrize("k", [1, 7, 40])
-def test_more_ties_than_a_selection_has_room_for(emulated, k):
+def test_topk_more_ties_than_the_selection_holds_equals_float64(emulated, k):
     # Beyond k + k / 4 + 32 in a power of two none are compared: without the second search nobody would write a result.
     codes = torch.randn(300, 6)
     codes[torch.randperm(300)[:200]] = torch.ones(6)
@@ -186,7 +186,7 @@ def test_more_ties_than_a_selection_has_room_for(emulated, k):
 
 
 @pytest.mark.parametrize("d", [1025, 5000])
-def test_products_in_several_chains(emulated, d):
+def test_products_several_chains_are_accurate(emulated, d):
     x, codes, bias = torch.randn(5, d), torch.randn(9, d) / d**0.5, torch.randn(9)
     for metric, offset in (("l2", None), ("dot", bias)):
         indices, values = emulated.topk_codes(x, codes, 9, metric, offset)
@@ -210,7 +210,7 @@ def assert_softmax(emulated, x, weight, bias, indices, needs=(True, True, True))
 
 
 @pytest.mark.parametrize("needs", [(i & 1 > 0, i & 2 > 0, i & 4 > 0) for i in range(8)])
-def test_every_set_of_gradients_over_several_chunks(emulated, needs):
+def test_kept_softmax_bwd_any_set_of_gradients_over_several_chunks_is_accurate(emulated, needs):
     n, k = 2 * TILE + 5, 140
     assert CHUNK_ELEMENTS // k // TILE <= 1, "several chunks"
     indices = torch.randint(0, k, (n, 3))
@@ -218,7 +218,7 @@ def test_every_set_of_gradients_over_several_chunks(emulated, needs):
 
 
 @pytest.mark.parametrize("power", [-60, 57, 60, 90])
-def test_softmax_of_rows_that_the_parts_do_not_hold(emulated, power):
+def test_kept_softmax_rows_beyond_float16_terms_is_accurate(emulated, power):
     x, weight = torch.randn(20, 8) * 2.0**power, torch.randn(30, 8) * 2.0**-power
     indices = torch.randint(0, 30, (20, 3))
     values, _ = emulated.kept_softmax_fwd(x, weight, None, indices)
@@ -227,7 +227,7 @@ def test_softmax_of_rows_that_the_parts_do_not_hold(emulated, power):
 
 
 @pytest.mark.parametrize("power", [-65, 65])
-def test_softmax_of_long_half_precision(emulated, power):
+def test_kept_softmax_long_half_precision_is_accurate(emulated, power):
     # The squares of codes, or of rows, are beyond float32; their products are not.
     x, weight = torch.randn(20, 8) * 2.0**-power, torch.randn(30, 8) * 2.0**power
     inputs = x.bfloat16(), weight.bfloat16(), None, torch.randint(0, 30, (20, 3))
@@ -236,7 +236,7 @@ def test_softmax_of_long_half_precision(emulated, power):
     assert_accurate(values, exact, reference.kept_softmax_fwd(*inputs)[0])
 
 
-def test_softmax_of_what_is_not_finite(emulated):
+def test_kept_softmax_non_finite_inputs_equals_reference(emulated):
     x, weight, bias = torch.randn(20, 8), torch.randn(30, 8), torch.randn(30)
     x[2, 1], x[3, 1], bias[5] = math.nan, math.inf, -math.inf
     indices = torch.arange(30).expand(20, 30)
@@ -251,7 +251,7 @@ def test_softmax_of_what_is_not_finite(emulated):
 
 @pytest.mark.parametrize("n", [0, 1, 127, 128, 129, 256, 1000])
 @pytest.mark.parametrize("d", [1, 130])
-def test_codes_whose_pairs_fill_many_chunks(emulated, n, d):
+def test_sums_code_that_fills_many_chunks_are_exact(emulated, n, d):
     # One code has nearly all rows, and the codes beside it have none; integers, of which sums are exact.
     x = torch.randint(-8, 9, (n, d)).float()
     indices = torch.full((n,), 3)
@@ -265,7 +265,7 @@ def test_codes_whose_pairs_fill_many_chunks(emulated, n, d):
     assert torch.equal(emulated.gather_codes_bwd(x, outside, 7), expected)
 
 
-def test_indices_out_of_range_read_nothing(emulated):
+def test_operations_index_out_of_range_reads_nothing(emulated):
     x, codes, values = torch.randn(9, 5), torch.randn(6, 5), torch.randn(9, 2)
     indices = torch.randint(0, 6, (9, 2))
     outside = indices.clone()
@@ -281,40 +281,56 @@ def test_indices_out_of_range_read_nothing(emulated):
     assert not emulated.kept_softmax_fwd(x, codes, None, outside)[0][~is_in].any()
 
 
-def test_errors_name_the_argument(emulated):
+def test_operations_invalid_arguments_raise_named_errors(emulated):
     x, codes, i, one = torch.zeros(2, 3), torch.zeros(5, 3), torch.zeros(2, 1).long(), torch.tensor(1.0)
     row, statistics = i[:, 0], torch.zeros(5, 4)
     for message, op, args in (
-        ("x has a dtype", "nearest_code", (x.double(), codes, False, "float32")),
-        ("x has no dimensions", "nearest_code", (one, codes, False, "float32")),
-        ("codebook has 1 dimensions", "nearest_code", (x, codes[0], False, "float32")),
-        ("codebook has no rows", "nearest_code", (x, codes[:0], False, "float32")),
-        ("x has 2 features; it needs the D = 3", "nearest_code", (x[:, :2], codes, False, "float32")),
-        ("codebook has no rows", "vector_quantize_fwd", (x, codes[:0], True, "float32")),
-        ("grad_quantized has another shape", "vector_quantize_bwd", (x[:1], one, one, x, row, 5, True, True)),
-        ("indices have 1 elements", "vector_quantize_bwd", (x, one, one, x, row[:1], 5, True, True)),
-        ("grad_codebook_loss needs", "vector_quantize_bwd", (x, x, one, x, row, 5, True, True)),
-        ("grad_commitment_loss needs", "vector_quantize_bwd", (x, one, one.double(), x, row, 5, True, True)),
-        ("k is 6; it needs to be in", "topk_codes", (x, codes, 6, "l2", None)),
-        ("k is 0; it needs to be in", "topk_codes", (x, codes, 0, "l2", None)),
-        ("k is 1025; .* at most 1024", "topk_codes", (x, codes.repeat(300, 1), 1025, "l2", None)),
-        ("metric is 'cosine'", "topk_codes", (x, codes, 1, "cosine", None)),
-        ("bias is given", "topk_codes", (x, codes, 1, "l2", torch.zeros(5))),
-        ("bias has another shape", "topk_codes", (x, codes, 1, "dot", torch.zeros(4))),
-        ("bias has another shape", "kept_softmax_fwd", (x, codes, torch.zeros(4), i)),
-        ("weight has 1 dimensions", "kept_softmax_fwd", (x, codes[0], None, i)),
-        ("indices have other rows", "kept_softmax_fwd", (x, codes, None, i[:1])),
-        ("indices have a dtype", "kept_softmax_fwd", (x, codes, None, i.int())),
-        ("grad and values need", "kept_softmax_bwd", (x, x, x[:, :2], x, codes, None, i, True, True, False)),
-        ("indices have 1 elements", "gather_codes_bwd", (x, row[:1], 5)),
-        ("codebook has 1 dimensions", "gather_codes_fwd", (x[0], row)),
-        ("indices have 1 elements", "ema_statistics", (x, row[:1], 5)),
-        ("cluster_size, embed_sum and statistics need", "ema_step", (codes, x[0], codes, statistics, 0.9, 1e-5)),
-        ("values and indices need", "sparse_decode_fwd", (x, i, codes)),
-        ("dictionary needs", "sparse_decode_fwd", (x[:, :1], i, codes[:0])),
-        ("grad needs", "sparse_decode_bwd", (x[:, :2], x[:, :1], i, codes, True, True)),
-        ("indices have 3 dimensions", "one_hot", (i[None], 5, torch.float32)),
-        ("num_codes is 0", "one_hot", (row, 0, torch.float32)),
+        (
+            "expected x of dtype float32, bfloat16 or float16, got Double",
+            "nearest_code",
+            (x.double(), codes, False, "float32"),
+        ),
+        ("expected x of shape .* without dimensions", "nearest_code", (one, codes, False, "float32")),
+        (r"expected codebook of shape \[K, D\], got \[3\]", "nearest_code", (x, codes[0], False, "float32")),
+        (r"expected codebook .* K >= 1, got \[0, 3\]", "nearest_code", (x, codes[:0], False, "float32")),
+        ("expected x of D = 3 features as in codebook, got 2", "nearest_code", (x[:, :2], codes, False, "float32")),
+        (r"expected codebook .* K >= 1, got \[0, 3\]", "vector_quantize_fwd", (x, codes[:0], True, "float32")),
+        ("expected grad_quantized of the shape", "vector_quantize_bwd", (x[:1], one, one, x, row, 5, True, True)),
+        ("2 vectors of half_error, got 1", "vector_quantize_bwd", (x, one, one, x, row[:1], 5, True, True)),
+        ("expected grad_codebook_loss to be one", "vector_quantize_bwd", (x, x, one, x, row, 5, True, True)),
+        (
+            "expected grad_commitment_loss to be one",
+            "vector_quantize_bwd",
+            (x, one, one.double(), x, row, 5, True, True),
+        ),
+        (r"expected k in .*\[1, 5\] .*, got 6", "topk_codes", (x, codes, 6, "l2", None)),
+        (r"expected k in .*\[1, 5\] .*, got 0", "topk_codes", (x, codes, 0, "l2", None)),
+        ("at most 1024, got 1025", "topk_codes", (x, codes.repeat(300, 1), 1025, "l2", None)),
+        ("expected metric to be 'l2' or 'dot', got 'cosine'", "topk_codes", (x, codes, 1, "cosine", None)),
+        ("expected bias to be None", "topk_codes", (x, codes, 1, "l2", torch.zeros(5))),
+        (r"expected bias of shape .*\[5\], got \[4\]", "topk_codes", (x, codes, 1, "dot", torch.zeros(4))),
+        (r"expected bias of shape .*\[5\], got \[4\]", "kept_softmax_fwd", (x, codes, torch.zeros(4), i)),
+        (r"expected weight of shape \[K, D\], got \[3\]", "kept_softmax_fwd", (x, codes[0], None, i)),
+        ("expected indices .* for the 2 vectors of x", "kept_softmax_fwd", (x, codes, None, i[:1])),
+        ("expected indices of dtype int64, got Int", "kept_softmax_fwd", (x, codes, None, i.int())),
+        (
+            "expected grad and values of the shape of indices",
+            "kept_softmax_bwd",
+            (x, x, x[:, :2], x, codes, None, i, True, True, False),
+        ),
+        ("2 vectors of grad, got 1", "gather_codes_bwd", (x, row[:1], 5)),
+        (r"expected codebook of shape \[K, D\], got \[3\]", "gather_codes_fwd", (x[0], row)),
+        ("2 vectors of x, got 1", "ema_statistics", (x, row[:1], 5)),
+        (
+            "expected cluster_size, embed_sum and statistics of shapes",
+            "ema_step",
+            (codes, x[0], codes, statistics, 0.9, 1e-5),
+        ),
+        ("expected values and indices of one shape", "sparse_decode_fwd", (x, i, codes)),
+        ("expected dictionary of shape", "sparse_decode_fwd", (x[:, :1], i, codes[:0])),
+        ("expected grad of shape", "sparse_decode_bwd", (x[:, :2], x[:, :1], i, codes, True, True)),
+        ("expected indices of shape", "one_hot", (i[None], 5, torch.float32)),
+        ("expected num_codes to be at least 1, got 0", "one_hot", (row, 0, torch.float32)),
     ):
         with pytest.raises(RuntimeError, match=message):
             getattr(emulated, op)(*args)

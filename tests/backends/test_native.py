@@ -68,7 +68,7 @@ def cuda_reason(folder: Path) -> Path:
     return folder / "dlvae_kernels" / "native_cuda.reason.txt"
 
 
-def test_without_a_compiler_the_package_is_pure_and_works(checkout):
+def test_build_without_compiler_makes_a_pure_package_that_works(checkout):
     library(checkout).touch()
     built = python(checkout, *BUILD, compiler=False)
     assert built.returncode == 0, built.stderr
@@ -92,7 +92,7 @@ with d.use_backend("native"):
     assert f"BackendUnavailable: nearest_code: backend 'native' is forced, but {why}" in result.stderr
 
 
-def test_a_wheel_without_a_compiler_is_one_for_any_machine(checkout):
+def test_wheel_without_compiler_is_for_any_machine(checkout):
     built = python(checkout, "setup.py", "--quiet", "sdist", "bdist_wheel", compiler=False)
     assert built.returncode == 0, built.stderr
     [wheel] = (checkout / "dist").glob("*.whl")
@@ -109,7 +109,7 @@ def test_a_wheel_without_a_compiler_is_one_for_any_machine(checkout):
 
 
 @needs_compiler
-def test_a_wheel_with_the_library_is_one_for_every_python(checkout):
+def test_wheel_with_library_is_for_every_python(checkout):
     built = python(with_source(checkout, FINE), "setup.py", "--quiet", "bdist_wheel")
     assert built.returncode == 0, built.stderr
     [wheel] = (checkout / "dist").glob("*.whl")
@@ -120,7 +120,7 @@ def test_a_wheel_with_the_library_is_one_for_every_python(checkout):
 
 
 @needs_compiler
-def test_a_build_leaves_the_library_or_the_reason(checkout):
+def test_build_broken_source_leaves_the_reason_and_fine_source_the_library(checkout):
     with_source(checkout, BROKEN)
     built = python(checkout, *BUILD)
     assert built.returncode == 0, built.stderr
@@ -141,7 +141,7 @@ def test_a_build_leaves_the_library_or_the_reason(checkout):
 
 @needs_compiler
 @pytest.mark.skipif(torch.version.cuda is None or shutil.which("nvcc") is None, reason="no nvcc, or no CUDA torch")
-def test_the_cuda_library_has_a_reason_of_its_own(checkout):
+def test_build_broken_cuda_source_leaves_its_own_reason(checkout):
     cuda = with_source(checkout, FINE) / "csrc" / "cuda"
     cuda.mkdir()
     (cuda / "nothing.cu").write_text(BROKEN)
@@ -159,7 +159,7 @@ def test_the_cuda_library_has_a_reason_of_its_own(checkout):
         assert "DLVAE_CUDA_ARCHS names none" in cuda_reason(checkout).read_text()
 
 
-def test_dlvae_build_ext(checkout):
+def test_build_dlvae_build_ext_value_is_followed(checkout):
     fatal = python(checkout, *BUILD, compiler=False, DLVAE_BUILD_EXT="1")
     assert fatal.returncode != 0
     assert "error: DLVAE_BUILD_EXT=1, and the C++ library was not built: no C++ compiler" in fatal.stderr
@@ -183,7 +183,7 @@ def test_dlvae_build_ext(checkout):
         ),
     ],
 )
-def test_without_a_torch_that_is_of_use(checkout, module, extensions, why):
+def test_build_without_usable_torch_states_reason(checkout, module, extensions, why):
     (checkout / "torch" / "utils").mkdir(parents=True)
     (checkout / "torch" / "__init__.py").write_text(module)
     if extensions is not None:
@@ -193,7 +193,7 @@ def test_without_a_torch_that_is_of_use(checkout, module, extensions, why):
     assert reason(checkout).read_text().startswith(why)
 
 
-def test_reasons_that_a_library_is_not_loaded(monkeypatch, tmp_path):
+def test_library_unavailable_reason_library_absent_or_broken_states_it(monkeypatch, tmp_path):
     load = native.library_unavailable_reason.__wrapped__
     monkeypatch.setattr(native, "_LIBRARY", tmp_path / "native_cpu.abi3.so")
     monkeypatch.setattr(native, "_REASON", tmp_path / "native_cpu.reason.txt")
@@ -206,7 +206,7 @@ def test_reasons_that_a_library_is_not_loaded(monkeypatch, tmp_path):
     assert load() == "the C++ library requires torch 2.10 or newer, got 2.9.1+cpu"
 
 
-def test_a_library_is_not_loaded_before_it_is_used():
+def test_library_before_first_use_is_not_loaded():
     code = """
 import torch, dlvae_kernels
 from pathlib import Path
@@ -220,7 +220,7 @@ print(is_loaded())
 
 
 @needs_kernel
-def test_native_unsupported_arguments_have_a_reason():
+def test_unavailable_reason_unsupported_arguments_states_reason():
     assert "no kernel for faiss" in unavailable_reason("native", "faiss")
     assert unavailable_reason("native", "nearest_code", X, CODEBOOK, False, "float32") is None
     assert "the tensors are on meta" in unavailable_reason("native", "nearest_code", X.to("meta"), CODEBOOK)
@@ -235,7 +235,7 @@ def test_native_unsupported_arguments_have_a_reason():
 
 
 @needs_kernel
-def test_dlvae_cpu_is_read_at_each_call(monkeypatch):
+def test_dlvae_cpu_changed_between_calls_is_read_at_each_call(monkeypatch):
     names = native.instruction_sets()
     assert names[-1] == "portable"
     for name in names:
@@ -249,12 +249,12 @@ def test_dlvae_cpu_is_read_at_each_call(monkeypatch):
 
 
 @needs_kernel
-def test_dlvae_cpu_that_names_nothing_of_use(monkeypatch):
+def test_dlvae_cpu_unknown_or_absent_instruction_set_raises(monkeypatch):
     known = ", ".join(native.instruction_sets(everywhere=True))
     monkeypatch.setenv("DLVAE_CPU", "avx3")
     with pytest.raises(ValueError, match=f"expected DLVAE_CPU to be one of {known}, or unset, got 'avx3'"):
         nearest_code(X, CODEBOOK)
-    with pytest.raises(RuntimeError, match=f"DLVAE_CPU is 'avx3'; it needs to be one of {known}"):
+    with pytest.raises(RuntimeError, match=f"expected DLVAE_CPU to be one of {known}, got 'avx3'"):
         torch.ops.dlvae_native.cpu_name()
     monkeypatch.setattr(
         native, "instruction_sets", lambda everywhere=False: ["neon", "sve"] if everywhere else ["neon"]
@@ -268,7 +268,7 @@ def test_dlvae_cpu_that_names_nothing_of_use(monkeypatch):
 
 
 @needs_kernel
-def test_the_instruction_set_is_printed():
+def test_main_native_library_prints_the_instruction_set():
     first, *others = native.instruction_sets()
     line = f"instruction set of the C++ kernels: {first}"
     assert line in python(ROOT, "-m", "dlvae_kernels").stdout

@@ -165,7 +165,7 @@ def at_one_scale(data: st.DataObject, x: Tensor, codebook: Tensor) -> tuple[Tens
 
 
 @fuzz("nearest_code")
-def test_nearest_code(cpu, data):
+def test_nearest_code_random_inputs_equals_float64(cpu, data):
     d = data.draw(FEATURES)
     x = tensor(data, *leading(data, data.draw(ROWS)), d, odd=True)
     x, codebook = at_one_scale(data, x, codebook_for(data, x, data.draw(CODES), d, odd=True))
@@ -179,7 +179,7 @@ def test_nearest_code(cpu, data):
 
 
 @fuzz("vector_quantize_fwd")
-def test_vector_quantize_fwd(cpu, data):
+def test_vector_quantize_fwd_random_inputs_equals_reference(cpu, data):
     d = data.draw(FEATURES)
     x = tensor(data, *leading(data, data.draw(ROWS)), d)
     codebook = codebook_for(data, x, data.draw(CODES), d, odd=False)
@@ -201,7 +201,7 @@ def test_vector_quantize_fwd(cpu, data):
 
 
 @fuzz("vector_quantize_bwd")
-def test_vector_quantize_bwd(cpu, data):
+def test_vector_quantize_bwd_random_inputs_equals_reference(cpu, data):
     shape = *leading(data, data.draw(ROWS)), data.draw(FEATURES)
     error, k = tensor(data, *shape, odd=True), data.draw(CODES)
     grad = tensor(data, *shape, types=(error.dtype,), odd=True)
@@ -213,7 +213,7 @@ def test_vector_quantize_bwd(cpu, data):
 
 
 @fuzz("topk_codes")
-def test_topk_codes(cpu, data):
+def test_topk_codes_random_inputs_equals_float64(cpu, data):
     d, count = data.draw(FEATURES), data.draw(CODES)
     x = tensor(data, *leading(data, data.draw(ROWS)), d)
     x, dictionary = at_one_scale(data, x, codebook_for(data, x, count, d, odd=False))
@@ -234,7 +234,7 @@ def test_topk_codes(cpu, data):
 
 
 @fuzz("topk_codes")
-def test_topk_codes_of_what_is_not_finite(cpu, data):
+def test_topk_codes_non_finite_inputs_rank_last(cpu, data):
     d, count = data.draw(FEATURES), data.draw(CODES)
     x = tensor(data, data.draw(ROWS), d, odd=True)
     dictionary = codebook_for(data, x, count, d, odd=True)
@@ -256,7 +256,7 @@ def test_topk_codes_of_what_is_not_finite(cpu, data):
 
 
 @fuzz("one_hot")
-def test_one_hot(cpu, data):
+def test_one_hot_random_inputs_equals_reference(cpu, data):
     k, n = data.draw(CODES), data.draw(ROWS)
     shape = data.draw(st.sampled_from(((n,), (n, 3))))
     indices = indices_below(data, k, *shape)
@@ -268,7 +268,7 @@ def test_one_hot(cpu, data):
 
 
 @fuzz("gather_codes_fwd", "gather_codes_bwd")
-def test_gather_codes(cpu, data):
+def test_gather_codes_random_inputs_equals_reference(cpu, data):
     k, d = data.draw(CODES), data.draw(FEATURES)
     indices = indices_below(data, k, *leading(data, data.draw(ROWS)))
     assert_like_reference(cpu, "gather_codes_fwd", tensor(data, k, d, odd=True), indices)
@@ -276,13 +276,13 @@ def test_gather_codes(cpu, data):
 
 
 @fuzz("ema_statistics")
-def test_ema_statistics(cpu, data):
+def test_ema_statistics_random_inputs_equals_reference(cpu, data):
     k, x = data.draw(CODES), tensor(data, *leading(data, data.draw(ROWS)), data.draw(FEATURES), odd=True)
     assert_like_reference(cpu, "ema_statistics", x, indices_below(data, k, *x.shape[:-1]), k)
 
 
 @fuzz("ema_step")
-def test_ema_step(cpu, data):
+def test_ema_step_random_inputs_equals_reference(cpu, data):
     k, d, wide = data.draw(CODES), data.draw(FEATURES), (torch.float32,)
     state = tensor(data, k, d, types=wide), tensor(data, k, types=wide).abs(), tensor(data, k, d, types=wide)
     statistics = tensor(data, k, d + 1, types=wide).abs()
@@ -297,7 +297,7 @@ def test_ema_step(cpu, data):
 
 
 @fuzz("sparse_decode_fwd", "sparse_decode_bwd")
-def test_sparse_decode(cpu, data):
+def test_sparse_decode_random_inputs_equals_reference(cpu, data):
     count, d, k = data.draw(CODES), data.draw(FEATURES), data.draw(st.integers(1, 35))
     dictionary = tensor(data, count, d, odd=True)
     shape = leading(data, data.draw(ROWS))
@@ -311,7 +311,7 @@ def test_sparse_decode(cpu, data):
 
 
 @fuzz("kept_softmax_fwd", "kept_softmax_bwd")
-def test_kept_softmax(cpu, data):
+def test_kept_softmax_random_inputs_equals_formula(cpu, data):
     count, d = data.draw(CODES), data.draw(FEATURES)
     k = data.draw(st.integers(1, min(count, 20)))
     x = tensor(data, *leading(data, data.draw(ROWS)), d, scale=False)
@@ -363,7 +363,7 @@ THREADED = {
 
 
 @pytest.mark.parametrize("op", THREADED)
-def test_the_number_of_threads_changes_no_bit(op):
+def test_operations_any_number_of_threads_are_bitwise_reproducible(op):
     if (reason := unavailable_reason("native", op)) is not None:
         pytest.skip(f"native, {op}: {reason}")
     x, codes = torch.randn(4000, 24), torch.randn(300, 24)

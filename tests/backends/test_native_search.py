@@ -32,7 +32,7 @@ def uncertain(x, codebook):
 
 
 @pytest.mark.parametrize(("k", "d"), [(512, 64), (3000, 8), (70, 300)])
-def test_rows_that_rounding_might_decide_are_searched_again_and_come_out_right(instruction_set, k, d):
+def test_nearest_code_near_ties_are_searched_again_and_equal_float64(instruction_set, k, d):
     # Each code has a neighbour that is farther off by less than any of the arithmetics can tell.
     codebook = torch.randn(k, d).repeat_interleave(2, 0)
     codebook[1::2, 0] += 1e-6
@@ -42,7 +42,7 @@ def test_rows_that_rounding_might_decide_are_searched_again_and_come_out_right(i
     assert torch.equal(nearest_code(x, codebook), distances.argmin(1))
 
 
-def test_few_rows_are_searched_again(instruction_set):
+def test_nearest_code_random_rows_few_are_searched_again(instruction_set):
     x, codebook = torch.randn(4096, 64), torch.randn(512, 64)
     assert uncertain(x, codebook) < 0.05 * len(x)
     assert uncertain(codebook, codebook) == 0
@@ -50,7 +50,7 @@ def test_few_rows_are_searched_again(instruction_set):
 
 @pytest.mark.parametrize("k", [1, 31, 32, 33, 257, 1025, 6000])
 @pytest.mark.parametrize("n", [1, 7, 8, 33, 63, 64, 65])
-def test_edges_of_blocks_panels_and_groups(instruction_set, n, k):
+def test_nearest_code_sizes_around_block_edges_equals_float64(instruction_set, n, k):
     for d in (1, 2, 15, 17):
         x, codebook = torch.randn(n, d), torch.randn(k, d)
         expected, exact = reference.nearest_code(x, codebook, True, "float32")
@@ -59,7 +59,7 @@ def test_edges_of_blocks_panels_and_groups(instruction_set, n, k):
         torch.testing.assert_close(distances, exact, rtol=1e-6, atol=0)
 
 
-def test_one_outlier_row_leaves_the_rows_beside_it_right(instruction_set):
+def test_nearest_code_one_outlier_row_leaves_other_rows_exact(instruction_set):
     x, codebook = torch.randn(200, 16), torch.randn(300, 16)
     x[5] *= 1e6
     x[70, 3] = 3e38
@@ -67,7 +67,7 @@ def test_one_outlier_row_leaves_the_rows_beside_it_right(instruction_set):
     assert torch.equal(nearest_code(x, codebook), reference.nearest_code(x, codebook, False, "float32")[0])
 
 
-def test_rows_longer_than_integers_can_sum(instruction_set):
+def test_nearest_code_features_beyond_int16_sums_equals_float64(instruction_set):
     x, codebook = torch.randn(9, 9000), torch.randn(40, 9000)
     assert torch.equal(nearest_code(x, codebook), exact_distances(x, codebook).argmin(1))
 
@@ -172,7 +172,7 @@ def test_nearest_code_few_rows_is_not_slower_than_plain_torch(n):
         assert slowdown(lambda: nearest_code(x, codebook), plain, 1) <= 1
 
 
-def test_any_number_of_threads_gives_the_same_bits(instruction_set):
+def test_nearest_code_any_number_of_threads_is_bitwise_reproducible(instruction_set):
     x, codebook = torch.randn(8, 24, 31, 7), torch.randn(700, 24)
     rows = x.flatten(2).transpose(1, 2).requires_grad_()
     before = torch.get_num_threads()
@@ -189,10 +189,10 @@ def test_any_number_of_threads_gives_the_same_bits(instruction_set):
         assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
 
 
-def test_errors_name_the_argument():
-    with pytest.raises(RuntimeError, match="x has D = 3; it needs that of codebook, 2"):
+def test_nearest_code_invalid_arguments_raise_named_errors():
+    with pytest.raises(RuntimeError, match="expected x of D = 2 features as in codebook, got 3"):
         torch.ops.dlvae_native.nearest_code(torch.zeros(2, 3), torch.zeros(4, 2), False, "float32")
-    with pytest.raises(RuntimeError, match=r"codebook has shape \[0, 3\]; it needs \[K, D\]"):
+    with pytest.raises(RuntimeError, match=r"expected codebook of shape \[K, D\] .*, got \[0, 3\]"):
         torch.ops.dlvae_native.nearest_code(torch.zeros(2, 3), torch.zeros(0, 3), False, "float32")
-    with pytest.raises(RuntimeError, match="x has a dtype that is not float32, bfloat16 or float16"):
+    with pytest.raises(RuntimeError, match="expected x of dtype float32, bfloat16 or float16, got Double"):
         torch.ops.dlvae_native.nearest_code(torch.zeros(2, 3).double(), torch.zeros(4, 3), False, "float32")

@@ -52,7 +52,7 @@ def sums(rows: Tensor, codes: Tensor, num_codes: int, weights: Tensor | None = N
 
 
 @pytest.mark.parametrize("d", FEATURES)
-def test_any_number_of_features(d):
+def test_sums_any_number_of_features_are_exact(d):
     rows, codes, weights = whole(90, d), torch.randint(0, 13, (90, 21)), whole(90, 21)
     atoms = whole(13, d)
     exact = sums(rows, codes[:, :1], 13)
@@ -66,7 +66,7 @@ def test_any_number_of_features(d):
 
 
 @pytest.mark.parametrize("k", [1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 33, 100])
-def test_any_number_of_atoms(k):
+def test_sparse_decode_any_number_of_atoms_is_exact(k):
     rows, codes, weights, atoms = whole(40, 20), torch.randint(0, 30, (40, k)), whole(40, k), whole(30, 20)
     assert torch.equal(native.sparse_decode_fwd(weights, codes, atoms), (weights[..., None] * atoms[codes]).sum(1))
     grad_values, grad_atoms = native.sparse_decode_bwd(rows, weights, codes, atoms, True, True)
@@ -77,7 +77,7 @@ def test_any_number_of_atoms(k):
 # A block has 512 KiB of rows that are read k times: 512 with these features.
 @pytest.mark.parametrize("n", [511, 512, 513, 1024, 1700])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_atoms_that_span_blocks(n, dtype):
+def test_sums_atoms_that_span_blocks_are_exact(n, dtype):
     rows, codes, weights = whole(n, 256).to(dtype), torch.randint(0, 5, (n, 3)), whole(n, 3)
     codes[: n // 2, :2] = 4
     _, grad = native.sparse_decode_bwd(rows, weights.to(dtype), codes, whole(5, 256).to(dtype), False, True)
@@ -86,7 +86,7 @@ def test_atoms_that_span_blocks(n, dtype):
 
 # Rows that need a copy, 8 MiB at a time: 16384 with these features.
 @pytest.mark.parametrize("n", [16383, 16384, 16385, 33000])
-def test_codes_that_span_copies(n):
+def test_sums_codes_that_span_copies_are_exact(n):
     codes = torch.randint(0, 3, (n,))
     for rows in (whole(n, 128).half(), whole(128, n).T, whole(128, n).bfloat16().T):
         assert torch.equal(native.gather_codes_bwd(rows, codes, 3).double(), sums(rows, codes[:, None], 3))
@@ -109,7 +109,7 @@ def test_sums_rows_visited_in_blocks_equal_those_in_one_pass():
 
 @pytest.mark.parametrize("num_codes", [1, 2, 40, 70_000])
 @pytest.mark.parametrize("skew", ["even", "one", "most", "ends"])
-def test_the_same_bits_at_any_number_of_threads(threads, num_codes, skew):
+def test_sums_any_number_of_threads_are_bitwise_reproducible(threads, num_codes, skew):
     torch.use_deterministic_algorithms(False)  # which would make each empty tensor slow
     n, d, k = 6000, 70, 3
     codes = torch.randint(0, num_codes, (n, k))
@@ -148,7 +148,7 @@ def test_the_same_bits_at_any_number_of_threads(threads, num_codes, skew):
 
 @pytest.mark.parametrize("dtype", [*HALVES, torch.float32])
 @pytest.mark.parametrize("layout", layouts(2, 2, CPU))
-def test_gradients_of_vector_quantize(layout, dtype):
+def test_vector_quantize_bwd_any_layout_equals_reference(layout, dtype):
     error = torch.empty_like(layouts(400, 36, CPU, dtype)[layout])
     error.copy_(torch.randn(error.shape))
     indices = torch.randint(0, 9, error.shape[:-1])
@@ -169,7 +169,7 @@ def test_gradients_of_vector_quantize(layout, dtype):
                 torch.testing.assert_close(a, b, msg=lambda text, name=name: f"{name}: {text}")
 
 
-def test_nothing_but_the_passing_gradient_where_no_loss_has_one():
+def test_vector_quantize_bwd_without_loss_gradient_passes_gradient_through():
     grad, error, zero = torch.randn(30, 5), torch.randn(30, 5), torch.zeros(())
     grad_x, grad_codebook = native.vector_quantize_bwd(grad, zero, zero, error, torch.arange(30), 30, True, True)
     assert torch.equal(grad_x, grad)
@@ -177,7 +177,7 @@ def test_nothing_but_the_passing_gradient_where_no_loss_has_one():
 
 
 @pytest.mark.parametrize("dtype", [*HALVES, torch.float32])
-def test_few_pairs_of_many_atoms(dtype):
+def test_sparse_decode_few_pairs_of_many_atoms_is_exact(dtype):
     values, codes = whole(3, 2), torch.tensor([[0, 4999], [7, 7], [123, 0]])
     for atoms in (whole(5000, 20).to(dtype), whole(20, 5000).to(dtype).T, whole(5000, 40).to(dtype)[:, ::2]):
         out = native.sparse_decode_fwd(values, codes, atoms)
@@ -191,7 +191,7 @@ def test_few_pairs_of_many_atoms(dtype):
 
 @pytest.mark.parametrize("decay", [0.0, 0.3, 0.9, 1.0])
 @pytest.mark.parametrize("dtype", [*HALVES, torch.float32])
-def test_ema_step_of_any_strides(decay, dtype):
+def test_ema_step_any_strides_equals_contiguous(decay, dtype):
     def state():
         torch.manual_seed(3)
         wide = torch.randn(37, 80)
@@ -207,7 +207,7 @@ def test_ema_step_of_any_strides(decay, dtype):
     assert torch.equal(actual[0][stays], state()[0][stays])
 
 
-def test_statistics_count_finite_rows_whose_sum_is_not():
+def test_ema_statistics_overflowing_sum_counts_finite_rows():
     x = torch.tensor([[3e38, 1.0], [3e38, 2.0], [1.0, torch.nan], [5.0, 6.0]])
     statistics = native.ema_statistics(x, torch.tensor([0, 0, 1, 1]), 3)
     assert statistics.tolist() == [[torch.inf, 3, 2], [5, 6, 1], [0, 0, 0]]
@@ -228,7 +228,7 @@ def test_statistics_count_finite_rows_whose_sum_is_not():
         torch.complex128,
     ],
 )
-def test_ones_of_any_type(dtype):
+def test_one_hot_any_dtype_equals_torch(dtype):
     indices = torch.randint(0, 70, (300, 3))
     actual = native.one_hot(indices, 70, dtype)
     assert torch.equal(actual, reference.one_hot(indices, 70, dtype))
@@ -236,7 +236,7 @@ def test_ones_of_any_type(dtype):
 
 
 @pytest.mark.parametrize("bad", [-1, 9, 2**40])
-def test_no_index_leads_out_of_bounds(bad):
+def test_indices_out_of_range_raise(bad):
     rows, values, atoms = whole(400, 6), whole(400, 2), whole(9, 6)
     codes = torch.zeros(400, 2, dtype=torch.int64)
     codes[399, 1] = bad
@@ -251,26 +251,46 @@ def test_no_index_leads_out_of_bounds(bad):
         "sparse_decode_bwd": (rows, values, codes, atoms, True, False),
     }
     for op, args in calls.items():
-        with pytest.raises(RuntimeError, match=rf"indices hold {bad}; they need to lie in \[0, 9\)"):
+        with pytest.raises(RuntimeError, match=rf"expected indices in \[0, 9\), got {bad}"):
             getattr(native, op)(*args)
-    with pytest.raises(RuntimeError, match=f"indices hold {bad}"):
+    with pytest.raises(RuntimeError, match=f"expected indices in .*, got {bad}"):
         native.sparse_decode_bwd(rows, values, codes, atoms, False, True)
-    with pytest.raises(RuntimeError, match=f"indices hold {bad}"):
+    with pytest.raises(RuntimeError, match=f"expected indices in .*, got {bad}"):
         native.sparse_decode_fwd(values[-1:], codes[-1:], atoms.half())
 
 
-def test_bad_arguments_are_named():
+def test_operations_invalid_arguments_raise_named_errors():
     rows, codes = whole(5, 3), torch.zeros(5, dtype=torch.int64)
     cases = [
-        ("gather_codes_bwd", (rows, codes[:4], 2), "indices are 4; grad has 5 rows"),
-        ("gather_codes_bwd", (rows, codes, 0), "num_codes is 0"),
-        ("ema_statistics", (rows, codes.int(), 2), "indices have a dtype that is not int64"),
-        ("ema_step", (rows, rows[:, 0], rows, rows, 0.9, 0.0), "statistics have a shape"),
-        ("ema_step", (rows[:1].expand(5, 3), rows[:, 0], rows, whole(5, 4), 0.9, 0.0), "codebook is expanded"),
-        ("sparse_decode_fwd", (rows, codes[:, None], rows), "values and indices need one shape"),
-        ("sparse_decode_bwd", (rows, rows, codes[:, None].expand(5, 3), whole(4, 2), True, True), "grad needs"),
-        ("vector_quantize_bwd", (rows[:2], rows, rows, rows, codes, 2, True, False), "grad_quantized has a shape"),
-        ("vector_quantize_bwd", (rows, rows, rows, rows, codes, 2, False, True), "grad_codebook_loss has 15 elements"),
+        ("gather_codes_bwd", (rows, codes[:4], 2), "expected one index for each of the 5 vectors of grad, got 4"),
+        ("gather_codes_bwd", (rows, codes, 0), "expected num_codes to be at least 1, got 0"),
+        ("ema_statistics", (rows, codes.int(), 2), "expected indices of dtype int64, got Int"),
+        (
+            "ema_step",
+            (rows, rows[:, 0], rows, rows, 0.9, 0.0),
+            r"expected statistics of shape .*= \[5, 4\], got \[5, 3\]",
+        ),
+        (
+            "ema_step",
+            (rows[:1].expand(5, 3), rows[:, 0], rows, whole(5, 4), 0.9, 0.0),
+            "expected codebook with memory .* expanded",
+        ),
+        ("sparse_decode_fwd", (rows, codes[:, None], rows), "expected values and indices of one shape"),
+        (
+            "sparse_decode_bwd",
+            (rows, rows, codes[:, None].expand(5, 3), whole(4, 2), True, True),
+            "expected grad of shape",
+        ),
+        (
+            "vector_quantize_bwd",
+            (rows[:2], rows, rows, rows, codes, 2, True, False),
+            "expected grad_quantized of the shape",
+        ),
+        (
+            "vector_quantize_bwd",
+            (rows, rows, rows, rows, codes, 2, False, True),
+            r"expected grad_codebook_loss to be one number, got shape \[5, 3\]",
+        ),
     ]
     for op, args, message in cases:
         with pytest.raises(RuntimeError, match=message):

@@ -63,7 +63,7 @@ EDGES += [(20, 40, d) for d in (1, 63, 65, 255, 256, 257, 700)]
 
 
 @pytest.mark.parametrize("size", EDGES)
-def test_topk_around_the_edges(size):
+def test_topk_sizes_around_block_edges_equals_float64(size):
     n, num_codes, d = size
     x, dictionary, bias = torch.randn(n, d), torch.randn(num_codes, d), torch.randn(num_codes)
     for k in {1, num_codes // 3 + 1, num_codes}:
@@ -72,7 +72,7 @@ def test_topk_around_the_edges(size):
 
 
 @pytest.mark.parametrize("k", [1, 100, 320, 700, 1500])
-def test_few_and_many_of_many_codes(k):
+def test_topk_any_k_equals_float64(k):
     """Candidates of several chunks, sorted by ranks and by digits."""
     x, dictionary = torch.randn(30, 24), torch.randn(3000, 24)
     assert_exact(x, dictionary, k)
@@ -84,7 +84,7 @@ def test_few_and_many_of_many_codes(k):
 
 @pytest.mark.parametrize("num_codes", [300, 3000])
 @pytest.mark.parametrize("metric", ["l2", "dot"])
-def test_more_near_ties_than_a_row_carries(num_codes, metric):
+def test_topk_too_many_near_ties_searches_in_float64(num_codes, metric):
     """Only a search in float64 orders the scores, all of which are ties in float32."""
     x = torch.randn(9, 16) * 1000
     dictionary = torch.randn(1, 16) + torch.randn(num_codes, 16) * 2.0**-22
@@ -94,7 +94,7 @@ def test_more_near_ties_than_a_row_carries(num_codes, metric):
 
 
 @pytest.mark.parametrize("metric", ["l2", "dot"])
-def test_near_ties_of_a_few(metric):
+def test_topk_few_near_ties_equals_float64(metric):
     """Triples of such codes, some of them over the edge of the selection."""
     dictionary = torch.randn(200, 48).repeat(3, 1)
     dictionary[200:] += torch.randn(400, 48) * 2.0**-24
@@ -103,7 +103,7 @@ def test_near_ties_of_a_few(metric):
 
 
 @pytest.mark.parametrize("num_codes", [300, 3000])
-def test_exact_ties_go_by_index(num_codes):
+def test_topk_exact_ties_go_by_index(num_codes):
     x = torch.randint(-1, 2, (40, 3)).float()
     dictionary = torch.randint(-1, 2, (num_codes, 3)).float()
     for k in (1, 20, num_codes // 2):
@@ -112,14 +112,14 @@ def test_exact_ties_go_by_index(num_codes):
 
 
 @pytest.mark.parametrize("mask", [-1e4, -1e9, torch.finfo(torch.float32).min])
-def test_biases_that_mask(mask):
+def test_topk_large_negative_bias_equals_float64(mask):
     x, dictionary, bias = torch.randn(20, 32), torch.randn(1500, 32), torch.randn(1500)
     bias[torch.rand(1500) < 0.9] = mask
     assert_exact(x, dictionary, 50, "dot", bias)
 
 
 @pytest.mark.parametrize("left", [0, 3, 100])
-def test_codes_switched_off(left):
+def test_topk_infinite_bias_ranks_last(left):
     """Infinite products follow the finite ones by index, and codes that hold NaN come last."""
     x, dictionary, bias = torch.randn(20, 32), torch.randn(700, 32), torch.full((700,), -torch.inf)
     on = torch.randperm(700)[:left].sort().values
@@ -138,7 +138,7 @@ def test_codes_switched_off(left):
 
 @pytest.mark.parametrize("scale", [1e-38, 1e-20, 1e10, 1e30])
 @pytest.mark.parametrize("metric", ["l2", "dot"])
-def test_any_magnitude(scale, metric):
+def test_topk_any_magnitude_equals_float64(scale, metric):
     x, dictionary = torch.randn(20, 16), torch.randn(80, 16)
     for x_scale, scale_of_codes in ((1, scale), (scale, 1), (scale, scale)):
         rows, codes = x * x_scale, dictionary * scale_of_codes
@@ -147,7 +147,7 @@ def test_any_magnitude(scale, metric):
         assert torch.equal(indices, exact.sort(dim=1, stable=True).indices[:, :9])
 
 
-def test_one_long_code_and_rows_that_are_not_finite():
+def test_topk_long_code_and_non_finite_rows_leave_other_rows_exact():
     x, dictionary = torch.randn(20, 16), torch.randn(600, 16)
     dictionary[77] *= 1e6
     assert_exact(x, dictionary, 9)
@@ -271,7 +271,7 @@ SUPERBLOCKS = [(n, 8300, 3) for n in (255, 257, 513)]
 
 
 @pytest.mark.parametrize("size", [*EDGES, *SUPERBLOCKS])
-def test_kept_softmax_around_the_edges(size):
+def test_kept_softmax_sizes_around_block_edges_equals_float64(size):
     x, weight, bias, indices, grad = softmax_case(*size, 4)
     actual = native_softmax(x, weight, bias, indices, grad)
     exact = formula(x.double(), weight.double(), bias.double(), indices, grad)
@@ -279,7 +279,7 @@ def test_kept_softmax_around_the_edges(size):
         assert_accurate(*each, floor=2e-6)
 
 
-def test_any_number_of_threads_gives_the_same_bits(threads):
+def test_topk_and_kept_softmax_any_number_of_threads_are_bitwise_reproducible(threads):
     torch.manual_seed(1)
     x, dictionary, bias = torch.randn(1001, 70), torch.randn(1100, 70), torch.randn(1100)
     cases = {"l2": None, "dot": bias}
@@ -294,19 +294,31 @@ def test_any_number_of_threads_gives_the_same_bits(threads):
     assert all(torch.equal(a, b) for a, b in zip(actual, run(), strict=True))
 
 
-def test_errors_name_the_argument():
+def test_topk_and_kept_softmax_invalid_arguments_raise_named_errors():
     x, dictionary, codes = torch.zeros(2, 3), torch.zeros(5, 3), torch.zeros(2, 1).long()
     ops = torch.ops.dlvae_native
     for message, call in (
-        ("k is 6; it needs to be in", lambda: ops.topk_codes(x, dictionary, 6, "l2", None)),
-        ("metric is 'cosine'", lambda: ops.topk_codes(x, dictionary, 1, "cosine", None)),
-        ("x has 2 features; it needs the D = 3", lambda: ops.topk_codes(x[:, :2], dictionary, 1, "l2", None)),
-        ("bias is given", lambda: ops.topk_codes(x, dictionary, 1, "l2", torch.zeros(5))),
-        ("bias has another shape", lambda: ops.topk_codes(x, dictionary, 1, "dot", torch.zeros(4))),
-        ("x has a dtype", lambda: ops.topk_codes(x.double(), dictionary, 1, "l2", None)),
-        ("weight has 1 dimensions", lambda: ops.kept_softmax_fwd(x, dictionary[0], None, codes)),
-        ("indices have other rows", lambda: ops.kept_softmax_fwd(x, dictionary, None, codes[:1])),
-        ("indices have a dtype", lambda: ops.kept_softmax_fwd(x, dictionary, None, codes.int())),
+        (r"expected k in \[1, K\] = \[1, 5\], got 6", lambda: ops.topk_codes(x, dictionary, 6, "l2", None)),
+        ("expected metric to be 'l2' or 'dot', got 'cosine'", lambda: ops.topk_codes(x, dictionary, 1, "cosine", None)),
+        (
+            "expected x of D = 3 features as in dictionary, got 2",
+            lambda: ops.topk_codes(x[:, :2], dictionary, 1, "l2", None),
+        ),
+        ("expected bias to be None", lambda: ops.topk_codes(x, dictionary, 1, "l2", torch.zeros(5))),
+        (
+            r"expected bias of shape \[K\] = \[5\], got \[4\]",
+            lambda: ops.topk_codes(x, dictionary, 1, "dot", torch.zeros(4)),
+        ),
+        (
+            "expected x of dtype float32, bfloat16 or float16, got Double",
+            lambda: ops.topk_codes(x.double(), dictionary, 1, "l2", None),
+        ),
+        (r"expected weight of shape \[K, D\], got \[3\]", lambda: ops.kept_softmax_fwd(x, dictionary[0], None, codes)),
+        (
+            r"expected indices .* for the 2 vectors of x, got \[1, 1\]",
+            lambda: ops.kept_softmax_fwd(x, dictionary, None, codes[:1]),
+        ),
+        ("expected indices of dtype int64, got Int", lambda: ops.kept_softmax_fwd(x, dictionary, None, codes.int())),
     ):
         with pytest.raises(RuntimeError, match=message):
             call()

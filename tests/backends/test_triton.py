@@ -201,4 +201,5 @@ def test_topk_codes_large_k_is_unavailable(monkeypatch):
     x, codes = torch.zeros(2, 3), torch.zeros(600, 3)
     assert unavailable_reason("triton", "topk_codes", x, codes, 256, "l2", None) is None
     assert unavailable_reason("triton", "topk_codes", x, codes[:512], 512, "l2", None) is None
-    assert "at most 256, and k is 257" in unavailable_reason("triton", "topk_codes", x, codes, 257, "l2", None)
+    expected = "expected k of at most 256 for more than 512 codes, got 257"
+    assert expected in unavailable_reason("triton", "topk_codes", x, codes, 257, "l2", None)

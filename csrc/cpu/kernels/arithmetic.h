@@ -1,7 +1,7 @@
-// The arithmetics that compute scores |c|^2 / 2 - x.c. A packed row has `steps` words of 32 bits. A score is the start
-// of its code plus the products of the words of both, in a unit that the arithmetic chooses. Each arithmetic defines
-// how a code and a row are packed, and a bound on the error of the difference of two scores. docs/numerics.md, section
-// 5, derives the bounds.
+// The arithmetics that compute scores |c|^2 / 2 - x.c (docs/numerics.md, section 2): the smallest wins. A packed row has
+// `steps` words of 32 bits. A score is the start of its code plus the products of the words of both, in a unit that the
+// arithmetic chooses. Each arithmetic defines how a code and a row are packed, and a bound on the error of the
+// difference of two scores. docs/numerics.md, section 5, derives the bounds.
 #pragma once
 
 #include "../codebook.h"
@@ -68,7 +68,7 @@ struct InFloat32 {
   }
   // Returns the unit of the rows of a block.
   static float row_unit(const Codebook&, const Measure&) { return 1; }
-  // Returns the number of units of a score that make up 1 in the scale of the codes.
+  // Returns the factor from the scale of the codes to units of a score.
   static float per_score(const Codebook&, float) { return 1; }
   // Packs a row. Returns the error bound of the difference of two of its scores.
   static float pack_row(const Codebook& book, const float* x, float, float norm, uint32_t* words) {
@@ -121,15 +121,15 @@ DLVAE_INLINE void InFloat32::scores(
   vector_scores<InFloat32>(start, x, ld, panel, steps, sums);
 }
 
-// Returns how much the float64 rounding of two distances of a row may differ, halved as scores are, if codes are no
-// longer than the row: codes that float64 does not distinguish must tie.
+// Returns half the largest difference that float64 rounding causes between two distances of a row, for codes no longer
+// than the row: codes that float64 does not distinguish must tie.
 inline float rounding_of_distances(const Codebook& book, float row_norm) {
   return (float)(book.features + 2) * 0x1p-51f * row_norm * row_norm;
 }
 
-// The same for codes of very different lengths. The error of a score is at most `relative_error` times (|c|^2 / 2 + |x|
-// |c|). It is subtracted from the score: |c|^2 / 2 in the start of the code, and |x| |c| as an additional feature whose
-// value in a row is |x|.
+// float32 scores of codes of very different lengths: each score is a lower bound that includes the error of its own
+// code. The error of a score is at most `relative_error` times (|c|^2 / 2 + |x| |c|). It is subtracted from the score:
+// |c|^2 / 2 in the start of the code, and |x| |c| as an additional feature whose value in a row is |x|.
 struct LowerBounds : InFloat32 {
   static constexpr bool IS_BOUND = true;
   // Shorter codes use the error of this length, because products below the smallest normal number may be lost.

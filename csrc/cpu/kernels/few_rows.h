@@ -78,7 +78,7 @@ __attribute__((noinline)) inline void compare_few(
     const float* best = book.codes + row.nearest.index * book.features;
     if (row.nearest.index >= 0 && memcmp(code, best, book.features * sizeof(float)) == 0) continue;
     const double found = squared_distance(row.x, code, book.features);
-    if (!row.nearest.is_behind(found, first + i)) continue;
+    if (!row.nearest.loses_to(found, first + i)) continue;
     row.nearest = {found, first + i};
     row.limit = (float)(found * (1 + error)) + 0x1p-120f;
   }

@@ -1,9 +1,9 @@
 // The nearest code of each row.
 //
-// All scores are computed in a fast arithmetic. Each lane of a vector keeps the best score, the second-best score and
-// the position of the best. An error bound of that arithmetic says how close two scores must be for rounding to change
-// their order: if the second-best score is farther from the best than that, the best code is certain. Other rows are
-// scored a second time, and each code that may be the nearest is compared by squared differences in float64.
+// All scores are computed in a fast arithmetic. Each lane of a SIMD vector keeps the best score, the runner-up and the
+// position of the best. An error bound of that arithmetic says how close two scores must be for rounding to change
+// their order: if the runner-up is farther from the best than that, the best code is certain. Other rows are scored a
+// second time, and each code that may be the nearest is compared by squared differences in float64.
 #pragma once
 
 #include "../codebook.h"
@@ -45,11 +45,11 @@ void pack_codes(const Codebook& book, int64_t begin, int64_t end) {
 // The running minima of the scores of a row.
 template <class V>
 struct Lanes {
-  V best, second;  // the smallest score of each lane and the second-smallest
-  Ints where;      // the vector, or the group, of the smallest score
+  V best, runner_up;  // the smallest score of each lane and the second smallest
+  Ints where;         // the SIMD vector, or the group, of the smallest score
 
   DLVAE_INLINE void track(V score, Ints id) {
-    second = smaller(second, larger(best, score));
+    runner_up = smaller(runner_up, larger(best, score));
     where = score < best ? id : where;
     best = smaller(best, score);
   }
@@ -74,8 +74,8 @@ struct Block {
   Buffer<Lanes<Vector>> lanes;
   Buffer<float> centred;  // [BLOCK, D]: rows minus the centre of the codebook
   Measure measure;
-  float per_score;  // units of a score that make up 1 in the scale of the codes
-  // Error bound of the difference of two scores of a row, in units of a score; or |x|, see IS_BOUND.
+  float per_score;  // factor from the scale of the codes to units of a score
+  // Error bound of the difference of two scores of a row, in units of a score. If A::IS_BOUND, |x|, for `search_block`.
   float margins[BLOCK];
 };
 
@@ -205,7 +205,7 @@ void compare_close(
     const Ints is_close = score <= threshold;
     if (any(is_close)) compare_lanes(is_close, first, nearest);
   };
-  const auto go = [&](auto vectors, int64_t p) {
+  const auto compare_panels = [&](auto vectors, int64_t p) {
     constexpr int V = decltype(vectors)::value;
     Vector sums[1][V];
     const auto* start = A::starts(book.start + p * PANEL, V * WIDTH, block.per_score, converted);
@@ -213,11 +213,11 @@ void compare_close(
     unroll<V>([&](auto v) { compare(sums[0][decltype(v)::value], p * PANEL + decltype(v)::value * WIDTH); });
   };
   int64_t p = 0;
-  for (; p + STRIDE <= panels; p += STRIDE) go(Constant<2 * STRIDE>{}, p);
-  for (; p < panels; ++p) go(Constant<2>{}, p);
+  for (; p + STRIDE <= panels; p += STRIDE) compare_panels(Constant<2 * STRIDE>{}, p);
+  for (; p < panels; ++p) compare_panels(Constant<2>{}, p);
 }
 
-// Searches for a row that is not finite or too large for any arithmetic, or in a codebook without finite codes.
+// Finds the nearest code of a row that is not finite or too large for scores, or if no code is finite.
 inline void search_by_differences(const Codebook& book, Nearest& nearest) {
   bool is_finite_row = true, is_nan_row = false;
   float least = InFloat32::LARGEST;
@@ -267,7 +267,7 @@ int64_t search_block(const Codebook& book, const float* x, int64_t count, Block<
       // The place of the best score; ties go to the lowest place.
       const Ints place = kept.best == best ? kept.where * WIDTH + counting() : fill(INT32_MAX);
       const int32_t first = lowest(place);
-      const auto second = lowest(place == first ? kept.second : kept.best);
+      const auto runner_up = lowest(place == first ? kept.runner_up : kept.best);
       // The codes [begin, end), `step` apart, one of which has the best score.
       const int64_t step = is_grouped ? WIDTH : 1;
       const int64_t begin = is_grouped ? first / WIDTH * GROUP * PANEL + first % WIDTH : first;
@@ -284,7 +284,7 @@ int64_t search_block(const Codebook& book, const float* x, int64_t count, Block<
         margin = 2.01f * A::error(book, margin, norm);
       }
       const typename A::Score threshold = A::sum(best, margin);
-      if (second <= threshold) {
+      if (runner_up <= threshold) {
         compare_close<A>(book, block, r, threshold, nearest);
         ++uncertain;
       } else if (is_grouped) {

@@ -69,7 +69,7 @@ class TopkSearch {
   static DLVAE_INLINE float own_error(float score) { return 4 * (float)ROUNDING * __builtin_fabsf(score); }
 
   // Returns a limit: a code with a higher score is worse than one with the score `bound`.
-  static float reach(float bound, float margin) {
+  static float limit_of(float bound, float margin) {
     const float sum = bound + (2 * margin + 2 * own_error(bound));
     return sum + 2 * own_error(sum);
   }
@@ -151,7 +151,7 @@ class TopkSearch {
   // Adds the codes of a chunk that may be among the k best.
   void collect(Kept& row, const float* scores, int64_t n, int32_t first, float* found, int32_t* places) const {
     if (row.count == 0 && n >= wanted_) row.bound = bound_of(scores, n, wanted_, LARGEST_SCORE);
-    const float limit = reach(row.bound, row.margin);
+    const float limit = limit_of(row.bound, row.margin);
     row.count += keep_within<false>(scores, nullptr, first, n, limit, found + row.count, places + row.count);
     if (row.count > room_) tighten(row, found, places);
     // Too many codes tie, so all are compared in float64.
@@ -162,7 +162,7 @@ class TopkSearch {
     end_vector(found, row.count);
     const float bound = bound_of(found, row.count, wanted_, LARGEST_SCORE);
     if (bound < row.bound) row.bound = bound;
-    row.count = keep_within<true>(found, places, 0, row.count, reach(row.bound, row.margin), found, places);
+    row.count = keep_within<true>(found, places, 0, row.count, limit_of(row.bound, row.margin), found, places);
   }
 
   static void end_vector(float* found, int64_t n) {
@@ -185,8 +185,8 @@ class TopkSearch {
     } else {
       sort_by_digits(found, places, n, sorted_, sorted_places_);
     }
-    const bool is_large = n < wanted_ || scores[0] <= -LARGEST_SCORE || scores[wanted_ - 1] >= LARGEST_SCORE;
-    if (is_large) return search_exactly(row, kept, x);
+    const bool needs_exact_search = n < wanted_ || scores[0] <= -LARGEST_SCORE || scores[wanted_ - 1] >= LARGEST_SCORE;
+    if (needs_exact_search) return search_exactly(row, kept, x);
     int64_t* indices = t_.indices + row * t_.k;
     float* values = t_.values + row * t_.k;
     const double unit = (t_.is_product ? -kept.unit : 2.0) / (double)t_.scale;
@@ -239,15 +239,15 @@ class TopkSearch {
   // Sorts runs of codes, in which each score is within the error bound of the next, by exact scores.
   void compare_near(const Kept& kept, const float* x, int64_t n, int64_t* indices, float* values) {
     float* scores = sorted_;
-    const float last = reach(scores[wanted_ - 1], kept.margin);
+    const float last = limit_of(scores[wanted_ - 1], kept.margin);
     while (n > wanted_ && scores[n - 1] > last) --n;
     for (int64_t i = n; i < n + WIDTH + 1; ++i) scores[i] = dlvae::NO_CODE;
     const Floats margin = fill(2 * kept.margin);
     int64_t done = 0;
     for (int64_t i = 0; i < wanted_; i += WIDTH) {
       const Floats score = load<Floats>(scores + i), next = load<Floats>(scores + i + 1);
-      const Floats reached = margin + 4 * (float)ROUNDING * (magnitude(score) + magnitude(next));
-      uint32_t bits = not_above(next - score, reached);
+      const Floats error = margin + 4 * (float)ROUNDING * (magnitude(score) + magnitude(next));
+      uint32_t bits = not_above(next - score, error);
       for (; bits != 0; bits &= bits - 1) {
         const int64_t begin = i + __builtin_ctz(bits);
         if (begin < done || begin >= wanted_) continue;
@@ -346,8 +346,8 @@ class TopkSearch {
   Buffer<int32_t> sorted_places_;
   const double centre_norm_;
   Buffer<Exact> exact_, merged_;  // [K]
-  // If codes are repeated: the float64 scores of the codes that were found, or NaN if that is unknown and differs from
-  // all others; and these codes with their values.
+  // If codes are repeated: the float64 scores of the codes that were found, or NaN for a score that is certain without
+  // float64 and then equals no other; and these codes with their values.
   Buffer<double> known_;  // [wanted]
   Buffer<Exact> firsts_;  // [wanted]
 };

@@ -98,7 +98,7 @@ bool run_together(int warp, int lane) {
   for (int i = 0; i < WARP; ++i) {
     if ((present >> i & 1) == 0) continue;
     if (of_warp[i]->operation != one.operation || of_warp[i]->mask != one.mask) return false;
-    brought[i] = of_warp[i]->brings;
+    brought[i] = of_warp[i]->operand;
   }
   one.operation(brought, present);
   lanes.waiting &= ~present;
@@ -207,12 +207,12 @@ void wait_for_block() {
   current->waits_at = nullptr;
 }
 
-void wait_for_lanes(const char* name, uint32_t mask, Together operation, void* brings) {
+void wait_for_lanes(const char* name, uint32_t mask, Together operation, void* operand) {
   Fiber& self = *current;
   if ((mask >> self.lane & 1) == 0) fail(std::string(name) + ": its own lane is not in the mask");
   self.operation = operation;
   self.mask = mask;
-  self.brings = brings;
+  self.operand = operand;
   self.waits_at = name;
   block.warps[self.warp].waiting |= 1u << self.lane;
   run_together(self.warp, self.lane);

@@ -36,7 +36,7 @@ struct Fiber {
   const char* waits_at;
   Together operation;
   uint32_t mask;
-  void* brings;
+  void* operand;  // what the thread passes to `operation`
 
   std::vector<Copy> copies;
   int groups;  // number of committed groups of copies
@@ -50,7 +50,7 @@ extern void* shared_memory;
 // Waits until all live threads of the block have arrived.
 void wait_for_block();
 // Waits until all live lanes of the mask have arrived at the same operation, which then runs once.
-void wait_for_lanes(const char* name, uint32_t mask, Together operation, void* brings);
+void wait_for_lanes(const char* name, uint32_t mask, Together operation, void* operand);
 
 // Ends the launch with this error.
 [[noreturn]] void fail(const std::string& what);

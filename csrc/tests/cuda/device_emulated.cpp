@@ -4,7 +4,7 @@ namespace dlvae {
 
 // The CPU takes the place of the GPU.
 void check_device(const char* name, const Tensor& tensor) {
-  STD_TORCH_CHECK(tensor.is_cpu(), name, " is not on the CPU");
+  STD_TORCH_CHECK(tensor.is_cpu(), "expected ", name, " on the CPU, got a tensor on another device");
 }
 
 // The oldest supported architecture with the smallest supported shared memory; few multiprocessors and small chunks, so

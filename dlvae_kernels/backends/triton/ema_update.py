@@ -15,7 +15,7 @@ from .sums.segment_sum import segment_sum
 
 @triton.jit
 def _finite_codes_kernel(x, index_ptr, code_ptr, num_codes, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Write the codes of vectors; K for a vector with NaN or infinity, or with an index out of range."""
+    """Write the assignment of each vector; K (no code) for a vector with NaN or infinity, or an index out of range."""
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     largest = tl.zeros([BLOCK_N], tl.float32)
     for begin in range(0, x.num_features, BLOCK_D):

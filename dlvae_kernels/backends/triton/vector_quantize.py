@@ -1,4 +1,7 @@
-"""Triton `vector_quantize`: the search in `search/`, whose kernel also writes the codes if K is not partitioned."""
+"""Triton `vector_quantize`: the search in `search/`.
+
+Its kernel also writes the codes if K is not partitioned and no certificate is computed.
+"""
 
 from __future__ import annotations
 
@@ -54,7 +57,7 @@ def vector_quantize_bwd(
     need_x: bool,
     need_codebook: bool,
 ) -> tuple[Tensor, Tensor]:
-    # The losses are means of the squared error, which is twice half_error.
+    # Each loss is the mean of (quantized - x)^2 = (2 half_error)^2, whose gradient is 4 half_error / numel.
     slope = 4 / max(1, half_error.numel())
     empty = torch.empty(0, dtype=torch.float32, device=half_error.device)
     grad_x = grad_codebook = empty

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..architectures import on_device
 
-# The number of vectors of a tile: there are pairs for whole tiles.
+# Vectors in a tile; the pairs are padded to whole tiles.
 PADDED_ROWS = 64
 _BLOCK_J = 32
 _UNROLL = tl.constexpr(4)

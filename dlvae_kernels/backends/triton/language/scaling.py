@@ -38,7 +38,7 @@ def split_terms(x, scale):
 
 @triton.jit
 def code_exponent(extremes_ptr):
-    """The largest exponent of a feature of a finite code."""
+    """The largest exponent of a feature of a code that has a score."""
     return tl.load(extremes_ptr)
 
 
@@ -50,7 +50,7 @@ def first_number_code(extremes_ptr):
 
 @triton.jit
 def bias_exponent(extremes_ptr):
-    """The largest exponent of a bias, or of |c|^2 / 2."""
+    """The largest exponent of |c|^2 / 2 and of |bias|."""
     return tl.load(extremes_ptr + 2)
 
 

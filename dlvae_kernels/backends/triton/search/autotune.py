@@ -1,8 +1,8 @@
 """Autotuning, opt-in by DLVAE_AUTOTUNE=1: block sizes of the search by measurement, kept in memory and on disk.
 
-A configuration is measured when numbers of vectors and codes, each up to the next power of two, first occur, and never
-while a CUDA graph is captured: warm up first. The file is `dlvae_search.json` in Triton's cache folder; delete it to
-measure again.
+Configurations are measured at the first call with a new pair of sizes (vectors and codes, each rounded up to a power of
+two), and never while a CUDA graph is captured: warm up first. The file is `dlvae_search.json` in Triton's cache folder;
+delete it to measure again.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def tuned(
     run: Callable[[SearchConfig], None],
     seconds: Callable[[Callable[[], None]], float] = lambda call: float(triton.testing.do_bench(call)),
 ) -> SearchConfig:
-    """The fastest configuration for about so many vectors and codes.
+    """The fastest configuration for these sizes, each rounded up to a power of two.
 
     Args:
         kind: dtypes, precision and D, on which the choice depends too.

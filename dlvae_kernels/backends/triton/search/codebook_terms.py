@@ -16,12 +16,12 @@ from torch import Tensor
 from ..language.rows import Codes, load_codes_where
 from ..language.scaling import bias_shift, codebook_shift, exponent_of, power_of_two, split_terms
 
-# The bias of codes that cannot win: padding, and those whose norm is NaN or infinite.
+# The bias of codes without a score: padding, and codes whose |c|^2 or given bias is NaN or infinite in float32.
 NEVER = tl.constexpr(float("-inf"))
 # Each float16 term of a packed bias has a unit 2^9 times as fine as the term before.
 FINER_BITS = tl.constexpr(9)
 _NUM_EXTREMES = 3
-# Less than every exponent, and than minus every number of codes.
+# Below every exponent and every negated index.
 _UNSET = -(2**30)
 # A divisor of every padded number of features.
 _BLOCK_D = 16
@@ -33,10 +33,10 @@ class CodebookTerms(NamedTuple):
     high, low: [K padded, D padded]; low is high where one term is enough. Packed, high is [K padded, 32] and holds for
         each code the high, high and low terms and three terms of the bias.
     bias: [K padded] float32; times 2^shift if `scales_bias`.
-    norms: [K padded] float32 |c|: infinite where a code is finite and |c|^2 overflows; NaN of a code that is not
-        finite, and of padding.
+    norms: [K padded] float32 |c|: infinite where a code and its given bias are finite and |c|^2 overflows; NaN for any
+        other code without a score (see `NEVER`), and for padding.
     extremes: [3] int32: the largest exponent of a feature, minus the index of the first code without NaN, and the
-        largest exponent of a bias. Both exponents are -127 if no code is finite.
+        largest exponent of |c|^2 / 2 and of |bias|. Both exponents are -127 if no code has a score.
     """
 
     high: Tensor
@@ -73,7 +73,7 @@ def _bias_kernel(
         bias = given
         if given_ptr is not None:
             bias = tl.load(given_ptr + k, mask=is_code, other=0.0).to(tl.float32)
-        # A code is finite if its norm and its bias are.
+        # A code has a score if its |c|^2 and its bias are finite.
         given = tl.abs(bias)
         half = tl.maximum(half, given, tl.PropagateNan.ALL)
     is_finite = half < float("inf")
@@ -93,7 +93,7 @@ def _packed_columns(c, bias, column, num_features, extremes_ptr):
     high, low = split_terms(c.to(tl.float32), power_of_two(codebook_shift(extremes_ptr)))
     value = tl.where((column < 2 * num_features)[None, :], high, low)
     rest = bias * power_of_two(bias_shift(extremes_ptr))
-    # 2^(FINER_BITS * term)
+    # The unit of a term is 2^(FINER_BITS * term) = `finer` times as fine as that of the first.
     finer = 1.0
     for term in tl.static_range(3):
         piece = (rest * finer).to(tl.float16)
@@ -117,7 +117,7 @@ def _codebook_terms_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Write the padded terms of the codes; a code that is not finite becomes 0, and its bias excludes it."""
+    """Write the padded terms of the codes; a code without a score becomes 0, and its bias excludes it."""
     k = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
     bias = tl.load(bias_ptr + k)
     is_finite = bias > NEVER

@@ -38,10 +38,10 @@ def search_config(
     Args:
         dtype: the dtype of the operands of the matrix units.
         two_terms: whether an operand has a high and a low term.
-        certifies: whether the second best score is kept too.
+        certifies: whether the runner-up is kept too.
     """
     blocks = architecture().search
-    # The second best score takes one more register for each group.
+    # The runner-up takes one more register for each group.
     group = max(_group(num_features, num_codes), 4 if certifies else 2)
     # Three terms of the features and three of the bias fit into 32 columns.
     packed = two_terms and 3 * num_features + 3 <= 32
@@ -64,13 +64,13 @@ def search_config(
         packed=packed,
         num_warps=blocks.num_warps,
         num_stages=3 if blocks.block_k * block_d * bytes_per_feature <= 2**15 else 2,
-        # Two programs share a multiprocessor then: one multiplies while the other compares.
+        # With few registers two programs share a multiprocessor: one multiplies while the other compares.
         max_registers=blocks.registers_small if is_small and group > 2 and not certifies else 255,
     )
 
 
 def _group(num_features: int, num_codes: int) -> int:
-    """The size of a group: a larger one saves instructions for each code, and more codes are compared exactly."""
+    """The size of a group: a larger one saves instructions for each code, but more codes are compared exactly."""
     for group, codes_per_feature in ((8, 32), (4, 8)):
         if num_codes >= codes_per_feature * num_features and group * num_features <= 512:
             return group

@@ -16,7 +16,7 @@ class Found(NamedTuple):
     """The results of each partition of the codes, [partitions, N].
 
     indices, distances: the nearest code and its squared distance.
-    scores, seconds: the best and the second best score, or None without a certificate.
+    scores, seconds: the best score and the runner-up, or None without a certificate.
     bounds: [N], the error bound of the difference of both, or None.
     """
 

@@ -1,9 +1,10 @@
 """The kernel behind `nearest_code` and `vector_quantize`: tiles of codes stream past a block of vectors.
 
-The score is x . c - |c|^2 / 2; the largest belongs to the nearest code. A float32 product is three products of float16
-terms on the matrix units (docs/numerics.md, sections 4.1 and 7). The codes 2i and 2i + 1 and those 8, 16 and 24 after
-them lie in one thread: such a group shares one running maximum and the tile of it, with under three instructions a
-distance. At the end exact differences compare the codes of the best group.
+The score is x . c - |c|^2 / 2, the negative of that of docs/numerics.md, section 2; the largest belongs to the nearest
+code. A float32 product is three products of float16 terms on the matrix units (sections 4.1 and 7). A thread holds the
+codes 2i, 2i + 1 and those 8, 16 and 24 after them. GROUP (2, 4 or 8) of these share one running maximum and its tile:
+with groups of 8, a distance takes under three instructions. At the end exact differences compare the codes of the best
+group.
 """
 
 from __future__ import annotations
@@ -93,7 +94,7 @@ def _first_codes(best, winner, tile_of_best, BLOCK_K: tl.constexpr, GROUP: tl.co
 
 @triton.jit
 def _runner_up(best, second, first_codes):
-    """The second best score: of a tie within a lane it is in `second`, of a tie between lanes in `best`."""
+    """The runner-up: `second` of the lane that wins, or the best of another lane."""
     first = tl.min(first_codes, axis=1)
     return tl.max(tl.where(first_codes == first[:, None], second, best), axis=1)
 
@@ -110,7 +111,10 @@ def _compare_exactly(
     GROUP: tl.constexpr,
     COMPARE_D: tl.constexpr,
 ):
-    """The nearest code of the groups that have the best score, by differences times 2^shift, and its distance."""
+    """The nearest code, and its distance, by differences times 2^shift, among the groups that have the best score.
+
+    Only groups in the first tile with that score are compared: of tiles that tie in float32 the lowest wins.
+    """
     member = tl.arange(0, GROUP)
     member = ((member // 2) * 8 + member % 2)[None, :]
     first = tl.min(first_codes, axis=1)

@@ -1,4 +1,7 @@
-"""The host side of the search for the nearest code: configuration, terms of the codebook, and up to four launches."""
+"""The host side of the search for the nearest code.
+
+It launches two kernels for the terms of the codebook, the search, and up to three kernels after it.
+"""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ _BLOCK_N, _BLOCK_K = 64, 128
 MAX_TILES = 64
 # float32 holds larger counts inexactly.
 _MAX_VECTORS = 2**24
-# About here a sort takes as long (an estimate). With more products or codes, `segment_sum` sorts.
+# Above this many operations (an estimate), or with more codes, `segment_sum`, which sorts, is faster.
 _MAX_FLOP = 3e10
 _MAX_CODES = 1024
 
@@ -65,7 +65,7 @@ def suits(x: Rows, num_codes: int) -> bool:
 
 
 def one_hot_sum(x: Rows, codes: Tensor, num_codes: int) -> Tensor:
-    """The sums and counts [K, D + 1] float32 of vectors by their codes [N]; vectors of code K are left out."""
+    """The sums and counts [K, D + 1] float32 of vectors by assignments [N]; K (no code) is left out."""
     block_d = min(64, max(16, triton.next_power_of_2(x.num_features)))
     blocks = triton.cdiv(num_codes, _BLOCK_K), triton.cdiv(x.num_features, block_d)
     with on_device(x.tensor):

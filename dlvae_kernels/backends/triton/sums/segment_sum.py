@@ -105,16 +105,16 @@ def _join_edges_kernel(
 
 
 def valid_or_last(indices: Tensor, num_codes: int) -> Tensor:
-    """Indices as `segment_sum` takes them: flat, and K in place of those out of [0, K)."""
+    """Indices as `segment_sum` takes them: flat, and K (no code) in place of those out of [0, K)."""
     codes = indices.flatten()
     return torch.where((codes >= 0) & (codes < num_codes), codes, num_codes)
 
 
 def segment_sum(x: Rows, codes: Tensor, num_codes: int, weights: Tensor | None = None) -> Tensor:
-    """The sums and counts [K, D + 1] float32 of vectors by their codes; vectors of code K are left out.
+    """The sums and counts [K, D + 1] float32 of vectors by their codes; vectors assigned to K (no code) are left out.
 
     Args:
-        codes: [N * k], k for each vector.
+        codes: [N * k], the assignments of the vectors, k for each.
         weights: [N * k] contiguous, the factors of the vectors in the sums, or None for 1.
     """
     width, device = x.num_features + 1, x.tensor.device

@@ -13,5 +13,5 @@ MAX_CODES_ON_CHIP, MAX_SELECTED = 512, 256
 def unavailable_reason(x: Tensor | None = None, dictionary: Tensor | None = None, k: int = 1, *args: Any) -> str | None:
     """Why `topk_codes` is unavailable for so large a k, or None."""
     if dictionary is not None and k > MAX_SELECTED and len(dictionary) > MAX_CODES_ON_CHIP:
-        return f"of more than {MAX_CODES_ON_CHIP} codes it keeps at most {MAX_SELECTED}, and k is {k}"
+        return f"expected k of at most {MAX_SELECTED} for more than {MAX_CODES_ON_CHIP} codes, got {k}"
     return None

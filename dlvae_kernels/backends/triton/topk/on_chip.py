@@ -1,4 +1,4 @@
-"""The k best of few codes: all scores of a block of vectors are in registers, and the k-th largest is a threshold.
+"""The k best of few codes: all scores of a block of vectors are in registers, and a threshold selects the k largest.
 
 The score is x . c - |c|^2 / 2 or x . c + bias, by products of float16 terms as in the search for the nearest code.
 """
@@ -27,7 +27,8 @@ class Selected(NamedTuple):
 
     indices, distances: [N, k] in the order of the indices; distances are values for inner products.
     squares: [N] |x|^2, or None for inner products.
-    worklist, length: [N] and [1] int32, vectors for which nothing is written, and their number.
+    worklist, length: [N] and [1] int32, vectors whose scores do not decide, and their number; `rank` overwrites their
+        results.
     """
 
     indices: Tensor
@@ -78,7 +79,7 @@ def _scores(
 
 @triton.jit
 def _last_tied_column(ordered, threshold, reached, num_selected):
-    """The last column of each row, of those that tie at the threshold, that is among the k best: the first ones are."""
+    """The last selected column of each row among those that tie at the threshold; ties go to the first columns."""
     BLOCK_K: tl.constexpr = ordered.shape[1]
     columns = tl.arange(0, BLOCK_K)[None, :]
     last = tl.full([ordered.shape[0]], BLOCK_K - 1, tl.int32)

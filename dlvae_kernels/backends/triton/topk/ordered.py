@@ -1,4 +1,4 @@
-"""float32 numbers as integers of the same order, to find the k-th largest and to sort values with their indices."""
+"""float32 numbers as integers of the same order, to select the k largest and to sort values with their indices."""
 
 from __future__ import annotations
 
@@ -66,9 +66,10 @@ def sort_keys(keys, DESCENDING: tl.constexpr):
 
 @triton.jit
 def kth_largest(ordered, k):
-    """A threshold that at least k elements of each row of ordered [R, C] reach, and the number of those; k <= C.
+    """A threshold for the k largest of each row of ordered [R, C], and the number of elements at or above it; k <= C.
 
-    More than k reach it only where elements tie. The interval from the least to the largest element is halved.
+    It lies above the (k + 1)-th largest element and at or below the k-th. Where these tie, it is their value, and more
+    than k elements are at or above it. The interval from the least to the largest element is halved.
     """
     low = tl.min(ordered, axis=1)
     high = tl.max(ordered, axis=1) + 1

@@ -18,7 +18,7 @@ from .ordered import NO_KEY, index_of, sort_keys, to_key, value_of
 _LAST = tl.constexpr(3.4028234663852886e38)
 _FINITE, _INF, _MINUS_INF, _NAN = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
 _PROGRAMS = 1024
-# The pairs of a vector and a code of one program, and the features of all pairs that it loads at once.
+# Pairs (vector, code) of one program, and elements (pairs x features) that it loads at once.
 _PAIRS, _ELEMENTS = (2**13, 2**17) if INTERPRETED else (256, 2**13)
 
 
@@ -58,6 +58,7 @@ def _sort_kernel(
         value = -value
     else:
         squares = tl.load(square_ptr + n, mask=n < x.num_vectors, other=0.0)
+        # Below |x|^2 / 64, the expanded distance has lost six bits by cancellation (docs/numerics.md, section 8.3).
         cancels = (value < squares[:, None] * 0.015625) & mask
         if tl.max(cancels.to(tl.int32)) > 0:
             k = tl.where(cancels, index, codes.num_codes)

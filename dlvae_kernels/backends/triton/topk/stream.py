@@ -30,7 +30,7 @@ from .rank import Inputs, rank
 _ROUNDING = tl.constexpr(2.0**-10 * 1.001)
 # The error of a small feature, 2^-25 of a unit, is 2^-11 of this.
 _SMALLEST = tl.constexpr(2.0**-14)
-# The most vectors at a time, and the most lower bounds of groups for them, beside which the lists are small.
+# Limits of a chunk: vectors, and lower bounds (vectors x groups). They bound its scratch memory.
 _MAX_VECTORS, _MAX_BOUNDS = 2**15, 2**26
 _MAX_PARTITIONS = 64
 _BLOCK_N = 32
@@ -182,7 +182,7 @@ def _filter_kernel(
 def _threshold_kernel(
     bound_ptr, threshold_ptr, num_vectors, num_groups, num_selected, BLOCK_N: tl.constexpr, BLOCK_G: tl.constexpr
 ):
-    """Write the k-th largest of the lower bounds of each vector."""
+    """Write a threshold that the k largest lower bounds of each vector reach."""
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     groups = tl.arange(0, BLOCK_G)
     mask = (n < num_vectors)[:, None] & (groups < num_groups)[None, :]
