@@ -53,10 +53,12 @@ class _VectorQuantize(torch.autograd.Function):
         ctx.save_for_forward(half_error, indices)
         ctx.num_codes, ctx.codebook_dtype = codebook.shape[0], codebook.dtype
         ctx.mark_non_differentiable(indices, counts, half_error)
+        # A zero gradient of half_error would be one more tensor [N, D].
+        ctx.set_materialize_grads(False)
 
     @staticmethod
     @once_differentiable("vector_quantize", saves_inputs=False)
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         if not ctx.has_error:
             raise RuntimeError(
                 "expected vector_quantize_fwd with need_error=True for a backward, got need_error=False;"
@@ -65,10 +67,15 @@ class _VectorQuantize(torch.autograd.Function):
         grad_quantized, _, grad_codebook_loss, grad_commitment_loss, _, _ = grads
         half_error, indices, *_ = ctx.saved_tensors
         need_x, need_codebook, *_ = ctx.needs_input_grad
+        if grad_quantized is None and grad_codebook_loss is None and grad_commitment_loss is None:
+            return None, None, None, None
+        if grad_quantized is None:
+            grad_quantized = torch.zeros_like(half_error)
+        no_loss = half_error.new_zeros((), dtype=torch.promote_types(half_error.dtype, torch.float32))
         grad_x, grad_codebook = torch.ops.dlvae.vector_quantize_bwd(
             grad_quantized,
-            grad_codebook_loss,
-            grad_commitment_loss,
+            no_loss if grad_codebook_loss is None else grad_codebook_loss,
+            no_loss if grad_commitment_loss is None else grad_commitment_loss,
             half_error,
             indices,
             ctx.num_codes,
