@@ -73,6 +73,7 @@ class _SecondDerivative(torch.autograd.Function):
         raise NotImplementedError(f"{ctx.name} has no second derivative; take its first by torch.autograd.grad")
 
 
+# Stands for inputs that a backward does not save, so that its gradients require a gradient.
 _LEAF = torch.empty(0, requires_grad=True)
 
 

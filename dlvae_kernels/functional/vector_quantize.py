@@ -71,11 +71,14 @@ class _VectorQuantize(torch.autograd.Function):
             return None, None, None, None
         if grad_quantized is None:
             grad_quantized = torch.zeros_like(half_error)
-        no_loss = half_error.new_zeros((), dtype=torch.promote_types(half_error.dtype, torch.float32))
+        loss_dtype = torch.promote_types(half_error.dtype, torch.float32)
+        grad_losses = (
+            half_error.new_zeros((), dtype=loss_dtype) if grad is None else grad
+            for grad in (grad_codebook_loss, grad_commitment_loss)
+        )
         grad_x, grad_codebook = torch.ops.dlvae.vector_quantize_bwd(
             grad_quantized,
-            no_loss if grad_codebook_loss is None else grad_codebook_loss,
-            no_loss if grad_commitment_loss is None else grad_commitment_loss,
+            *grad_losses,
             half_error,
             indices,
             ctx.num_codes,
