@@ -17,6 +17,8 @@ from torch import Tensor
 from .backends import find_route
 
 _LIBRARY = torch.library.Library("dlvae", "DEF")
+# The classes of tensors that change nothing about an operation.
+_PLAIN = (Tensor, torch.nn.Parameter)
 
 
 class Operation(NamedTuple):
@@ -185,7 +187,7 @@ def call(name: str, *args: Any) -> Any:
     if _is_traced():
         return getattr(torch.ops.dlvae, name)(*args)
     for arg in args:
-        if isinstance(arg, Tensor) and (type(arg) is not Tensor or arg.is_meta):
+        if isinstance(arg, Tensor) and (type(arg) not in _PLAIN or arg.is_meta):
             return getattr(torch.ops.dlvae, name)(*args)
     return _ROUTERS[name](*args)
 
@@ -193,7 +195,7 @@ def call(name: str, *args: Any) -> Any:
 def _is_traced() -> bool:
     """Whether a graph, a dispatch mode or a transform of torch.func records operations."""
     return (
-        torch.compiler.is_compiling()
+        torch.compiler.is_dynamo_compiling()
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._are_functorch_transforms_active()
         or torch._C._get_tracing_state() is not None

@@ -151,7 +151,7 @@ def choose(op: str, *args: Any) -> Callable[..., Any]:
 
 def find_route(op: str, *args: Any) -> Route:
     """The route of `op` for these arguments, memoised on everything that it depends on; see `choose`."""
-    forced = forced_backend()
+    forced = forced_backend() if _blocks or _environment.get(_DLVAE_BACKEND) else None
     key: tuple[Any, ...] = (op, forced, _environment.get(_DLVAE_CPU), _environment.get(_TRITON_INTERPRET))
     for arg in args:
         if isinstance(arg, torch.Tensor):

@@ -56,4 +56,4 @@ def gather_codes(codebook: Tensor, indices: Tensor) -> Tensor:
     check_same_device("indices", indices, "codebook", codebook)
     if is_differentiated(codebook):
         return differentiable(_GatherCodes, codebook, indices)
-    return ops.call("gather_codes_fwd", codebook.detach(), indices)
+    return ops.call("gather_codes_fwd", codebook, indices)
