@@ -2,12 +2,15 @@
 
 from .backends import BackendUnavailable, backend_info, use_backend
 from .functional import (
+    ResidualQuantizeOutput,
     VectorQuantizeOutput,
     ema_update,
     gather_codes,
     kept_softmax,
     nearest_code,
     one_hot,
+    residual_decode,
+    residual_quantize,
     sparse_decode,
     topk_codes,
     vector_quantize,
@@ -26,6 +29,7 @@ __version__ = "0.1.0"
 __all__ = [
     "BackendUnavailable",
     "DictionaryLearning",
+    "ResidualQuantizeOutput",
     "SparseAutoencoder",
     "SparseAutoencoderOutput",
     "SparseRepresentation",
@@ -38,6 +42,8 @@ __all__ = [
     "kept_softmax",
     "nearest_code",
     "one_hot",
+    "residual_decode",
+    "residual_quantize",
     "sparse_decode",
     "topk_codes",
     "use_backend",

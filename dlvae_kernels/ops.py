@@ -29,6 +29,8 @@ class Operation(NamedTuple):
     fake: Callable[..., Any]
     # Takes the arguments of the operation and returns the caller's indices and the number of codes that bounds them.
     indices: Callable[..., tuple[Tensor, int]] | None = None
+    # The lowest index in range: -1 where it stands for no code.
+    lowest: int = 0
 
 
 def register_autograd(name: str, backward: Callable[..., Any], setup_context: Callable[..., Any]) -> None:
@@ -89,6 +91,28 @@ def _ema_step(
     codebook: Tensor, cluster_size: Tensor, embed_sum: Tensor, statistics: Tensor, decay: float, epsilon: float
 ) -> None:
     return None
+
+
+def _residual_quantize_fwd(
+    x: Tensor, codebooks: Tensor, levels: Tensor | None, mask: Tensor | None, precision: str, gradient: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    num_levels, num_codes, _ = codebooks.shape
+    losses = x.new_empty(num_levels, dtype=_sum_dtype(x.dtype))
+    indices = x.new_empty((*x.shape[:-1], num_levels), dtype=torch.int64)
+    counts = x.new_empty((num_levels, num_codes), dtype=torch.int64)
+    return torch.empty_like(x), indices, losses, torch.empty_like(losses), counts
+
+
+def _residual_quantize_bwd(*args: Any) -> tuple[Tensor, Tensor]:
+    _, _, _, x, _, codebooks, _, need_x, need_codebooks = args
+    empty = x.new_empty(0, dtype=_sum_dtype(x.dtype))
+    grad_codebooks = empty.new_empty(codebooks.shape) if need_codebooks else torch.empty_like(empty)
+    return torch.empty_like(x) if need_x else empty, grad_codebooks
+
+
+def _residual_statistics(x: Tensor, indices: Tensor, codebooks: Tensor) -> Tensor:
+    num_levels, num_codes, num_features = codebooks.shape
+    return x.new_empty((num_levels, num_codes, num_features + 1), dtype=_sum_dtype(x.dtype))
 
 
 def _sparse_decode_fwd(values: Tensor, indices: Tensor, dictionary: Tensor) -> Tensor:
@@ -156,6 +180,22 @@ OPERATIONS = (
         _ema_step,
     ),
     Operation(
+        "residual_quantize_fwd(Tensor x, Tensor codebooks, Tensor? levels, Tensor? mask, str precision, str gradient)"
+        " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+        _residual_quantize_fwd,
+    ),
+    Operation(
+        "residual_quantize_bwd(Tensor grad_quantized, Tensor grad_codebook_loss, Tensor grad_commitment_loss, Tensor x,"
+        " Tensor indices, Tensor codebooks, str gradient, bool need_x, bool need_codebooks) -> (Tensor, Tensor)",
+        _residual_quantize_bwd,
+    ),
+    Operation(
+        "residual_statistics(Tensor x, Tensor indices, Tensor codebooks) -> Tensor",
+        _residual_statistics,
+        lambda x, indices, codebooks: (indices, codebooks.shape[1]),
+        lowest=-1,
+    ),
+    Operation(
         "sparse_decode_fwd(Tensor values, Tensor indices, Tensor dictionary) -> Tensor",
         _sparse_decode_fwd,
         lambda values, indices, dictionary: (indices, dictionary.shape[0]),
@@ -204,7 +244,7 @@ def _is_traced() -> bool:
 
 def _router(operation: Operation) -> Callable[..., Any]:
     """The implementation of an operation, which runs each call on the backend of its route."""
-    name, indices_of = operation.schema.partition("(")[0], operation.indices
+    name, indices_of, lowest = operation.schema.partition("(")[0], operation.indices, operation.lowest
 
     def run(*args: Any) -> Any:
         return find_route(name, *args).function(*args)
@@ -212,20 +252,20 @@ def _router(operation: Operation) -> Callable[..., Any]:
     def run_with_range_check(*args: Any) -> Any:
         function, checks_indices = find_route(name, *args)
         if not checks_indices:
-            _check_range(*indices_of(*args))  # type: ignore[misc]
+            _check_range(*indices_of(*args), lowest=lowest)  # type: ignore[misc]
             return function(*args)
         try:
             return function(*args)
         except RuntimeError:
             # The C++ kernels check indices as they read them. This check raises the ValueError of all backends.
-            _check_range(*indices_of(*args))  # type: ignore[misc]
+            _check_range(*indices_of(*args), lowest=lowest)  # type: ignore[misc]
             raise
 
     return run if indices_of is None else run_with_range_check
 
 
-def _check_range(indices: Tensor, num_codes: int) -> None:
-    """Check that indices lie in [0, num_codes).
+def _check_range(indices: Tensor, num_codes: int, *, lowest: int) -> None:
+    """Check that indices lie in [lowest, num_codes).
 
     On CUDA the values would have to be copied to the host, which synchronises: there, the check runs on the device and
     only under DLVAE_CHECK=1.
@@ -234,10 +274,12 @@ def _check_range(indices: Tensor, num_codes: int) -> None:
         return
     if indices.device.type == "cpu":
         low, high = (int(bound) for bound in indices.aminmax())
-        if low < 0 or high >= num_codes:
-            raise ValueError(f"expected indices in [0, {num_codes}), got {low if low < 0 else high}")
+        if low < lowest or high >= num_codes:
+            meaning = " (-1 stands for no code)" if lowest < 0 else ""
+            got = low if low < lowest else high
+            raise ValueError(f"expected indices in [{lowest}, {num_codes}){meaning}, got {got}")
     elif os.environ.get("DLVAE_CHECK") == "1":
-        torch._assert_async(((indices >= 0) & (indices < num_codes)).all())
+        torch._assert_async(((indices >= lowest) & (indices < num_codes)).all())
 
 
 def _register(operation: Operation) -> None:

@@ -5,12 +5,14 @@ from .gather_codes import gather_codes
 from .kept_softmax import kept_softmax
 from .nearest_code import nearest_code
 from .one_hot import one_hot
+from .residual_quantize import ResidualQuantizeOutput, residual_decode, residual_quantize, residual_statistics
 from .sparse_decode import sparse_decode
 from .straight_through import straight_through
 from .topk_codes import topk_codes
 from .vector_quantize import VectorQuantizeOutput, vector_quantize
 
 __all__ = [
+    "ResidualQuantizeOutput",
     "VectorQuantizeOutput",
     "ema_statistics",
     "ema_step",
@@ -19,6 +21,9 @@ __all__ = [
     "kept_softmax",
     "nearest_code",
     "one_hot",
+    "residual_decode",
+    "residual_quantize",
+    "residual_statistics",
     "sparse_decode",
     "straight_through",
     "topk_codes",

@@ -67,6 +67,36 @@ def check_vectors(name: str, x: Tensor, codebook_name: str, codebook: Tensor) ->
     _check_parameter_dtype(codebook_name, codebook, name, x)
 
 
+def check_codebooks(name: str, codebooks: Tensor) -> None:
+    """Check for a floating tensor [L, K, D] with L, K and D >= 1."""
+    check_floating(name, codebooks)
+    if codebooks.ndim != 3 or 0 in codebooks.shape:
+        raise ValueError(f"expected {name} of shape [L, K, D] with L, K and D >= 1, got {tuple(codebooks.shape)}")
+
+
+def check_vectors_of_levels(name: str, x: Tensor, codebooks_name: str, codebooks: Tensor) -> None:
+    """Check that x [..., D] fits codebooks [L, K, D]: one device and D, and codebooks of the dtype of x or float32."""
+    check_floating(name, x)
+    check_codebooks(codebooks_name, codebooks)
+    if x.ndim == 0 or x.shape[-1] != codebooks.shape[2]:
+        raise ValueError(
+            f"expected {name} of shape [..., {codebooks.shape[2]}], with the D of {codebooks_name},"
+            f" got {tuple(x.shape)}"
+        )
+    check_same_device(name, x, codebooks_name, codebooks)
+    _check_parameter_dtype(codebooks_name, codebooks, name, x)
+
+
+def check_flags(name: str, flags: Tensor, shape: torch.Size, other_name: str, other: Tensor) -> None:
+    """Check for a bool tensor of a shape, on the device of another tensor."""
+    check_tensor(name, flags)
+    if flags.dtype != torch.bool or flags.shape != shape:
+        raise ValueError(
+            f"expected {name} of shape {tuple(shape)} and dtype torch.bool, got {tuple(flags.shape)} and {flags.dtype}"
+        )
+    check_same_device(name, flags, other_name, other)
+
+
 def check_bias(name: str, bias: Tensor, codebook_name: str, codebook: Tensor) -> None:
     """Check for one number for each code of codebook [K, D], of its dtype or float32."""
     check_floating(name, bias)

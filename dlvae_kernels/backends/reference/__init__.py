@@ -9,6 +9,7 @@ from .gather_codes import gather_codes_bwd, gather_codes_fwd
 from .kept_softmax import kept_softmax_bwd, kept_softmax_fwd
 from .nearest_code import nearest_code
 from .one_hot import one_hot
+from .residual_quantize import residual_quantize_bwd, residual_quantize_fwd, residual_statistics
 from .sparse_decode import sparse_decode_bwd, sparse_decode_fwd
 from .topk_codes import topk_codes
 from .vector_quantize import vector_quantize_bwd, vector_quantize_fwd
@@ -22,6 +23,9 @@ __all__ = [
     "kept_softmax_fwd",
     "nearest_code",
     "one_hot",
+    "residual_quantize_bwd",
+    "residual_quantize_fwd",
+    "residual_statistics",
     "sparse_decode_bwd",
     "sparse_decode_fwd",
     "topk_codes",
