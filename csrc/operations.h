@@ -36,22 +36,23 @@ using OptionalTensor = std::optional<Tensor>;
       gather_codes_fwd, Tensor, (const Tensor& codebook, const Tensor& indices), \
       "(Tensor codebook, Tensor indices) -> Tensor") \
   OPERATION( \
-      gather_codes_bwd, Tensor, (const Tensor& grad, const Tensor& indices, int64_t num_codes), \
-      "(Tensor grad, Tensor indices, int num_codes) -> Tensor") \
+      gather_codes_bwd, Tensor, (const Tensor& grad, const Tensor& indices, int64_t num_codes, int64_t num_heads), \
+      "(Tensor grad, Tensor indices, int num_codes, int num_heads) -> Tensor") \
   OPERATION( \
       vector_quantize_fwd, Tensors6, \
-      (const Tensor& x, const Tensor& codebook, bool need_error, std::string precision), \
-      "(Tensor x, Tensor codebook, bool need_error, str precision)" \
+      (const Tensor& x, const Tensor& codebook, bool need_error, std::string precision, OptionalTensor mask), \
+      "(Tensor x, Tensor codebook, bool need_error, str precision, Tensor? mask)" \
       " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)") \
   OPERATION( \
       vector_quantize_bwd, Tensors2, \
       (const Tensor& grad_quantized, const Tensor& grad_codebook_loss, const Tensor& grad_commitment_loss, \
-       const Tensor& half_error, const Tensor& indices, int64_t num_codes, bool need_x, bool need_codebook), \
+       const Tensor& half_error, const Tensor& indices, int64_t num_codes, int64_t num_heads, bool need_x, \
+       bool need_codebook), \
       "(Tensor grad_quantized, Tensor grad_codebook_loss, Tensor grad_commitment_loss, Tensor half_error," \
-      " Tensor indices, int num_codes, bool need_x, bool need_codebook) -> (Tensor, Tensor)") \
+      " Tensor indices, int num_codes, int num_heads, bool need_x, bool need_codebook) -> (Tensor, Tensor)") \
   OPERATION( \
-      ema_statistics, Tensor, (const Tensor& x, const Tensor& indices, int64_t num_codes), \
-      "(Tensor x, Tensor indices, int num_codes) -> Tensor") \
+      ema_statistics, Tensor, (const Tensor& x, const Tensor& indices, int64_t num_codes, int64_t num_heads), \
+      "(Tensor x, Tensor indices, int num_codes, int num_heads) -> Tensor") \
   OPERATION( \
       ema_step, void, \
       (const Tensor& codebook, const Tensor& cluster_size, const Tensor& embed_sum, const Tensor& statistics, \

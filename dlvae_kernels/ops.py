@@ -59,32 +59,33 @@ def _one_hot(indices: Tensor, num_codes: int, dtype: torch.dtype) -> Tensor:
 
 
 def _gather_codes_fwd(codebook: Tensor, indices: Tensor) -> Tensor:
-    return codebook.new_empty((*indices.shape, codebook.shape[1]))
+    return codebook.new_empty((*indices.shape, codebook.shape[-1]))
 
 
-def _gather_codes_bwd(grad: Tensor, indices: Tensor, num_codes: int) -> Tensor:
-    return grad.new_empty((num_codes, grad.shape[-1]), dtype=_sum_dtype(grad.dtype))
+def _gather_codes_bwd(grad: Tensor, indices: Tensor, num_codes: int, num_heads: int) -> Tensor:
+    return grad.new_empty((num_heads * num_codes, grad.shape[-1]), dtype=_sum_dtype(grad.dtype))
 
 
 def _vector_quantize_fwd(
-    x: Tensor, codebook: Tensor, need_error: bool, precision: str
+    x: Tensor, codebook: Tensor, need_error: bool, precision: str, mask: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     loss = x.new_empty((), dtype=_sum_dtype(x.dtype))
     indices = x.new_empty(x.shape[:-1], dtype=torch.int64)
-    counts = x.new_empty(codebook.shape[:1], dtype=torch.int64)
+    counts = x.new_empty(codebook.shape[:-1], dtype=torch.int64)
     half_error = torch.empty_like(x) if need_error else x.new_empty(0)
     return torch.empty_like(x), indices, loss, torch.empty_like(loss), counts, half_error
 
 
 def _vector_quantize_bwd(*args: Any) -> tuple[Tensor, Tensor]:
-    *_, half_error, _, num_codes, need_x, need_codebook = args
+    *_, half_error, _, num_codes, num_heads, need_x, need_codebook = args
     empty = half_error.new_empty(0, dtype=_sum_dtype(half_error.dtype))
-    grad_codebook = empty.new_empty((num_codes, half_error.shape[-1])) if need_codebook else torch.empty_like(empty)
+    shape = (num_heads * num_codes, half_error.shape[-1])
+    grad_codebook = empty.new_empty(shape) if need_codebook else torch.empty_like(empty)
     return torch.empty_like(half_error) if need_x else empty, grad_codebook
 
 
-def _ema_statistics(x: Tensor, indices: Tensor, num_codes: int) -> Tensor:
-    return x.new_empty((num_codes, x.shape[-1] + 1), dtype=_sum_dtype(x.dtype))
+def _ema_statistics(x: Tensor, indices: Tensor, num_codes: int, num_heads: int) -> Tensor:
+    return x.new_empty((num_heads * num_codes, x.shape[-1] + 1), dtype=_sum_dtype(x.dtype))
 
 
 def _ema_step(
@@ -156,23 +157,26 @@ OPERATIONS = (
     Operation(
         "gather_codes_fwd(Tensor codebook, Tensor indices) -> Tensor",
         _gather_codes_fwd,
-        lambda codebook, indices: (indices, codebook.shape[0]),
+        lambda codebook, indices: (indices, codebook.shape[-2]),
     ),
-    Operation("gather_codes_bwd(Tensor grad, Tensor indices, int num_codes) -> Tensor", _gather_codes_bwd),
     Operation(
-        "vector_quantize_fwd(Tensor x, Tensor codebook, bool need_error, str precision)"
+        "gather_codes_bwd(Tensor grad, Tensor indices, int num_codes, int num_heads) -> Tensor", _gather_codes_bwd
+    ),
+    Operation(
+        "vector_quantize_fwd(Tensor x, Tensor codebook, bool need_error, str precision, Tensor? mask)"
         " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
         _vector_quantize_fwd,
     ),
     Operation(
         "vector_quantize_bwd(Tensor grad_quantized, Tensor grad_codebook_loss, Tensor grad_commitment_loss,"
-        " Tensor half_error, Tensor indices, int num_codes, bool need_x, bool need_codebook) -> (Tensor, Tensor)",
+        " Tensor half_error, Tensor indices, int num_codes, int num_heads, bool need_x, bool need_codebook)"
+        " -> (Tensor, Tensor)",
         _vector_quantize_bwd,
     ),
     Operation(
-        "ema_statistics(Tensor x, Tensor indices, int num_codes) -> Tensor",
+        "ema_statistics(Tensor x, Tensor indices, int num_codes, int num_heads) -> Tensor",
         _ema_statistics,
-        lambda x, indices, num_codes: (indices, num_codes),
+        lambda x, indices, num_codes, num_heads: (indices, num_codes),
     ),
     Operation(
         "ema_step(Tensor(a!) codebook, Tensor(b!) cluster_size, Tensor(c!) embed_sum, Tensor statistics, float decay,"

@@ -121,22 +121,24 @@ def cases() -> dict[str, Callable[[], Any]]:
     found["map"] = lambda: kernels.nearest_code(map, codebook[:512], False, "float32")
     indices, one = torch.zeros(1_024, dtype=torch.int64), torch.ones(())
     many, few = torch.zeros(65_536, 64), codebook[:512]
-    found["quantize, fused"] = lambda: kernels.vector_quantize_fwd(many, few, True, "float32")
+    found["quantize, fused"] = lambda: kernels.vector_quantize_fwd(many, few, True, "float32", None)
     found["quantize, fused, bfloat16"] = lambda: kernels.vector_quantize_fwd(
-        many.bfloat16(), few.bfloat16(), True, "float32"
+        many.bfloat16(), few.bfloat16(), True, "float32", None
     )
-    found["quantize, fused, D=8"] = lambda: kernels.vector_quantize_fwd(many[:, :8], codebook[:, :8], False, "float32")
-    found["quantize"] = lambda: kernels.vector_quantize_fwd(x, codebook, True, "float32")
-    found["quantize, no error"] = lambda: kernels.vector_quantize_fwd(x, codebook, False, "float32")
-    found["quantize, backward"] = lambda: kernels.vector_quantize_bwd(x, one, one, x, indices, 16_384, True, True)
+    found["quantize, fused, D=8"] = lambda: kernels.vector_quantize_fwd(
+        many[:, :8], codebook[:, :8], False, "float32", None
+    )
+    found["quantize"] = lambda: kernels.vector_quantize_fwd(x, codebook, True, "float32", None)
+    found["quantize, no error"] = lambda: kernels.vector_quantize_fwd(x, codebook, False, "float32", None)
+    found["quantize, backward"] = lambda: kernels.vector_quantize_bwd(x, one, one, x, indices, 16_384, 1, True, True)
     found["gather"] = lambda: kernels.gather_codes_fwd(codebook, indices)
-    found["gather, backward"] = lambda: kernels.gather_codes_bwd(x, indices, 16_384)
+    found["gather, backward"] = lambda: kernels.gather_codes_bwd(x, indices, 16_384, 1)
     found["one_hot"] = lambda: kernels.one_hot(indices, 512, torch.float32)
     found["ema"] = lambda: kernels.ema_step(
-        codebook, torch.ones(16_384), codebook.clone(), kernels.ema_statistics(x, indices, 16_384), 0.99, 1e-5
+        codebook, torch.ones(16_384), codebook.clone(), kernels.ema_statistics(x, indices, 16_384, 1), 0.99, 1e-5
     )
-    found["ema, few codes"] = lambda: kernels.ema_statistics(x, indices, 512)
-    found["ema, few codes, bfloat16"] = lambda: kernels.ema_statistics(x.bfloat16(), indices, 512)
+    found["ema, few codes"] = lambda: kernels.ema_statistics(x, indices, 512, 1)
+    found["ema, few codes, bfloat16"] = lambda: kernels.ema_statistics(x.bfloat16(), indices, 512, 1)
     # Triton compiles an argument that is 1 into a constant.
     single, first = torch.zeros(1, 1), torch.zeros(1, 1, dtype=torch.int64)
     for name, call in _ALL.items():
@@ -182,11 +184,11 @@ _ALL: dict[str, Callable[[torch.Tensor, torch.Tensor], Any]] = {
     "nearest_code": lambda x, i: kernels.nearest_code(x, x, True, "exact"),
     "topk_codes": lambda x, i: kernels.topk_codes(x, x, 1, "l2", None),
     "topk_codes, many": lambda x, i: kernels.topk_codes(x, x.expand(600, 1), 1, "dot", None),
-    "vector_quantize": lambda x, i: kernels.vector_quantize_fwd(x, x, True, "float32"),
-    "vector_quantize, backward": lambda x, i: kernels.vector_quantize_bwd(x, x, x, x, i[0], 1, True, True),
+    "vector_quantize": lambda x, i: kernels.vector_quantize_fwd(x, x, True, "float32", None),
+    "vector_quantize, backward": lambda x, i: kernels.vector_quantize_bwd(x, x, x, x, i[0], 1, 1, True, True),
     "gather_codes": lambda x, i: kernels.gather_codes_fwd(x, i),
     "one_hot": lambda x, i: kernels.one_hot(i, 1, torch.float32),
-    "ema_update": lambda x, i: kernels.ema_step(x, x[0], x, kernels.ema_statistics(x, i[0], 1), 0.9, 1e-5),
+    "ema_update": lambda x, i: kernels.ema_step(x, x[0], x, kernels.ema_statistics(x, i[0], 1, 1), 0.9, 1e-5),
     "sparse_decode": lambda x, i: kernels.sparse_decode_fwd(x, i, x),
     "sparse_decode, backward": lambda x, i: kernels.sparse_decode_bwd(x, x, i, x, True, True),
     "kept_softmax": lambda x, i: _softmax(x, x),

@@ -44,7 +44,8 @@ void check_state(const char* name, const Tensor& tensor, const std::vector<int64
 
 }  // namespace
 
-Tensor ema_statistics(const Tensor& x, const Tensor& indices, int64_t num_codes) {
+Tensor ema_statistics(const Tensor& x, const Tensor& indices, int64_t num_codes, int64_t num_heads) {
+  STD_TORCH_CHECK(num_heads == 1, "expected num_heads to be 1, got ", num_heads);
   const Rows rows = rows_of("x", x);
   const Indices codes("indices", indices);
   STD_TORCH_CHECK(

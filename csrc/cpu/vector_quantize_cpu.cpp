@@ -28,7 +28,8 @@ std::vector<int64_t> memory_order(const Tensor& tensor) {
 }  // namespace
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> vector_quantize_fwd(
-    const Tensor& x, const Tensor& codebook, bool need_error, std::string precision) {
+    const Tensor& x, const Tensor& codebook, bool need_error, std::string precision, OptionalTensor mask) {
+  STD_TORCH_CHECK(!mask.has_value(), "expected mask to be None");
   const Rows rows = rows_of("x", x);
   check_codebook(codebook, rows);
   const Tensor quantized = new_like(x);
@@ -62,7 +63,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> vector_quantize_fwd(
 
 std::tuple<Tensor, Tensor> vector_quantize_bwd(
     const Tensor& grad_quantized, const Tensor& grad_codebook_loss, const Tensor& grad_commitment_loss,
-    const Tensor& half_error, const Tensor& indices, int64_t num_codes, bool need_x, bool need_codebook) {
+    const Tensor& half_error, const Tensor& indices, int64_t num_codes, int64_t num_heads, bool need_x,
+    bool need_codebook) {
+  STD_TORCH_CHECK(num_heads == 1, "expected num_heads to be 1, got ", num_heads);
   const Rows rows = rows_of("half_error", half_error);
   const Indices codes("indices", indices);
   STD_TORCH_CHECK(

@@ -67,7 +67,8 @@ __global__ void codes_kernel(
 
 }  // namespace
 
-Tensor ema_statistics(const Tensor& x, const Tensor& indices, int64_t num_codes) {
+Tensor ema_statistics(const Tensor& x, const Tensor& indices, int64_t num_codes, int64_t num_heads) {
+  STD_TORCH_CHECK(num_heads == 1, "expected num_heads to be 1, got ", num_heads);
   const Device device(x);
   const Rows rows = rows_of("x", x);
   const Tensor codes = indices_of("indices", indices);

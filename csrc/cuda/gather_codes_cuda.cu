@@ -62,7 +62,8 @@ Tensor gather_codes_fwd(const Tensor& codebook, const Tensor& indices) {
   return out;
 }
 
-Tensor gather_codes_bwd(const Tensor& grad, const Tensor& indices, int64_t num_codes) {
+Tensor gather_codes_bwd(const Tensor& grad, const Tensor& indices, int64_t num_codes, int64_t num_heads) {
+  STD_TORCH_CHECK(num_heads == 1, "expected num_heads to be 1, got ", num_heads);
   const Device device(grad);
   const Rows rows = rows_of("grad", grad);
   const Tensor codes = indices_of("indices", indices);

@@ -38,7 +38,7 @@ def ema_statistics(x: Tensor, indices: Tensor, num_codes: int) -> Tensor:
         raise ValueError("expected x of shape [..., D], got ()")
     check_indices_of("indices", indices, "x", x)
     num_codes = check_size("num_codes", num_codes, 1)
-    return ops.call("ema_statistics", x.detach(), indices, num_codes)
+    return ops.call("ema_statistics", x.detach(), indices, num_codes, 1)
 
 
 def ema_step(

@@ -29,7 +29,7 @@ class _GatherCodes(torch.autograd.Function):
     @once_differentiable("gather_codes")
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (indices,) = ctx.saved_tensors
-        return torch.ops.dlvae.gather_codes_bwd(grad, indices, ctx.num_codes).to(ctx.dtype), None
+        return torch.ops.dlvae.gather_codes_bwd(grad, indices, ctx.num_codes, 1).to(ctx.dtype), None
 
     @staticmethod
     def jvp(ctx: Any, codebook_tangent: Tensor, _: None) -> Tensor:

@@ -55,7 +55,7 @@ class _StraightThrough(torch.autograd.Function):
             # decoded - x, and the residual is x - decoded: hence the factor -0.5.
             grad_loss = -0.5 * grad_x_loss
             grad_x, _ = torch.ops.dlvae.vector_quantize_bwd(
-                grad, grad_loss, grad_loss, residual, indices, 1, True, False
+                grad, grad_loss, grad_loss, residual, indices, 1, 1, True, False
             )
         if need_decoded and grad_decoded_loss is not None:
             grad_decoded = residual * (grad_decoded_loss * -slope)

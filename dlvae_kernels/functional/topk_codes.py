@@ -47,7 +47,7 @@ class _TopkCodes(torch.autograd.Function):
             _, total = torch.ops.dlvae.sparse_decode_bwd(x, grad, indices, dictionary, False, True)
             grad_dictionary = total.to(dictionary.dtype)
         if need_bias:
-            total = torch.ops.dlvae.gather_codes_bwd(grad.unsqueeze(-1), indices, len(dictionary))
+            total = torch.ops.dlvae.gather_codes_bwd(grad.unsqueeze(-1), indices, len(dictionary), 1)
             grad_bias = total.squeeze(1).to(ctx.bias_dtype)
         return grad_x, grad_dictionary, None, None, grad_bias
 

@@ -42,12 +42,14 @@ class _VectorQuantize(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x: Tensor, codebook: Tensor, need_error: bool, precision: str) -> tuple[Tensor, ...]:
-        return torch.ops.dlvae.vector_quantize_fwd(x, codebook, need_error, precision)
+    def forward(
+        x: Tensor, codebook: Tensor, need_error: bool, precision: str, mask: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        return torch.ops.dlvae.vector_quantize_fwd(x, codebook, need_error, precision, mask)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        x, codebook, ctx.has_error, _ = inputs
+        x, codebook, ctx.has_error, _, _ = inputs
         _, indices, _, _, counts, half_error = output
         ctx.save_for_backward(half_error, indices, *inputs_of_func(x, codebook))
         ctx.save_for_forward(half_error, indices)
@@ -68,7 +70,7 @@ class _VectorQuantize(torch.autograd.Function):
         half_error, indices, *_ = ctx.saved_tensors
         need_x, need_codebook, *_ = ctx.needs_input_grad
         if grad_quantized is None and grad_codebook_loss is None and grad_commitment_loss is None:
-            return None, None, None, None
+            return None, None, None, None, None
         if grad_quantized is None:
             grad_quantized = torch.zeros_like(half_error)
         loss_dtype = torch.promote_types(half_error.dtype, torch.float32)
@@ -82,11 +84,12 @@ class _VectorQuantize(torch.autograd.Function):
             half_error,
             indices,
             ctx.num_codes,
+            1,
             need_x,
             need_codebook,
         )
         grad_codebook = grad_codebook.to(ctx.codebook_dtype) if need_codebook else None
-        return grad_x if need_x else None, grad_codebook, None, None
+        return grad_x if need_x else None, grad_codebook, None, None, None
 
     @staticmethod
     def jvp(ctx: Any, x_tangent: Tensor | None, codebook_tangent: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
@@ -132,7 +135,7 @@ def vector_quantize(x: Tensor, codebook: Tensor, *, precision: Precision = "floa
     check_vectors("x", x, "codebook", codebook)
     check_choice("precision", precision, PRECISIONS)
     if is_differentiated(x, codebook):
-        *outputs, _ = differentiable(_VectorQuantize, x, codebook, True, precision)
+        *outputs, _ = differentiable(_VectorQuantize, x, codebook, True, precision, None)
     else:
-        *outputs, _ = ops.call("vector_quantize_fwd", x.detach(), codebook.detach(), False, precision)
+        *outputs, _ = ops.call("vector_quantize_fwd", x.detach(), codebook.detach(), False, precision, None)
     return VectorQuantizeOutput(*outputs)

@@ -257,12 +257,12 @@ def test_sums_code_that_fills_many_chunks_are_exact(emulated, n, d):
     indices = torch.full((n,), 3)
     indices[::127] = 5
     expected = torch.zeros(7, d).index_add(0, indices, x)
-    assert torch.equal(emulated.gather_codes_bwd(x, indices, 7), expected)
+    assert torch.equal(emulated.gather_codes_bwd(x, indices, 7, 1), expected)
     counts = torch.bincount(indices, minlength=7).float()[:, None]
-    assert torch.equal(emulated.ema_statistics(x, indices, 7), torch.cat([expected, counts], 1))
+    assert torch.equal(emulated.ema_statistics(x, indices, 7, 1), torch.cat([expected, counts], 1))
     outside = torch.where(indices == 5, 2**40, indices)
     expected[5] = 0
-    assert torch.equal(emulated.gather_codes_bwd(x, outside, 7), expected)
+    assert torch.equal(emulated.gather_codes_bwd(x, outside, 7, 1), expected)
 
 
 def test_operations_index_out_of_range_reads_nothing(emulated):
@@ -294,14 +294,14 @@ def test_operations_invalid_arguments_raise_named_errors(emulated):
         (r"expected codebook of shape \[K, D\], got \[3\]", "nearest_code", (x, codes[0], False, "float32")),
         (r"expected codebook .* K >= 1, got \[0, 3\]", "nearest_code", (x, codes[:0], False, "float32")),
         ("expected x of D = 3 features as in codebook, got 2", "nearest_code", (x[:, :2], codes, False, "float32")),
-        (r"expected codebook .* K >= 1, got \[0, 3\]", "vector_quantize_fwd", (x, codes[:0], True, "float32")),
-        ("expected grad_quantized of the shape", "vector_quantize_bwd", (x[:1], one, one, x, row, 5, True, True)),
-        ("2 vectors of half_error, got 1", "vector_quantize_bwd", (x, one, one, x, row[:1], 5, True, True)),
-        ("expected grad_codebook_loss to be one", "vector_quantize_bwd", (x, x, one, x, row, 5, True, True)),
+        (r"expected codebook .* K >= 1, got \[0, 3\]", "vector_quantize_fwd", (x, codes[:0], True, "float32", None)),
+        ("expected grad_quantized of the shape", "vector_quantize_bwd", (x[:1], one, one, x, row, 5, 1, True, True)),
+        ("2 vectors of half_error, got 1", "vector_quantize_bwd", (x, one, one, x, row[:1], 5, 1, True, True)),
+        ("expected grad_codebook_loss to be one", "vector_quantize_bwd", (x, x, one, x, row, 5, 1, True, True)),
         (
             "expected grad_commitment_loss to be one",
             "vector_quantize_bwd",
-            (x, one, one.double(), x, row, 5, True, True),
+            (x, one, one.double(), x, row, 5, 1, True, True),
         ),
         (r"expected k in .*\[1, 5\] .*, got 6", "topk_codes", (x, codes, 6, "l2", None)),
         (r"expected k in .*\[1, 5\] .*, got 0", "topk_codes", (x, codes, 0, "l2", None)),
@@ -318,9 +318,9 @@ def test_operations_invalid_arguments_raise_named_errors(emulated):
             "kept_softmax_bwd",
             (x, x, x[:, :2], x, codes, None, i, True, True, False),
         ),
-        ("2 vectors of grad, got 1", "gather_codes_bwd", (x, row[:1], 5)),
+        ("2 vectors of grad, got 1", "gather_codes_bwd", (x, row[:1], 5, 1)),
         (r"expected codebook of shape \[K, D\], got \[3\]", "gather_codes_fwd", (x[0], row)),
-        ("2 vectors of x, got 1", "ema_statistics", (x, row[:1], 5)),
+        ("2 vectors of x, got 1", "ema_statistics", (x, row[:1], 5, 1)),
         (
             "expected cluster_size, embed_sum and statistics of shapes",
             "ema_step",

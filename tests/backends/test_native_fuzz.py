@@ -207,7 +207,7 @@ def test_vector_quantize_fwd_random_inputs_equals_reference(cpu, data):
     d = data.draw(FEATURES)
     x = tensor(data, *leading(data, data.draw(ROWS)), d)
     codebook = codebook_for(data, x, data.draw(CODES), d, odd=False)
-    args = x, codebook, data.draw(st.booleans()), "float32"
+    args = x, codebook, data.draw(st.booleans()), "float32", None
     results, like = run(cpu, "vector_quantize_fwd", *args), reference.vector_quantize_fwd(*args)
     quantized, indices, codebook_loss, commitment_loss, counts, half_error = results
     assert_nearest(indices, x, codebook)
@@ -232,7 +232,7 @@ def test_vector_quantize_bwd_random_inputs_equals_reference(cpu, data):
     losses = (torch.tensor(data.draw(st.sampled_from((0.0, 1.0, 0.25)))) for _ in range(2))
     needs = data.draw(st.booleans()), data.draw(st.booleans())
     assert_like_reference(
-        cpu, "vector_quantize_bwd", grad, *losses, error, indices_below(data, k, *shape[:-1]), k, *needs
+        cpu, "vector_quantize_bwd", grad, *losses, error, indices_below(data, k, *shape[:-1]), k, 1, *needs
     )
 
 
@@ -296,13 +296,13 @@ def test_gather_codes_random_inputs_equals_reference(cpu, data):
     k, d = data.draw(CODES), data.draw(FEATURES)
     indices = indices_below(data, k, *leading(data, data.draw(ROWS)))
     assert_like_reference(cpu, "gather_codes_fwd", tensor(data, k, d, odd=True), indices)
-    assert_like_reference(cpu, "gather_codes_bwd", tensor(data, *indices.shape, d, odd=True), indices, k)
+    assert_like_reference(cpu, "gather_codes_bwd", tensor(data, *indices.shape, d, odd=True), indices, k, 1)
 
 
 @fuzz("ema_statistics")
 def test_ema_statistics_random_inputs_equals_reference(cpu, data):
     k, x = data.draw(CODES), tensor(data, *leading(data, data.draw(ROWS)), data.draw(FEATURES), odd=True)
-    assert_like_reference(cpu, "ema_statistics", x, indices_below(data, k, *x.shape[:-1]), k)
+    assert_like_reference(cpu, "ema_statistics", x, indices_below(data, k, *x.shape[:-1]), k, 1)
 
 
 @fuzz("ema_step")
@@ -377,7 +377,7 @@ def test_kept_softmax_random_inputs_equals_formula(cpu, data):
 THREADED = {
     "nearest_code": lambda x, codes, i, w: (x, codes, True, "float32"),
     "topk_codes": lambda x, codes, i, w: (x, codes, 8, "l2", None),
-    "vector_quantize_fwd": lambda x, codes, i, w: (x, codes, True, "float32"),
+    "vector_quantize_fwd": lambda x, codes, i, w: (x, codes, True, "float32", None),
     "vector_quantize_bwd": lambda x, codes, i, w: (
         x,
         w[0, 0],
@@ -385,11 +385,12 @@ THREADED = {
         x,
         i[..., 0].contiguous(),
         len(codes),
+        1,
         True,
         True,
     ),
-    "gather_codes_bwd": lambda x, codes, i, w: (x, i[..., 0], len(codes)),
-    "ema_statistics": lambda x, codes, i, w: (x, i[..., 0], len(codes)),
+    "gather_codes_bwd": lambda x, codes, i, w: (x, i[..., 0], len(codes), 1),
+    "ema_statistics": lambda x, codes, i, w: (x, i[..., 0], len(codes), 1),
     "sparse_decode_fwd": lambda x, codes, i, w: (w, i, codes),
     "sparse_decode_bwd": lambda x, codes, i, w: (x, w, i, codes, True, True),
     "kept_softmax_fwd": lambda x, codes, i, w: (x, codes, None, i),

@@ -56,8 +56,8 @@ def test_sums_any_number_of_features_are_exact(d):
     rows, codes, weights = whole(90, d), torch.randint(0, 13, (90, 21)), whole(90, 21)
     atoms = whole(13, d)
     exact = sums(rows, codes[:, :1], 13)
-    assert torch.equal(native.gather_codes_bwd(rows, codes[:, 0], 13).double(), exact)
-    assert torch.equal(native.ema_statistics(rows, codes[:, 0], 13)[:, :-1].double(), exact)
+    assert torch.equal(native.gather_codes_bwd(rows, codes[:, 0], 13, 1).double(), exact)
+    assert torch.equal(native.ema_statistics(rows, codes[:, 0], 13, 1)[:, :-1].double(), exact)
     out = native.sparse_decode_fwd(weights, codes, atoms)
     assert torch.equal(out, (weights[..., None] * atoms[codes]).sum(1))
     grad_values, grad_atoms = native.sparse_decode_bwd(rows, weights, codes, atoms, True, True)
@@ -89,22 +89,22 @@ def test_sums_atoms_that_span_blocks_are_exact(n, dtype):
 def test_sums_codes_that_span_copies_are_exact(n):
     codes = torch.randint(0, 3, (n,))
     for rows in (whole(n, 128).half(), whole(128, n).T, whole(128, n).bfloat16().T):
-        assert torch.equal(native.gather_codes_bwd(rows, codes, 3).double(), sums(rows, codes[:, None], 3))
+        assert torch.equal(native.gather_codes_bwd(rows, codes, 3, 1).double(), sums(rows, codes[:, None], 3))
 
 
 def test_sums_rows_copied_in_blocks_equal_those_in_place():
     """Codes with several chains of additions, that go on from one block of copied rows to the next."""
     x, codes = torch.randn(20_000, 256).bfloat16(), torch.randint(0, 60, (20_000,)) ** 2
-    expected = native.ema_statistics(x.float(), codes, 3600)
+    expected = native.ema_statistics(x.float(), codes, 3600, 1)
     for rows in (x, x.float().T.contiguous().T):
-        assert torch.equal(native.ema_statistics(rows, codes, 3600), expected)
+        assert torch.equal(native.ema_statistics(rows, codes, 3600, 1), expected)
 
 
 def test_sums_rows_visited_in_blocks_equal_those_in_one_pass():
     """A block has 512 rows with these features, and a row is of three codes."""
     x, codes = torch.randn(2000, 256), torch.randint(0, 40, (2000, 3)) ** 2
     _, in_blocks = native.sparse_decode_bwd(x, torch.ones(codes.shape), codes, x[:1600], False, True)
-    assert torch.equal(in_blocks, native.gather_codes_bwd(x.repeat_interleave(3, 0), codes.flatten(), 1600))
+    assert torch.equal(in_blocks, native.gather_codes_bwd(x.repeat_interleave(3, 0), codes.flatten(), 1600, 1))
 
 
 @pytest.mark.parametrize("num_codes", [1, 2, 40, 70_000])
@@ -128,14 +128,14 @@ def test_sums_any_number_of_threads_are_bitwise_reproducible(threads, num_codes,
         torch.set_num_threads(count)
         results.append(
             [
-                native.gather_codes_bwd(rows, first, num_codes),
-                native.gather_codes_bwd(by_channel, first.view(4, -1), num_codes),
-                native.gather_codes_bwd(rows.half(), first, num_codes),
-                native.ema_statistics(rows, first, num_codes),
+                native.gather_codes_bwd(rows, first, num_codes, 1),
+                native.gather_codes_bwd(by_channel, first.view(4, -1), num_codes, 1),
+                native.gather_codes_bwd(rows.half(), first, num_codes, 1),
+                native.ema_statistics(rows, first, num_codes, 1),
                 native.sparse_decode_fwd(values, codes, atoms),
                 *native.sparse_decode_bwd(rows, values, codes, atoms, True, True),
                 *native.vector_quantize_bwd(
-                    by_channel, one, one, by_channel + 1, first.view(4, -1), num_codes, True, True
+                    by_channel, one, one, by_channel + 1, first.view(4, -1), num_codes, 1, True, True
                 ),
             ]
         )
@@ -162,7 +162,7 @@ def test_vector_quantize_bwd_any_layout_equals_reference(layout, dtype):
     }
     for name, grad in gradients.items():
         for needs in ((True, True), (True, False), (False, True)):
-            args = (grad, *losses, error, indices, 9, *needs)
+            args = (grad, *losses, error, indices, 9, 1, *needs)
             actual, expected = native.vector_quantize_bwd(*args), reference.vector_quantize_bwd(*args)
             for a, b in zip(actual, expected, strict=True):
                 assert (a.shape, a.dtype, a.stride()) == (b.shape, b.dtype, b.stride()), name
@@ -171,7 +171,7 @@ def test_vector_quantize_bwd_any_layout_equals_reference(layout, dtype):
 
 def test_vector_quantize_bwd_without_loss_gradient_passes_gradient_through():
     grad, error, zero = torch.randn(30, 5), torch.randn(30, 5), torch.zeros(())
-    grad_x, grad_codebook = native.vector_quantize_bwd(grad, zero, zero, error, torch.arange(30), 30, True, True)
+    grad_x, grad_codebook = native.vector_quantize_bwd(grad, zero, zero, error, torch.arange(30), 30, 1, True, True)
     assert torch.equal(grad_x, grad)
     assert not grad_codebook.any()
 
@@ -209,7 +209,7 @@ def test_ema_step_any_strides_equals_contiguous(decay, dtype):
 
 def test_ema_statistics_overflowing_sum_counts_finite_rows():
     x = torch.tensor([[3e38, 1.0], [3e38, 2.0], [1.0, torch.nan], [5.0, 6.0]])
-    statistics = native.ema_statistics(x, torch.tensor([0, 0, 1, 1]), 3)
+    statistics = native.ema_statistics(x, torch.tensor([0, 0, 1, 1]), 3, 1)
     assert statistics.tolist() == [[torch.inf, 3, 2], [5, 6, 1], [0, 0, 0]]
 
 
@@ -244,9 +244,9 @@ def test_indices_out_of_range_raise(bad):
     calls = {
         "one_hot": (codes, 9, torch.float32),
         "gather_codes_fwd": (atoms, codes),
-        "gather_codes_bwd": (rows, last, 9),
-        "ema_statistics": (rows, last, 9),
-        "vector_quantize_bwd": (rows, one, one, rows, last, 9, True, True),
+        "gather_codes_bwd": (rows, last, 9, 1),
+        "ema_statistics": (rows, last, 9, 1),
+        "vector_quantize_bwd": (rows, one, one, rows, last, 9, 1, True, True),
         "sparse_decode_fwd": (values, codes, atoms),
         "sparse_decode_bwd": (rows, values, codes, atoms, True, False),
     }
@@ -262,9 +262,9 @@ def test_indices_out_of_range_raise(bad):
 def test_operations_invalid_arguments_raise_named_errors():
     rows, codes = whole(5, 3), torch.zeros(5, dtype=torch.int64)
     cases = [
-        ("gather_codes_bwd", (rows, codes[:4], 2), "expected one index for each of the 5 vectors of grad, got 4"),
-        ("gather_codes_bwd", (rows, codes, 0), "expected num_codes to be at least 1, got 0"),
-        ("ema_statistics", (rows, codes.int(), 2), "expected indices of dtype int64, got Int"),
+        ("gather_codes_bwd", (rows, codes[:4], 2, 1), "expected one index for each of the 5 vectors of grad, got 4"),
+        ("gather_codes_bwd", (rows, codes, 0, 1), "expected num_codes to be at least 1, got 0"),
+        ("ema_statistics", (rows, codes.int(), 2, 1), "expected indices of dtype int64, got Int"),
         (
             "ema_step",
             (rows, rows[:, 0], rows, rows, 0.9, 0.0),
@@ -283,12 +283,12 @@ def test_operations_invalid_arguments_raise_named_errors():
         ),
         (
             "vector_quantize_bwd",
-            (rows[:2], rows, rows, rows, codes, 2, True, False),
+            (rows[:2], rows, rows, rows, codes, 2, 1, True, False),
             "expected grad_quantized of the shape",
         ),
         (
             "vector_quantize_bwd",
-            (rows, rows, rows, rows, codes, 2, False, True),
+            (rows, rows, rows, rows, codes, 2, 1, False, True),
             r"expected grad_codebook_loss to be one number, got shape \[5, 3\]",
         ),
     ]

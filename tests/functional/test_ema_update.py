@@ -126,7 +126,7 @@ def test_ema_statistics_repeated_call_is_bitwise_reproducible(device):
 def test_ema_update_opcheck_and_compile_pass(device):
     x, indices = vectors(10, 3, device), torch.arange(10, device=device) % 4
     statistics = ema_statistics(x, indices, 5)
-    torch.library.opcheck(torch.ops.dlvae.ema_statistics, (x, indices, 5))
+    torch.library.opcheck(torch.ops.dlvae.ema_statistics, (x, indices, 5, 1))
     torch.library.opcheck(torch.ops.dlvae.ema_step, (*state(5, 3, device), statistics, 0.9, 1e-5))
     eager, traced = state(5, 3, device), None
     traced = [tensor.clone() for tensor in eager]

@@ -68,14 +68,14 @@ def test_gather_codes_gradcheck_passes(device):
 def test_gather_codes_gradient_repeated_call_is_bitwise_reproducible(device):
     torch.use_deterministic_algorithms(False)
     indices, grad = torch.randint(0, 7, (5000,), device=device), vectors(5000, 16, device)
-    first, second = (torch.ops.dlvae.gather_codes_bwd(grad, indices, 7) for _ in range(2))
+    first, second = (torch.ops.dlvae.gather_codes_bwd(grad, indices, 7, 1) for _ in range(2))
     assert torch.equal(first, second)
 
 
 def test_gather_codes_opcheck_and_compile_pass(device):
     codebook, indices = vectors(5, 3, device), torch.tensor([[0, 4], [1, 1]], device=device)
     torch.library.opcheck(torch.ops.dlvae.gather_codes_fwd, (codebook, indices))
-    torch.library.opcheck(torch.ops.dlvae.gather_codes_bwd, (vectors(4, 3, device), indices.flatten(), 5))
+    torch.library.opcheck(torch.ops.dlvae.gather_codes_bwd, (vectors(4, 3, device), indices.flatten(), 5, 1))
     codebook.requires_grad_()
     compiled = torch.compile(gather_codes, fullgraph=True, backend="aot_eager")
     compiled(codebook, indices).sum().backward()

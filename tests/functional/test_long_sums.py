@@ -77,7 +77,7 @@ def test_codebook_gradient_equal_vectors_error_is_bounded(device, value):
     exact = float(grad[0, 0]) * NUM_VECTORS
     assert relative_error(codebook.grad[1], exact) <= ERROR
     one = torch.ones((), device=device)
-    arguments = (grad, one, one, grad, indices, 3, False, True)
+    arguments = (grad, one, one, grad, indices, 3, 1, False, True)
     _, grad_codebook = torch.ops.dlvae.vector_quantize_bwd(*arguments)
     # The slope of half an error, 4 / numel, is rounded to float32.
     assert relative_error(grad_codebook[1], exact * 4 / grad.numel()) <= ERROR + 2**-23

@@ -138,12 +138,12 @@ def test_vector_quantize_repeated_call_is_bitwise_reproducible(device):
 
 def test_vector_quantize_opcheck_passes(device):
     x, codebook = layouts(20, 6, device)["channel_first"], vectors(5, 6, device)
-    torch.library.opcheck(torch.ops.dlvae.vector_quantize_fwd, (x, codebook, False, "float32"))
-    torch.library.opcheck(torch.ops.dlvae.vector_quantize_fwd, (x, codebook, True, "float32"))
-    _, indices, *_, error = torch.ops.dlvae.vector_quantize_fwd(x, codebook, True, "float32")
+    torch.library.opcheck(torch.ops.dlvae.vector_quantize_fwd, (x, codebook, False, "float32", None))
+    torch.library.opcheck(torch.ops.dlvae.vector_quantize_fwd, (x, codebook, True, "float32", None))
+    _, indices, *_, error = torch.ops.dlvae.vector_quantize_fwd(x, codebook, True, "float32", None)
     one = torch.ones((), device=device)
     for needs in ((True, True), (True, False), (False, True)):
-        args = (torch.randn_like(x), one, one, error, indices, 5, *needs)
+        args = (torch.randn_like(x), one, one, error, indices, 5, 1, *needs)
         torch.library.opcheck(torch.ops.dlvae.vector_quantize_bwd, args)
 
 

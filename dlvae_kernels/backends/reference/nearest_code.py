@@ -9,6 +9,12 @@ from .scores import distance_scores
 
 
 def nearest_code(x: Tensor, codebook: Tensor, return_distance: bool, precision: str) -> tuple[Tensor, Tensor]:
+    if codebook.ndim == 3:
+        heads = [
+            nearest_code(x[..., h, :], codes, return_distance, precision) for h, codes in enumerate(codebook.unbind())
+        ]
+        indices = torch.stack([each for each, _ in heads], -1)
+        return indices, torch.stack([each for _, each in heads], -1) if return_distance else heads[0][1]
     vectors = x.reshape(-1, x.shape[-1])  # [N, D]
     num_distances = len(vectors) if return_distance else 0
     indices = torch.empty(len(vectors), dtype=torch.int64, device=x.device)

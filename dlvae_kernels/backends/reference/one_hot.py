@@ -8,4 +8,7 @@ from torch import Tensor
 
 def one_hot(indices: Tensor, num_codes: int, dtype: torch.dtype) -> Tensor:
     per_vector = indices if indices.ndim == 2 else indices[:, None]  # [N, k]
-    return torch.zeros(len(indices), num_codes, dtype=dtype, device=indices.device).scatter_(1, per_vector, 1)
+    # The last column, which is cut off, takes the ones of the index -1.
+    columns = torch.where(per_vector < 0, num_codes, per_vector)
+    out = torch.zeros(len(indices), num_codes + 1, dtype=dtype, device=indices.device).scatter_(1, columns, 1)
+    return out[:, :num_codes].contiguous()

@@ -21,28 +21,30 @@ def segment_sum(
     Args:
         vectors: [N, D] float32 or float64.
         vector_of: [P] index of the vector of each pair, or None if pair p has vector p.
-        codes: [P] code of each pair.
+        codes: [P] code of each pair; -1 stands for no code, and leaves the pair out.
         weights: [P], dtype of vectors, or None for 1.
     """
-    if len(codes) == 0:
+    # Pairs by code, and within a code by position.
+    order = codes.argsort(stable=True)[int((codes < 0).sum()) :]
+    num_pairs = len(order)
+    if num_pairs == 0:
         return vectors.new_zeros(num_codes, vectors.shape[1])
-    order = codes.argsort(stable=True)  # [P]: pairs by code, and within a code by position
     source = order if vector_of is None else vector_of[order]
     per_pair = None if weights is None else weights[order]
-    counts = torch.bincount(codes, minlength=num_codes)
+    counts = torch.bincount(codes[order], minlength=num_codes)
     starts = pad(counts.cumsum(0), (1, 0))  # [K + 1]
     # An upper bound on the number of codes with more than one chain.
-    num_long = min(len(codes) // CHAIN, num_codes)
+    num_long = min(num_pairs // CHAIN, num_codes)
     if num_long == 0:
         return _sum_bags(source, vectors, starts, per_pair)
     # The host allocates an upper bound on the number of chains; surplus chains are empty.
-    code, chain, first_chains = _slots_of(counts // CHAIN + 1, len(codes) // CHAIN + num_codes)
-    chain_starts = pad((starts[code] + chain * CHAIN).clamp(max=len(codes)), (0, 1), value=len(codes))
+    code, chain, first_chains = _slots_of(counts // CHAIN + 1, num_pairs // CHAIN + num_codes)
+    chain_starts = pad((starts[code] + chain * CHAIN).clamp(max=num_pairs), (0, 1), value=num_pairs)
     chain_sums = _sum_bags(source, vectors, chain_starts, per_pair)
     sums = chain_sums[first_chains[:-1]]  # [K, D]
     # So far sums holds the first chain of each code. All codes with more than one chain are among the longest.
     longest = counts.topk(num_long).indices
-    item, chain, first_terms = _slots_of(counts[longest] // CHAIN + 1, len(codes) // CHAIN + num_long)
+    item, chain, first_terms = _slots_of(counts[longest] // CHAIN + 1, num_pairs // CHAIN + num_long)
     terms = chain_sums[first_chains[pad(longest, (0, 1))[item]] + chain].double()
     # Surplus terms are summed into a last bag, which is discarded.
     bags = pad(first_terms, (0, 1), value=len(terms))

@@ -59,7 +59,7 @@ def _ema_step_kernel(
     store_codes(codebook, new / tl.where(is_used, smoothed, 1.0)[:, None], tl.where(is_used, k, num_codes), d)
 
 
-def ema_statistics(x: Tensor, indices: Tensor, num_codes: int) -> Tensor:
+def ema_statistics(x: Tensor, indices: Tensor, num_codes: int, num_heads: int) -> Tensor:
     if x.numel() == 0:
         return torch.zeros(num_codes, x.shape[-1] + 1, dtype=torch.float32, device=x.device)
     rows = as_rows(x)

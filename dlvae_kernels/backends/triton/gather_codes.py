@@ -35,5 +35,5 @@ def gather_codes_fwd(codebook: Tensor, indices: Tensor) -> Tensor:
     return out
 
 
-def gather_codes_bwd(grad: Tensor, indices: Tensor, num_codes: int) -> Tensor:
+def gather_codes_bwd(grad: Tensor, indices: Tensor, num_codes: int, num_heads: int) -> Tensor:
     return segment_sum(as_rows(grad), valid_or_last(indices, num_codes), num_codes)[:, :-1].contiguous()

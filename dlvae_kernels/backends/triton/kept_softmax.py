@@ -59,5 +59,5 @@ def kept_softmax_bwd(
     if need_weight:
         grad_weight = sparse_decode_bwd(x, grad_logits, indices, weight, False, True)[1].sub_(vector_sums)
     if need_bias:
-        grad_bias = gather_codes_bwd(grad_logits.unsqueeze(-1), indices, len(weight)).squeeze(1) - slope_sums
+        grad_bias = gather_codes_bwd(grad_logits.unsqueeze(-1), indices, len(weight), 1).squeeze(1) - slope_sums
     return grad_x, grad_weight, grad_bias

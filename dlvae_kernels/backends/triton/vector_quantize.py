@@ -14,7 +14,7 @@ from .architectures import on_device
 from .language.rows import as_rows, empty_like_rows, laid_out_like, load_rows, store_rows
 from .search.launch import search
 from .search.quantize_rows import Quantized
-from .sums.segment_sum import segment_sum
+from .sums.segment_sum import segment_sum, valid_or_last
 
 _BLOCK_N, _BLOCK_D = 64, 64
 
@@ -29,7 +29,7 @@ def _vector_quantize_bwd_kernel(grad, half_error, out, weight_ptr, slope, BLOCK_
 
 
 def vector_quantize_fwd(
-    x: Tensor, codebook: Tensor, need_error: bool, precision: str
+    x: Tensor, codebook: Tensor, need_error: bool, precision: str, mask: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     indices = torch.empty(x.shape[:-1], dtype=torch.int64, device=x.device)
     counts = torch.zeros(len(codebook), dtype=torch.int64, device=x.device)
@@ -54,6 +54,7 @@ def vector_quantize_bwd(
     half_error: Tensor,
     indices: Tensor,
     num_codes: int,
+    num_heads: int,
     need_x: bool,
     need_codebook: bool,
 ) -> tuple[Tensor, Tensor]:
@@ -63,7 +64,7 @@ def vector_quantize_bwd(
     grad_x = grad_codebook = empty
     rows = as_rows(half_error)
     if need_codebook:
-        total = segment_sum(rows, indices.flatten(), num_codes)[:, :-1]
+        total = segment_sum(rows, valid_or_last(indices, num_codes), num_codes)[:, :-1]
         grad_codebook = total * (slope * grad_codebook_loss)
     if need_x:
         grad_x = empty_like_rows(rows.tensor)
