@@ -17,6 +17,8 @@ from .functional import (
 )
 from .layers import (
     DictionaryLearning,
+    FiniteScalarQuantizer,
+    FiniteScalarQuantizerOutput,
     SparseAutoencoder,
     SparseAutoencoderOutput,
     SparseRepresentation,
@@ -29,6 +31,8 @@ __version__ = "0.1.0"
 __all__ = [
     "BackendUnavailable",
     "DictionaryLearning",
+    "FiniteScalarQuantizer",
+    "FiniteScalarQuantizerOutput",
     "ResidualQuantizeOutput",
     "SparseAutoencoder",
     "SparseAutoencoderOutput",

@@ -1,12 +1,15 @@
 """The `nn.Module`s: parameters, buffers and state_dict; no kernels."""
 
 from .dictionary_learning import DictionaryLearning, SparseRepresentation
+from .finite_scalar_quantizer import FiniteScalarQuantizer, FiniteScalarQuantizerOutput
 from .sparse_autoencoder import SparseAutoencoder, SparseAutoencoderOutput
 from .vector_quantizer import VectorQuantizer
 from .vector_quantizer_ema import VectorQuantizerEMA
 
 __all__ = [
     "DictionaryLearning",
+    "FiniteScalarQuantizer",
+    "FiniteScalarQuantizerOutput",
     "SparseAutoencoder",
     "SparseAutoencoderOutput",
     "SparseRepresentation",

@@ -13,8 +13,19 @@ def map_to_vectors(name: str, inputs: Tensor, codes_name: str, codes: Tensor, ch
     Raises:
         ValueError: rank, D, dtype or device do not fit codes [K, D]; the message uses `name` and `codes_name`.
     """
+    vectors = features_last(name, inputs, codes.shape[1], channel_last)
+    check_layer_dtype(name, vectors, codes)
+    check_vectors(name, vectors, codes_name, codes)
+    return vectors
+
+
+def features_last(name: str, inputs: Tensor, num_features: int, channel_last: bool) -> Tensor:
+    """The view of `map_to_vectors` of a map with D = num_features, where there are no codes to compare with.
+
+    Raises:
+        ValueError: rank or D do not fit; the message uses `name`.
+    """
     check_tensor(name, inputs)
-    num_features = codes.shape[1]
     if inputs.ndim < 2 or inputs.shape[-1 if channel_last else 1] != num_features:
         expected, other = f"[B, {num_features}, ...]", f"[B, ..., {num_features}]"
         if channel_last:
@@ -24,10 +35,7 @@ def map_to_vectors(name: str, inputs: Tensor, codes_name: str, codes: Tensor, ch
         kind = "channels-first" if channel_last else "channels-last"
         remedy = f"; for {kind} {name} of shape {other} pass channel_last={not channel_last}" if fits_other else ""
         raise ValueError(f"expected {name} of shape {expected}, got {tuple(inputs.shape)}{remedy}")
-    vectors = inputs if channel_last or inputs.ndim == 2 else inputs.flatten(2).transpose(1, 2)
-    check_layer_dtype(name, vectors, codes)
-    check_vectors(name, vectors, codes_name, codes)
-    return vectors
+    return inputs if channel_last or inputs.ndim == 2 else inputs.flatten(2).transpose(1, 2)
 
 
 def vectors_to_map(vectors: Tensor, like: Tensor, channel_last: bool) -> Tensor:
