@@ -23,6 +23,17 @@ struct Rows {
   int64_t strides[MAX_DIMS];
 };
 
+// Rows of float32 that follow one another at `data`.
+static inline Rows contiguous_rows(float* data, int64_t count, int64_t features) {
+  Rows rows;
+  rows.data = data;
+  rows.type = Type::float32;
+  rows.count = rows.sizes[0] = count;
+  rows.features = rows.strides[0] = features;
+  rows.stride = rows.dims = 1;
+  return rows;
+}
+
 // Whether the rows are float32 with adjacent features and one stride from row to row.
 static inline bool is_dense(const Rows& rows) {
   return rows.type == Type::float32 && rows.stride == 1 && rows.dims == 1;

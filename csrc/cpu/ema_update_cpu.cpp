@@ -7,12 +7,6 @@
 namespace dlvae {
 namespace {
 
-bool all_finite(const float* values, int64_t count) {
-  float sum = 0;  // a sum of zeros, or NaN if a value is not finite
-  for (int64_t i = 0; i < count; ++i) sum += values[i] * 0;
-  return sum == 0;
-}
-
 // Sets a flag for each row that holds NaN or infinity.
 void find_rows_not_finite(const Rows& rows, bool* is_not_finite) {
   const Kernels& k = kernels();

@@ -15,18 +15,18 @@ class Indices {
   const int64_t* data;
   int64_t count;
 
-  // Throws unless all indices at [begin, end) lie in [0, size).
-  void check(int64_t begin, int64_t end, int64_t size) const {
-    // The sign bit of `index` is set below 0, the sign bit of `last - index` is set beyond `last`.
+  // Throws unless all indices at [begin, end) lie in [lowest, size), where lowest is 0 or -1.
+  void check(int64_t begin, int64_t end, int64_t size, int64_t lowest = 0) const {
+    // The sign bit of `index - lowest` is set below lowest, the sign bit of `last - index` is set beyond `last`.
     const uint64_t last = static_cast<uint64_t>(size - 1);
     uint64_t bits = 0;
     for (int64_t i = begin; i < end; ++i) {
       const uint64_t index = static_cast<uint64_t>(data[i]);
-      bits |= index | (last - index);
+      bits |= (index - lowest) | (last - index);
     }
     if (bits >> 63 == 0) return;
-    const int64_t index = *std::find_if(data + begin, data + end, [=](int64_t i) { return i < 0 || i >= size; });
-    STD_TORCH_CHECK(false, "expected ", name_, " in [0, ", size, "), got ", index);
+    const int64_t index = *std::find_if(data + begin, data + end, [=](int64_t i) { return i < lowest || i >= size; });
+    STD_TORCH_CHECK(false, "expected ", name_, " in [", lowest, ", ", size, "), got ", index);
   }
 
  private:

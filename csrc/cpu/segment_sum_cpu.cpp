@@ -57,7 +57,8 @@ class Shares {
 }  // namespace
 
 SortedPairs::SortedPairs(
-    const Indices& codes, int64_t per_row, int64_t num_codes, const float* weights, const bool* left_out)
+    const Indices& codes, int64_t per_row, int64_t num_codes, const float* weights, const bool* left_out,
+    int64_t lowest)
     : codes_(num_codes),
       starts_(new_array<int64_t>(num_codes + 1)),
       rows_(new_array<uint32_t>(codes.count)),
@@ -74,11 +75,12 @@ SortedPairs::SortedPairs(
     });
   };
   for_parts([&](int64_t* counts, int64_t begin, int64_t end) {
-    codes.check(begin * per_row, end * per_row, num_codes);
+    codes.check(begin * per_row, end * per_row, num_codes, lowest);
     std::fill(counts, counts + num_codes, 0);
     for (int64_t row = begin; row < end; ++row) {
       if (left_out != nullptr && left_out[row]) continue;
-      for (int64_t p = row * per_row; p < (row + 1) * per_row; ++p) ++counts[codes.data[p]];
+      for (int64_t p = row * per_row; p < (row + 1) * per_row; ++p)
+        if (codes.data[p] >= 0) ++counts[codes.data[p]];
     }
   });
   int64_t start = 0;
@@ -95,6 +97,7 @@ SortedPairs::SortedPairs(
     for (int64_t row = begin; row < end; ++row) {
       if (left_out != nullptr && left_out[row]) continue;
       for (int64_t p = row * per_row; p < (row + 1) * per_row; ++p) {
+        if (codes.data[p] < 0) continue;
         const int64_t place = places[codes.data[p]]++;
         rows_[place] = static_cast<uint32_t>(row);
         if (weights != nullptr) weights_[place] = weights[p];
@@ -107,15 +110,36 @@ Segments SortedPairs::segments(float weight) const {
   return {codes_, starts_.get(), rows_.get(), weights_.get(), weight};
 }
 
+SegmentSum::SegmentSum(const Segments& segments, int64_t features, float* sums, int64_t ld)
+    : segments_(segments), features_(features), ld_(ld), sums_(sums) {
+  const int64_t count = segments.starts[segments.codes];
+  threads_ = threads_for((count + segments.codes) * features);
+  // A code that two threads share has two places.
+  places_ = new_array<int64_t>(segments.codes + threads_);
+  totals_ = new_array<double>(std::min(segments.codes, count / SUM_CHAIN + 1) * features);
+}
+
+void SegmentSum::add_part(
+    int64_t thread, int64_t begin, int64_t end, const float* data, int64_t data_ld, bool is_far) const {
+  const Share share = Shares(segments_, features_, threads_)(thread);
+  kernels().sum_segments(
+      segments_, share, begin, end, data, data_ld, is_far, places_.get() + share.first_code + thread, totals_.get(),
+      sums_, features_, ld_);
+}
+
+void SegmentSum::add(int64_t begin, int64_t end, const float* data, int64_t data_ld) const {
+  const bool is_far = (end - begin) * features_ * (int64_t)sizeof(float) > NEAR_BYTES;
+  parallel(threads_, 1, [&](int64_t first, int64_t last) {
+    for (int64_t thread = first; thread < last; ++thread) add_part(thread, begin, end, data, data_ld, is_far);
+  });
+}
+
 void segment_sum(const Rows& rows, const SortedPairs& pairs, int64_t per_row, float weight, float* sums, int64_t ld) {
   if (rows.features == 0) return;
   const Kernels& k = kernels();
   const Segments segments = pairs.segments(weight);
   const int64_t row_bytes = rows.features * (int64_t)sizeof(float);
-  const int64_t count = segments.starts[segments.codes];
-  const int64_t work = (count + segments.codes) * rows.features;
-  const int64_t threads = threads_for(work);
-  const Shares shares(segments, rows.features, threads);
+  const SegmentSum sum(segments, rows.features, sums, ld);
 
   const bool in_place = is_dense(rows);
   // With few rows per block and many codes, the sums would be loaded and stored more often than they are added to.
@@ -126,22 +150,15 @@ void segment_sum(const Rows& rows, const SortedPairs& pairs, int64_t per_row, fl
   const bool is_far = block * row_bytes > NEAR_BYTES;
 
   const Array<float> copy = new_array<float>(in_place ? 0 : block * rows.features);
-  // A code that two threads share has two places.
-  const Array<int64_t> places = new_array<int64_t>(segments.codes + threads);
-  const Array<double> totals = new_array<double>(std::min(segments.codes, count / SUM_CHAIN + 1) * rows.features);
-  const auto sum_block = [&](int64_t thread, int64_t begin, int64_t end, const float* data, int64_t data_ld) {
-    const Share share = shares(thread);
-    k.sum_segments(
-        segments, share, begin, end, data, data_ld, is_far, places.get() + share.first_code + thread, totals.get(),
-        sums, rows.features, ld);
-  };
   if (in_place) {
     const float* data = static_cast<const float*>(rows.data);
     const int64_t row_stride = rows.strides[0];
-    parallel(threads, 1, [&](int64_t first, int64_t last) {
+    parallel(sum.threads(), 1, [&](int64_t first, int64_t last) {
       for (int64_t thread = first; thread < last; ++thread)
-        for (int64_t begin = 0; begin == 0 || begin < rows.count; begin += block)
-          sum_block(thread, begin, std::min(begin + block, rows.count), data + begin * row_stride, row_stride);
+        for (int64_t begin = 0; begin == 0 || begin < rows.count; begin += block) {
+          const int64_t end = std::min(begin + block, rows.count);
+          sum.add_part(thread, begin, end, data + begin * row_stride, row_stride, is_far);
+        }
     });
     return;
   }
@@ -150,9 +167,7 @@ void segment_sum(const Rows& rows, const SortedPairs& pairs, int64_t per_row, fl
     parallel(end - begin, 1 + 16384 / rows.features, [&](int64_t first, int64_t last) {
       k.load_rows(rows, begin + first, begin + last, copy.get() + first * rows.features, rows.features);
     });
-    parallel(threads, 1, [&](int64_t first, int64_t last) {
-      for (int64_t thread = first; thread < last; ++thread) sum_block(thread, begin, end, copy.get(), rows.features);
-    });
+    sum.add(begin, end, copy.get(), rows.features);
   }
 }
 

@@ -5,11 +5,20 @@
 
 namespace dlvae {
 
+inline bool all_finite(const float* values, int64_t count) {
+  float sum = 0;  // a sum of zeros, or NaN if a value is not finite
+  for (int64_t i = 0; i < count; ++i) sum += values[i] * 0;
+  return sum == 0;
+}
+
 // Pairs of a row and a code, sorted by code with a counting sort. Pair p belongs to row p / per_row.
 class SortedPairs {
  public:
-  // weights: one per pair, or null. left_out: a flag per row, whose pairs are skipped if it is set, or null.
-  SortedPairs(const Indices& codes, int64_t per_row, int64_t num_codes, const float* weights, const bool* left_out);
+  // weights: one per pair, or null. left_out: a flag per row, whose pairs are skipped if it is set, or null. lowest: -1
+  // if a code may be -1, whose pairs are skipped too.
+  SortedPairs(
+      const Indices& codes, int64_t per_row, int64_t num_codes, const float* weights, const bool* left_out,
+      int64_t lowest = 0);
   Segments segments(float weight) const;
   int64_t count_of(int64_t code) const { return starts_[code + 1] - starts_[code]; }
 
@@ -23,6 +32,25 @@ class SortedPairs {
 // sums[c, 0:D] = sum of weight * row over the pairs of code c. SUM_CHAIN consecutive pairs are added in float32 in the
 // order of the pairs, and these partial sums are added in float64. The result is bitwise equal for any number of
 // threads. The weight is that of the pair, or `weight`.
+//
+// A SegmentSum computes the same from rows that come block by block. A pair has one row.
+class SegmentSum {
+ public:
+  SegmentSum(const Segments& segments, int64_t features, float* sums, int64_t ld);
+  // Adds rows [begin, end), which are at data[., data_ld]; the rows of the first call begin at 0.
+  void add(int64_t begin, int64_t end, const float* data, int64_t data_ld) const;
+
+  // The same for the part of one of `threads`; is_far: the rows are not in the core's cache.
+  void add_part(int64_t thread, int64_t begin, int64_t end, const float* data, int64_t data_ld, bool is_far) const;
+  int64_t threads() const { return threads_; }
+
+ private:
+  Segments segments_;
+  int64_t features_, ld_, threads_;
+  float* sums_;
+  Array<int64_t> places_;
+  Array<double> totals_;
+};
 void segment_sum(const Rows& rows, const SortedPairs& pairs, int64_t per_row, float weight, float* sums, int64_t ld);
 
 }  // namespace dlvae

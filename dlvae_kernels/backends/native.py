@@ -30,6 +30,8 @@ _HEADS = {
     "ema_step": 0,
 }
 _TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.int64)
+# Operations with kernels for masks.
+_MASKED = ("residual_quantize_fwd",)
 
 
 @functools.cache
@@ -120,7 +122,7 @@ def unavailable_reason(op: str, *args: Any) -> str | None:
     for tensor in tensors:
         if tensor.device.type not in ("cpu", "cuda"):
             return f"it runs on the CPU and on CUDA, and the tensors are on {tensor.device.type}"
-        if tensor.dtype not in _TYPES:
+        if tensor.dtype not in _TYPES and not (tensor.dtype == torch.bool and op in _MASKED):
             return f"it has no kernel for {tensor.dtype}"
     if op in _HEADS and len(args) > _HEADS[op]:
         heads = args[_HEADS[op]]

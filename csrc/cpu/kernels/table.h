@@ -4,6 +4,7 @@
 #include "../kernels.h"
 #include "elementwise.h"
 #include "quantize.h"
+#include "residual_kernel.h"
 #include "rows_kernel.h"
 #include "search_kernel.h"
 #include "segment_sum_kernel.h"
@@ -27,6 +28,9 @@ dlvae::Kernels make_table(const char* name) {
   table.search_rows = search_rows;
   table.repeat_scores = repeat_scores;
   table.quantize_rows = quantize_rows;
+  table.quantize_residuals = quantize_residuals;
+  table.subtract_codes = subtract_codes;
+  table.residual_grad_rows = residual_grad_rows;
   table.sum_segments = sum_segments;
   table.decode_rows = decode_rows;
   table.atom_products = atom_products;
