@@ -25,7 +25,7 @@ struct Rows {
 
 // Rows of float32 that follow one another at `data`.
 static inline Rows contiguous_rows(float* data, int64_t count, int64_t features) {
-  Rows rows;
+  Rows rows{};
   rows.data = data;
   rows.type = Type::float32;
   rows.count = rows.sizes[0] = count;

@@ -73,16 +73,7 @@ inline bool are_same(const Numbers& a, const Numbers& b) {
 
 // Returns contiguous rows [count, features].
 inline Rows adjacent_rows(Numbers& values, int64_t count, int64_t features) {
-  Rows rows{};
-  rows.data = values.data();
-  rows.type = Type::float32;
-  rows.count = count;
-  rows.features = features;
-  rows.stride = 1;
-  rows.dims = 1;
-  rows.sizes[0] = count;
-  rows.strides[0] = features;
-  return rows;
+  return contiguous_rows(values.data(), count, features);
 }
 
 // The memory layout of a tensor of rows.
@@ -139,6 +130,7 @@ class Tensor {
 
 void test_rows(const Kernels& kernels);
 void test_search(const Kernels& kernels);
+void test_residual(const Kernels& kernels);
 void test_sums(const Kernels& kernels);
 void test_topk(const Kernels& kernels);
 void test_softmax(const Kernels& kernels);

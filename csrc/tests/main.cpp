@@ -15,6 +15,7 @@ int main() {
     const dlvae::Kernels& kernels = sets[i].table();
     dlvae::test_rows(kernels);
     dlvae::test_search(kernels);
+    dlvae::test_residual(kernels);
     dlvae::test_sums(kernels);
     dlvae::test_topk(kernels);
     dlvae::test_softmax(kernels);

@@ -18,7 +18,7 @@ _OLDEST_GPU = (8, 0)
 # The limit of k of topk_codes on CUDA, MOST_K in csrc/cuda/topk_codes_cuda.cu.
 _MOST_SELECTED = 1024
 # Operations whose kernels on the CPU check the range of the caller's indices as they read them.
-CHECKS_INDICES = ("gather_codes_fwd", "one_hot", "ema_statistics", "sparse_decode_fwd")
+CHECKS_INDICES = ("gather_codes_fwd", "one_hot", "ema_statistics", "residual_statistics", "sparse_decode_fwd")
 # The position of the argument that shows whether a call has heads: the codebook, [H, K, D], or the number of heads.
 _HEADS = {
     "nearest_code": 1,
