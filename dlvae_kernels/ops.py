@@ -268,7 +268,7 @@ def _router(operation: Operation) -> Callable[..., Any]:
     return run if indices_of is None else run_with_range_check
 
 
-def _check_range(indices: Tensor, num_codes: int, *, lowest: int) -> None:
+def _check_range(indices: Tensor, num_codes: int, *, lowest: int = 0) -> None:
     """Check that indices lie in [lowest, num_codes).
 
     On CUDA the values would have to be copied to the host, which synchronises: there, the check runs on the device and

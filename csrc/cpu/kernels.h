@@ -43,8 +43,7 @@ struct Kernels {
       const Codebook& book, const Rows& x, int64_t begin, int64_t end, int64_t* indices, const Rows& quantized,
       const Rows& half_error, double* losses);
   // Residual quantization; see kernels/residual_kernel.h. The first returns the sum of squares of what is left.
-  double (*quantize_residuals)(
-      const Codebook& book, float* residuals, float* sums, int64_t count, int64_t* indices);
+  double (*quantize_residuals)(const Codebook& book, float* residuals, float* sums, int64_t count, int64_t* indices);
   void (*subtract_codes)(
       const float* codebook, const int64_t* indices, int64_t stride, int64_t count, int64_t features, float* rows);
   void (*residual_grad_rows)(const ResidualBackward& task, int64_t begin, int64_t end);

@@ -129,10 +129,7 @@ namespace {
 class Residuals {
  public:
   Residuals(const Tensor& x, const Tensor& indices, const Tensor& codebooks)
-      : rows(rows_of("x", x)),
-        indices_tensor_(indices),
-        indices_("indices", indices),
-        books_("codebooks", codebooks) {
+      : rows(rows_of("x", x)), indices_tensor_(indices), indices_("indices", indices), books_("codebooks", codebooks) {
     check_codebooks(codebooks, rows);
     levels = codebooks.size(0);
     codes = codebooks.size(1);
@@ -252,11 +249,11 @@ std::tuple<Tensor, Tensor> residual_quantize_bwd(
         shape_text(grad_quantized));
     grad_x = new_like(x);
     const std::vector<float> weights = scaled("grad_commitment_loss", grad_commitment_loss, levels, slope);
-    const ResidualBackward task{
-        residuals.books(),        levels,         residuals.codes,
-        residuals.indices(),      weights.data(), gradient_of(gradient),
-        residuals.rows,           rows_of("grad_quantized", grad_quantized),
-        rows_of("grad_x", grad_x)};
+    const ResidualBackward task{residuals.books(),        levels,
+                                residuals.codes,          residuals.indices(),
+                                weights.data(),           gradient_of(gradient),
+                                residuals.rows,           rows_of("grad_quantized", grad_quantized),
+                                rows_of("grad_x", grad_x)};
     const Kernels& k = kernels();
     parallel(task.x.count, 1 + 16384 / (features * levels), [&](int64_t begin, int64_t end) {
       k.residual_grad_rows(task, begin, end);

@@ -65,7 +65,8 @@ void test_gradient(
   constexpr int64_t CODES = 5;
   const bool rotates = gradient == ResidualGradient::rotation || gradient == ResidualGradient::rotation_each;
   // Whole numbers are exact in every form; positive ones keep vectors and codes away from opposite directions.
-  Numbers codebooks = whole_numbers(random, levels * CODES * features, 9), x = whole_numbers(random, rows * features, 9);
+  Numbers codebooks = whole_numbers(random, levels * CODES * features, 9),
+          x = whole_numbers(random, rows * features, 9);
   for (Numbers* each : {&codebooks, &x})
     for (float& value : *each) value = rotates ? std::abs(value) + 1 : value;
   const Numbers grad = whole_numbers(random, rows * features, 9), weights = whole_numbers(random, levels, 3);
@@ -74,8 +75,8 @@ void test_gradient(
   std::fill_n(indices.begin(), levels, -1);  // the first row has no code
   const Tensor from(kernels, form, x, rows, features), grads(kernels, form, grad, rows, features);
   const Tensor to(kernels, form, Numbers(rows * features, NAN), rows, features);
-  const ResidualBackward task{
-      codebooks.data(), levels, CODES, indices.data(), weights.data(), gradient, from.rows, grads.rows, to.rows};
+  const ResidualBackward task{codebooks.data(), levels,    CODES,      indices.data(), weights.data(),
+                              gradient,         from.rows, grads.rows, to.rows};
   for (int64_t row = 0; row < rows; row += 70) kernels.residual_grad_rows(task, row, std::min(row + 70, rows));
   const Numbers found = to.values();
   for (int64_t r = 0; r < rows; ++r) {

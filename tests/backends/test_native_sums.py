@@ -259,6 +259,21 @@ def test_indices_out_of_range_raise(bad):
         native.sparse_decode_fwd(values[-1:], codes[-1:], atoms.half())
 
 
+@pytest.mark.parametrize("bad", [-2, 9, 2**40])
+def test_residual_indices_out_of_range_raise(bad):
+    rows, codebooks, losses = whole(400, 6), whole(2, 9, 6), torch.ones(2)
+    codes = torch.full((400, 2), -1)
+    codes[399, 1] = bad
+    backward = rows, losses, losses, rows, codes, codebooks, "once"
+    for op, args in (
+        ("residual_statistics", (rows, codes, codebooks)),
+        ("residual_quantize_bwd", (*backward, True, False)),
+        ("residual_quantize_bwd", (*backward, False, True)),
+    ):
+        with pytest.raises(RuntimeError, match=rf"expected indices in \[-1, 9\).*, got {bad}"):
+            getattr(native, op)(*args)
+
+
 def test_operations_invalid_arguments_raise_named_errors():
     rows, codes = whole(5, 3), torch.zeros(5, dtype=torch.int64)
     cases = [
@@ -290,6 +305,18 @@ def test_operations_invalid_arguments_raise_named_errors():
             "vector_quantize_bwd",
             (rows, rows, rows, rows, codes, 2, 1, False, True),
             r"expected grad_codebook_loss to be one number, got shape \[5, 3\]",
+        ),
+        ("residual_statistics", (rows, codes, whole(2, 4, 3)), r"expected indices of shape \[..., L\] .*, got \[5\]"),
+        ("residual_statistics", (rows, codes, whole(2, 4, 2)), "expected x of D = 2 features as in codebooks, got 3"),
+        (
+            "residual_quantize_fwd",
+            (rows, whole(2, 4, 3), torch.ones(3, dtype=torch.bool), None, "float32", "once"),
+            r"expected levels of dtype bool and of the shape that .* requires, got \[3\]",
+        ),
+        (
+            "residual_quantize_bwd",
+            (rows, rows[0], rows[0, :1], rows, codes[:, None], whole(1, 4, 3), "once", True, True),
+            r"expected grad_codebook_loss of shape \[L\], got \[3\]",
         ),
     ]
     for op, args, message in cases:

@@ -291,20 +291,28 @@ def test_route_memoised_by_one_thread_does_not_bind_another():
     assert seen == [choose("nearest_code", X)]
 
 
-@pytest.mark.parametrize("op", [op.schema.partition("(")[0] for op in dlvae_kernels.ops.OPERATIONS if op.indices])
-def test_indices_out_of_range_raise_one_error_on_every_backend(op):
+@pytest.mark.parametrize(
+    ("op", "lowest"),
+    [(op.schema.partition("(")[0], op.lowest) for op in dlvae_kernels.ops.OPERATIONS if op.indices],
+)
+def test_indices_out_of_range_raise_one_error_on_every_backend(op, lowest):
     indices, table, values = torch.tensor([[0, 4]]), torch.ones(4, 2), torch.ones(1, 2)
     calls = {
         "one_hot": lambda: dlvae_kernels.one_hot(indices, 4),
         "gather_codes_fwd": lambda: dlvae_kernels.gather_codes(table, indices),
         "ema_statistics": lambda: dlvae_kernels.functional.ema_statistics(torch.ones(1, 2, 3), indices, 4),
+        "residual_statistics": lambda: dlvae_kernels.functional.residual_statistics(
+            torch.ones(1, 2), indices, torch.ones(2, 4, 2)
+        ),
         "sparse_decode_fwd": lambda: dlvae_kernels.sparse_decode(values, indices, table),
         "kept_softmax_fwd": lambda: dlvae_kernels.kept_softmax(values, table, None, indices),
     }
     for backend in ("reference", "native"):
         if why := unavailable_reason(backend, op):
             pytest.skip(why)
-        with use_backend(backend), pytest.raises(ValueError, match=r"expected indices in \[0, 4\), got 4"):
+        meaning = r" \(-1 stands for no code\)" if lowest < 0 else ""
+        message = rf"expected indices in \[{lowest}, 4\){meaning}, got 4"
+        with use_backend(backend), pytest.raises(ValueError, match=message):
             calls[op]()
 
 

@@ -15,6 +15,7 @@ from dlvae_kernels import (
     gather_codes,
     kept_softmax,
     nearest_code,
+    residual_quantize,
     sparse_decode,
     topk_codes,
     vector_quantize,
@@ -64,13 +65,22 @@ def _kept_softmax() -> tuple[list[Tensor], Callable[..., Tensor]]:
     return tensors((N, D), (K, D), (K,)), lambda x, weight, bias: kept_softmax(x, weight, bias, indices)
 
 
+def _residual_quantize() -> tuple[list[Tensor], Callable[..., tuple[Tensor, ...]]]:
+    def function(x: Tensor, codebooks: Tensor) -> tuple[Tensor, ...]:
+        out = residual_quantize(x, codebooks, gradient="rotation_each")
+        return out.quantized, out.codebook_loss, out.commitment_loss
+
+    return tensors((N, D), (2, K, D)), function
+
+
 FORWARD_MODE = {
     "vector_quantize": _vector_quantize,
     "gather_codes": _gather_codes,
     "sparse_decode": _sparse_decode,
     "topk_codes": _topk_codes,
 }
-DIFFERENTIABLE = {**FORWARD_MODE, "kept_softmax": _kept_softmax}
+REVERSE_MODE = {"kept_softmax": _kept_softmax, "residual_quantize": _residual_quantize}
+DIFFERENTIABLE = {**FORWARD_MODE, **REVERSE_MODE}
 
 
 def flat(outputs: Tensor | tuple[Tensor, ...]) -> Tensor:
@@ -120,9 +130,10 @@ def test_jvp_straight_through_output_is_the_tangent(dtype):
     assert torch.equal(found, tangent)
 
 
-def test_jvp_kept_softmax_raises():
-    inputs, function = _kept_softmax()
-    with pytest.raises(NotImplementedError, match="kept_softmax has no forward-mode derivative; use reverse mode"):
+@pytest.mark.parametrize("name", REVERSE_MODE)
+def test_jvp_without_forward_mode_raises(name):
+    inputs, function = REVERSE_MODE[name]()
+    with pytest.raises(NotImplementedError, match=f"{name} has no forward-mode derivative; use reverse mode"):
         torch.func.jvp(function, tuple(inputs), tuple(inputs))
 
 

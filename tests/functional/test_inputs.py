@@ -17,14 +17,17 @@ from dlvae_kernels import (
     kept_softmax,
     nearest_code,
     one_hot,
+    residual_decode,
+    residual_quantize,
     sparse_decode,
     topk_codes,
     vector_quantize,
 )
-from dlvae_kernels.functional import checks, ema_statistics
+from dlvae_kernels.functional import checks, ema_statistics, residual_statistics
 
 OPS = ("nearest_code", "topk_codes", "vector_quantize_fwd", "gather_codes_fwd", "ema_statistics")
 X, CODES, INDICES = torch.randn(5, 4), torch.randn(3, 4), torch.zeros(5).long()
+BOOKS, LEVELS = torch.randn(2, 3, 4), torch.zeros(5, 2).long()
 VALUES, SELECTED = torch.randn(5, 2), torch.zeros(5, 2).long()
 
 # The name of an argument, a good value of it, and a call of it.
@@ -37,6 +40,10 @@ CALLS = {
     "gather_codes": ("codebook", CODES, lambda bad: gather_codes(bad, INDICES)),
     "gather_codes, indices": ("indices", INDICES, lambda bad: gather_codes(CODES, bad)),
     "one_hot": ("indices", INDICES, lambda bad: one_hot(bad, 3)),
+    "residual_quantize": ("x", X, lambda bad: residual_quantize(bad, BOOKS)),
+    "residual_quantize, codebooks": ("codebooks", BOOKS, lambda bad: residual_quantize(X, bad)),
+    "residual_statistics": ("indices", LEVELS, lambda bad: residual_statistics(X, bad, BOOKS)),
+    "residual_decode": ("indices", LEVELS, lambda bad: residual_decode(BOOKS, bad)),
     "sparse_decode": ("values", VALUES, lambda bad: sparse_decode(bad, SELECTED, CODES)),
     "kept_softmax": ("x", X, lambda bad: kept_softmax(bad, CODES, None, SELECTED)),
     "kept_softmax, bias": ("bias", CODES[:, 0], lambda bad: kept_softmax(X, CODES, bad, SELECTED)),

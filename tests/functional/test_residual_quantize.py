@@ -73,8 +73,8 @@ def formula(
     total = (output * grad_of(x)).sum()
     for level, (codebook_loss, commitment_loss) in enumerate(sides):
         total = total + (level + 1) * codebook_loss + (level + 2) * commitment_loss
-    grads = torch.autograd.grad(total, (x_, codes_), allow_unused=True)
-    return torch.stack(losses), *(torch.zeros_like(t) if g is None else g for g, t in zip(grads, (x, codebooks)))  # noqa: B905
+    grad_x, grad_codebooks = torch.autograd.grad(total, (x_, codes_), materialize_grads=True)
+    return torch.stack(losses), grad_x, grad_codebooks
 
 
 def grad_of(x: Tensor) -> Tensor:
@@ -100,7 +100,7 @@ def test_residual_quantize_two_levels_by_hand(device):
     # Squared errors (1 + 4) + 1, then (0 + 1) + 1, over 4 elements.
     assert out.codebook_loss.tolist() == out.commitment_loss.tolist() == [1.5, 0.5]
     (10 * out.quantized.sum() + out.codebook_loss.sum() + 100 * out.commitment_loss.sum()).backward()
-    # What the levels leave of x is [-1, 2] and [0, 1] of the first vector, [1, 0] twice of the second; slope 2 / 4.
+    # The levels leave [-1, 2] and [0, 1] of the first vector, and [1, 0] twice of the second; the slope is 2 / 4.
     assert x.grad.tolist() == [[10 - 50, 10 + 100 + 50], [10 + 50 + 50, 10]]
     assert codebooks.grad.tolist() == [[[-0.5, 0], [0.5, -1]], [[-0.5, 0], [0, -0.5]]]
 
@@ -402,7 +402,7 @@ def test_residual_quantize_bad_input_raises():
         residual_quantize(x, codebooks.double())
     with pytest.raises(ValueError, match=r"expected mask of shape \(2,\) and dtype torch.bool, got \(3,\) and torch.b"):
         residual_quantize(x, codebooks, mask=torch.ones(3, dtype=torch.bool))
-    with pytest.raises(ValueError, match=r"expected levels of shape \(4,\) and dtype torch.bool, got \(4,\) and torch.i"):
+    with pytest.raises(ValueError, match=r"expected levels of shape \(4,\) and dtype torch.bool, got \(4,\) and"):
         residual_quantize(x, codebooks, levels=torch.ones(4, dtype=torch.int64))
     for levels in (0, 5, True, 1.0):
         with pytest.raises(ValueError, match=r"expected levels to be an integer in \[1, 4\], got"):
@@ -413,9 +413,9 @@ def test_residual_quantize_bad_input_raises():
 
 def test_residual_decode_and_statistics_bad_indices_raise():
     x, codebooks = torch.zeros(2, 3), torch.zeros(4, 5, 3)
-    with pytest.raises(ValueError, match=r"expected indices of shape \[..., 4\], with the L of codebooks, got \(2, 3\)"):
+    with pytest.raises(ValueError, match=r"expected indices of shape \[..., 4\], with the L of codebooks, got"):
         residual_decode(codebooks, torch.zeros(2, 3, dtype=torch.int64))
-    with pytest.raises(ValueError, match=r"expected indices of shape \(2, 4\), one for each vector of x and level, got"):
+    with pytest.raises(ValueError, match=r"expected indices of shape \(2, 4\), one for each vector of x and level"):
         residual_statistics(x, torch.zeros(3, 4, dtype=torch.int64), codebooks)
     for index in (-2, 5):
         indices = torch.full((2, 4), -1)

@@ -33,8 +33,7 @@ inline double move_code(const float* code, int64_t features, float* residual, fl
 
 // Finds the nearest codes of residuals [count, D], at most BLOCK; each is subtracted from its residual and added to its
 // row of sums [count, D]. Returns the sum of the squares of what is left.
-inline double quantize_residuals(
-    const Codebook& book, float* residuals, float* sums, int64_t count, int64_t* indices) {
+inline double quantize_residuals(const Codebook& book, float* residuals, float* sums, int64_t count, int64_t* indices) {
   const int64_t features = book.features;
   search_rows(book, dlvae::contiguous_rows(residuals, count, features), 0, count, indices, nullptr);
   double loss = 0;
