@@ -2,8 +2,10 @@
 
 from .backends import BackendUnavailable, backend_info, use_backend
 from .functional import (
+    BitEntropyOutput,
     ResidualQuantizeOutput,
     VectorQuantizeOutput,
+    bit_entropy,
     ema_update,
     gather_codes,
     kept_softmax,
@@ -19,6 +21,8 @@ from .layers import (
     DictionaryLearning,
     FiniteScalarQuantizer,
     FiniteScalarQuantizerOutput,
+    LookupFreeQuantizer,
+    LookupFreeQuantizerOutput,
     SparseAutoencoder,
     SparseAutoencoderOutput,
     SparseRepresentation,
@@ -30,9 +34,12 @@ __version__ = "0.1.0"
 
 __all__ = [
     "BackendUnavailable",
+    "BitEntropyOutput",
     "DictionaryLearning",
     "FiniteScalarQuantizer",
     "FiniteScalarQuantizerOutput",
+    "LookupFreeQuantizer",
+    "LookupFreeQuantizerOutput",
     "ResidualQuantizeOutput",
     "SparseAutoencoder",
     "SparseAutoencoderOutput",
@@ -41,6 +48,7 @@ __all__ = [
     "VectorQuantizer",
     "VectorQuantizerEMA",
     "backend_info",
+    "bit_entropy",
     "ema_update",
     "gather_codes",
     "kept_softmax",

@@ -1,5 +1,6 @@
 """The public functions, one file an operation: checks, docstring, and the `torch.autograd.Function` if it has one."""
 
+from .bit_entropy import BitEntropyOutput, bit_entropy
 from .ema_update import ema_statistics, ema_step, ema_update
 from .gather_codes import gather_codes
 from .kept_softmax import kept_softmax
@@ -12,8 +13,10 @@ from .topk_codes import topk_codes
 from .vector_quantize import VectorQuantizeOutput, vector_quantize
 
 __all__ = [
+    "BitEntropyOutput",
     "ResidualQuantizeOutput",
     "VectorQuantizeOutput",
+    "bit_entropy",
     "ema_statistics",
     "ema_step",
     "ema_update",

@@ -2,6 +2,7 @@
 
 from .dictionary_learning import DictionaryLearning, SparseRepresentation
 from .finite_scalar_quantizer import FiniteScalarQuantizer, FiniteScalarQuantizerOutput
+from .lookup_free_quantizer import LookupFreeQuantizer, LookupFreeQuantizerOutput
 from .sparse_autoencoder import SparseAutoencoder, SparseAutoencoderOutput
 from .vector_quantizer import VectorQuantizer
 from .vector_quantizer_ema import VectorQuantizerEMA
@@ -10,6 +11,8 @@ __all__ = [
     "DictionaryLearning",
     "FiniteScalarQuantizer",
     "FiniteScalarQuantizerOutput",
+    "LookupFreeQuantizer",
+    "LookupFreeQuantizerOutput",
     "SparseAutoencoder",
     "SparseAutoencoderOutput",
     "SparseRepresentation",

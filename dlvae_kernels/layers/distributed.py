@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -43,3 +45,33 @@ def sample_vectors(x: Tensor, count: int, sync: bool) -> Tensor:
         own[:, :-1] = torch.where(is_finite, selected, 0)
         own[:, -1:] = is_finite
     return sampled
+
+
+class _AllReduceSum(torch.autograd.Function):
+    """The sum over all ranks. Each rank's loss depends on the tensors of all, so gradients are summed over them too."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor) -> Tensor:
+        total = tensor.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        total = grad.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total)
+        return total
+
+
+def all_reduce_mean(mean: Tensor, count: Tensor | float, sync: bool) -> Tensor:
+    """The mean over the vectors of all ranks, from the mean of each rank over its `count` vectors; differentiable.
+
+    Every rank must call it, in the backward pass too. The gradient is that of the sum of the losses of all ranks:
+    averaged over the ranks, as DistributedDataParallel does, it is that of one process on the whole batch, if every
+    rank adds the same loss of the result. A rank without vectors counts nothing; without any, the mean is 0.
+    """
+    if num_ranks(sync) == 1:
+        return mean
+    counts = torch.as_tensor(count, dtype=mean.dtype, device=mean.device).detach().reshape(1)
+    sums = _AllReduceSum.apply(torch.cat([torch.where(counts > 0, mean * counts, 0).flatten(), counts]))
+    return (sums[:-1] / sums[-1].detach().clamp(min=1)).view_as(mean)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from ..functional.autocast import without_autocast
 from ..functional.checks import check_floating, check_layer_dtype, check_same_device, check_size, check_tensor
 from .maps import codes_to_map, features_last, vectors_to_map
 
@@ -106,9 +107,11 @@ class ImplicitCodebookLayer(nn.Module):
         dtype = torch.promote_types(vectors.dtype, torch.float32)
         return _project(self.project_in, vectors.to(dtype)).unflatten(-1, (self.num_codebooks, self.code_dim))
 
-    def _merge(self, codes: Tensor, inputs: Tensor) -> Tensor:
-        """Project codes [..., C, code_dim] back, to a map with the shape and dtype of `inputs`."""
+    def _merge(self, codes: Tensor, inputs: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Project codes [..., C, code_dim] back, to a map with the shape and dtype of `inputs`; what is masked is 0."""
         vectors = _project(self.project_out, codes.flatten(-2)).to(inputs.dtype)
+        if mask is not None:
+            vectors = torch.where(mask[..., None], vectors, 0)
         return vectors_to_map(vectors, inputs, self._channel_last)
 
     def _index_map(self, indices: Tensor, inputs: Tensor) -> Tensor:
@@ -124,7 +127,7 @@ def _project(projection: nn.Module, x: Tensor) -> Tensor:
         return x
     weight, bias = projection.weight, projection.bias
     dtype = torch.promote_types(x.dtype, weight.dtype)
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x):
         return linear(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
 
 

@@ -9,9 +9,12 @@ from torch import Tensor
 
 from dlvae_kernels import (
     DictionaryLearning,
+    FiniteScalarQuantizer,
+    LookupFreeQuantizer,
     SparseAutoencoder,
     VectorQuantizer,
     VectorQuantizerEMA,
+    bit_entropy,
     ema_update,
     gather_codes,
     kept_softmax,
@@ -47,6 +50,7 @@ CALLS = {
     "sparse_decode": ("values", VALUES, lambda bad: sparse_decode(bad, SELECTED, CODES)),
     "kept_softmax": ("x", X, lambda bad: kept_softmax(bad, CODES, None, SELECTED)),
     "kept_softmax, bias": ("bias", CODES[:, 0], lambda bad: kept_softmax(X, CODES, bad, SELECTED)),
+    "bit_entropy": ("logits", X, bit_entropy),
     "ema_statistics": ("x", X, lambda bad: ema_statistics(bad, INDICES, 3)),
     "ema_update, embed_sum": (
         "embed_sum",
@@ -58,6 +62,9 @@ CALLS = {
     "VectorQuantizer.decode": ("indices", INDICES, VectorQuantizer(3, 4, 0.25).decode),
     "DictionaryLearning": ("x", X, DictionaryLearning(4, 3, 0.1, 2)),
     "SparseAutoencoder": ("x", X, SparseAutoencoder(4, 3, 2)),
+    "FiniteScalarQuantizer": ("inputs", X, FiniteScalarQuantizer([5, 4, 4, 4])),
+    "FiniteScalarQuantizer.decode": ("indices", INDICES, FiniteScalarQuantizer([5, 4]).decode),
+    "LookupFreeQuantizer": ("inputs", X, LookupFreeQuantizer(16)),
 }
 KINDS = {
     "numpy": (lambda good: good.numpy(), r"to be a torch.Tensor, got numpy.ndarray; pass torch.as_tensor\("),
