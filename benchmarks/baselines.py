@@ -182,6 +182,53 @@ def quantize_by_one_hot(x: Tensor, codes: Tensor) -> tuple[Tensor, Tensor, Tenso
     return _straight_through(x, one_hot(indices, len(codes)).to(x.dtype) @ codes, indices)
 
 
+def quantize_residuals(x: Tensor, codebooks: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """A loop over levels, each straight-through: the gradient of x counts once for each level."""
+    residual, quantized, loss, indices = x, torch.zeros_like(x), x.new_zeros(()), []
+    for codes in codebooks:
+        level, found, level_loss = quantize(residual, codes)
+        residual, quantized, loss = residual - level.detach(), quantized + level, loss + level_loss
+        indices.append(found)
+    return quantized, torch.stack(indices, 1), loss
+
+
+def lucidrains_residual(inputs: Inputs, training: bool) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]:
+    """ResidualVQ of vector-quantize-pytorch with codebooks that are learned by gradient, straight-through."""
+    levels, (num_levels, num_codes, num_features) = inputs.codebooks.cpu(), inputs.codebooks.shape
+    layer = library("vector_quantize_pytorch").ResidualVQ(
+        dim=num_features,
+        num_quantizers=num_levels,
+        codebook_size=num_codes,
+        learnable_codebook=True,
+        ema_update=False,
+        rotation_trick=False,
+    )
+    with torch.no_grad():
+        for level, codes in zip(layer.layers, levels, strict=True):
+            level.codebook = codes.float()
+    layer.to(inputs.x.device).train(training)
+
+    def run(x: Tensor, codebooks: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        # The codes are parameters [1, K, D] of the layers; those that are differentiated take their places.
+        for level, codes in zip(layer.layers, codebooks, strict=True):
+            level._codebook._parameters.pop("embed", None)
+            level._codebook.embed = codes[None]
+        quantized, indices, losses = layer(x[None])
+        return quantized[0], indices[0], losses.sum()
+
+    return run
+
+
+def residual_statistics(x: Tensor, indices: Tensor, codebooks: Tensor) -> Tensor:
+    """Sums and counts [k, K, D + 1] by a loop over levels."""
+    statistics, residual, ones = [], x, x.new_ones(len(x), 1)
+    for codes, index in zip(codebooks, indices.T, strict=True):
+        sums = codes.new_zeros(len(codes), codes.shape[1] + 1)
+        statistics.append(sums.index_add_(0, index, torch.cat([residual, ones], 1)))
+        residual = residual - codes[index]
+    return torch.stack(statistics)
+
+
 def _straight_through(x: Tensor, q: Tensor, indices: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return x + (q - x).detach(), indices, mse_loss(q, x.detach()) + mse_loss(q.detach(), x)
 

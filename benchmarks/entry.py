@@ -127,9 +127,11 @@ class Work:
     """A lower bound of the work of a pass: the products that it computes, and the tensors that it reads or writes."""
 
     pairs: int = 0  # products of all N vectors with all K codes
+    level_pairs: int = 0  # products of all N vectors with all K codes of each of k levels
     selected: int = 0  # products of all N vectors with their k selected codes
     vectors: int = 0  # tensors [N, D] in the dtype of the inputs
     codes: int = 0  # tensors [K, D] in the dtype of the inputs
+    level_codes: int = 0  # tensors [k, K, D] in the dtype of the inputs
     assigned_codes: int = 0  # tensors [min(N, K), D] in the dtype of the inputs
     values: int = 0  # tensors [N, k] in the dtype of the inputs
     indices: int = 0  # tensors [N, k] of int64
@@ -138,11 +140,13 @@ class Work:
     float32_one_hot: int = 0  # tensors [N, K] of float32
 
     def flops(self, s: Size) -> float:
-        return 2.0 * s.n * s.d * (self.pairs * s.k + self.selected * s.selected)
+        pairs = self.pairs * s.k + self.level_pairs * s.k * s.selected
+        return 2.0 * s.n * s.d * (pairs + self.selected * s.selected)
 
     def bytes(self, s: Size) -> float:
         selected = s.n * s.selected
-        features = s.d * (self.vectors * s.n + self.codes * s.k + self.assigned_codes * min(s.n, s.k))
+        codes = self.codes * s.k + self.level_codes * s.k * s.selected + self.assigned_codes * min(s.n, s.k)
+        features = s.d * (self.vectors * s.n + codes)
         float32 = self.float32_values * selected + self.float32_codes * s.k * s.d + self.float32_one_hot * s.n * s.k
         return s.dtype.itemsize * (features + self.values * selected) + 8 * self.indices * selected + 4 * float32
 

@@ -11,7 +11,7 @@ from torch.nn.functional import normalize
 
 @dataclass(frozen=True)
 class Size:
-    """The size of a workload: N vectors, K codes, D features, and k selected codes for each vector."""
+    """The size of a workload: N vectors, K codes, D features, and k selected codes (or levels) for each vector."""
 
     workload: str
     n: int
@@ -38,6 +38,11 @@ class Inputs:
     indices: Tensor  # [N, k] int64
     values: Tensor  # [N, k]
     grad: Tensor  # [N, D], the gradient of the output
+
+    @property
+    def codebooks(self) -> Tensor:
+        """Codebooks [k, K, D] of k levels from the same codes: each level has other directions and half the lengths."""
+        return torch.stack([self.codes.roll(level, 1) * 0.5**level for level in range(self.size.selected)])
 
     @property
     def map(self) -> Tensor:

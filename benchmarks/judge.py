@@ -100,6 +100,35 @@ def quantized(
     return found.and_values(close((exact, *exact_gradients), (vectors, *gradients), tolerance))
 
 
+def residual_quantized(inputs: Inputs, answer: Tensors, gradients: Tensors, tolerance: Tolerance) -> Verdict:
+    """Judge (quantized [N, D], indices [N, k]) of k levels, and the gradients of x and of the codebooks, if any.
+
+    The loss is the sum of both losses of all levels; the gradient of x counts once for each level.
+    """
+    vectors, indices = answer[0], answer[1].clone()
+    codebooks, residual = inputs.codebooks, inputs.x
+    found = Verdict(0.0, 0.0, False)
+    for codes, index in zip(codebooks, indices.T, strict=True):
+        level = nearest(dataclasses.replace(inputs, x=residual, codes=codes), (index,), None, tolerance)
+        differing = (found.differing or 0.0) + (level.differing or 0.0) / len(codebooks)
+        found = Verdict(differing, max(found.error, level.error), found.wrong or level.wrong)
+        if found.wrong:
+            return found
+        residual = residual - codes[index]
+
+    def formula(x: Tensor, codebooks: Tensor) -> tuple[Tensor, Tensor]:
+        residual, quantized, loss = x, torch.zeros_like(x), x.new_zeros(())
+        for codes, index in zip(codebooks, indices.T, strict=True):
+            q = codes[index]
+            loss = loss + mse_loss(q, residual.detach()) + mse_loss(q.detach(), residual)
+            quantized = quantized + residual + (q - residual).detach()
+            residual = residual - q.detach()
+        return quantized, loss
+
+    exact, exact_gradients = differentiated(formula, (inputs.x, codebooks), inputs.grad)
+    return found.and_values(close((exact, *exact_gradients), (vectors, *gradients), tolerance))
+
+
 def equals(prepare: Prepare) -> Judge:
     """A judge that compares all values and gradients with another implementation, which computes in float64."""
 

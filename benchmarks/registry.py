@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.functional import embedding, one_hot
 
 import dlvae_kernels as dlvae
+from dlvae_kernels.functional import residual_statistics
 
 from . import baselines, judge, sizes
 from .calls import Tensors
@@ -188,6 +189,70 @@ VECTOR_QUANTIZE = Entry(
 )
 
 
+# --- residual_quantize: functions return quantized vectors, the indices of all levels, and the sum of all losses ---
+
+_LEVELS = Signature(lambda inputs: (inputs.x, inputs.codebooks))
+_RESIDUAL = Signature(_LEVELS.arguments, (0, 1), outputs=(0, 2), answer=(0, 1))
+_LUCIDRAINS = "vector-quantize-pytorch"
+
+
+def _residual_quantize(x: Tensor, codebooks: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    # "each" is the gradient of the baselines; the others cost the same or are rotations.
+    out = dlvae.residual_quantize(x, codebooks, gradient="each")
+    return out.quantized, out.indices, (out.codebook_loss + out.commitment_loss).sum()
+
+
+RESIDUAL_QUANTIZE = Entry(
+    "residual_quantize",
+    "tests/functional/test_residual_quantize.py",
+    ("residual_quantize_fwd", "residual_quantize_bwd"),
+    {"cpu": (sizes.ENCODEC_LEVELS,), "cuda": (sizes.ENCODEC_LEVELS,)},
+    (
+        *_RESIDUAL.library(_residual_quantize),
+        _RESIDUAL.plain("plain PyTorch", baselines.quantize_residuals),
+        _RESIDUAL.compiled(baselines.quantize_residuals),
+        _RESIDUAL.chosen(_LUCIDRAINS, partial(baselines.lucidrains_residual, training=True), package=_LUCIDRAINS),
+    ),
+    judge.residual_quantized,
+    Work(level_pairs=1, vectors=2, level_codes=1, indices=1),
+    Work(vectors=3, level_codes=2, indices=1),
+)
+
+RESIDUAL_QUANTIZE_EVAL = Entry(
+    "residual_quantize eval",
+    "tests/functional/test_residual_quantize.py",
+    ("residual_quantize_fwd",),
+    {"cpu": (sizes.ENCODEC_LEVELS, sizes.MIMI_LEVELS), "cuda": (sizes.ENCODEC_LEVELS, sizes.MIMI_LEVELS)},
+    (
+        *_LEVELS.library(_residual_quantize),
+        _LEVELS.plain("plain PyTorch", torch.inference_mode()(baselines.quantize_residuals)),
+        _LEVELS.chosen(
+            _LUCIDRAINS,
+            lambda inputs: torch.inference_mode()(baselines.lucidrains_residual(inputs, training=False)),
+            package=_LUCIDRAINS,
+        ),
+    ),
+    judge.residual_quantized,
+    Work(level_pairs=1, vectors=2, level_codes=1, indices=1),
+)
+
+
+_STATISTICS = Signature(lambda inputs: (inputs.x, inputs.indices, inputs.codebooks))
+
+RESIDUAL_STATISTICS = Entry(
+    "residual_statistics",
+    "tests/functional/test_residual_quantize.py",
+    ("residual_statistics",),
+    {"cpu": (sizes.ENCODEC_LEVELS,), "cuda": (sizes.ENCODEC_LEVELS,)},
+    (
+        *_STATISTICS.library(residual_statistics),
+        _STATISTICS.plain("index_add_", baselines.residual_statistics),
+    ),
+    judge.equals(_STATISTICS(baselines.residual_statistics)),
+    Work(vectors=1, level_codes=2, indices=1),
+)
+
+
 # --- ema_update: functions update sizes, sums and codebook in place, and return sizes and sums ---
 
 
@@ -271,6 +336,7 @@ ENTRIES: dict[str, Entry] = {
     entry.name: entry
     for entry in (
         *(NEAREST_CODE, TOPK_CODES, TOPK_PRODUCTS, ONE_HOT, GATHER_CODES),
+        *(RESIDUAL_QUANTIZE, RESIDUAL_QUANTIZE_EVAL, RESIDUAL_STATISTICS),
         *(VECTOR_QUANTIZE, EMA_UPDATE, SPARSE_DECODE, KEPT_SOFTMAX, *LAYERS, *TRAINING),
     )
 }
