@@ -21,6 +21,7 @@ from .layers import (
     DictionaryLearning,
     FiniteScalarQuantizer,
     FiniteScalarQuantizerOutput,
+    KMeansOutput,
     LookupFreeQuantizer,
     LookupFreeQuantizerOutput,
     SparseAutoencoder,
@@ -28,6 +29,7 @@ from .layers import (
     SparseRepresentation,
     VectorQuantizer,
     VectorQuantizerEMA,
+    kmeans,
 )
 
 __version__ = "0.1.0"
@@ -38,6 +40,7 @@ __all__ = [
     "DictionaryLearning",
     "FiniteScalarQuantizer",
     "FiniteScalarQuantizerOutput",
+    "KMeansOutput",
     "LookupFreeQuantizer",
     "LookupFreeQuantizerOutput",
     "ResidualQuantizeOutput",
@@ -52,6 +55,7 @@ __all__ = [
     "ema_update",
     "gather_codes",
     "kept_softmax",
+    "kmeans",
     "nearest_code",
     "one_hot",
     "residual_decode",

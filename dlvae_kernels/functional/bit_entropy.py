@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, NamedTuple, NoReturn
 
 import torch
@@ -48,10 +49,8 @@ class _MeanProbabilities(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         grads = []
         for logits, weights in _chunks(*ctx.saved_tensors):
-            _, gradient_of = torch.func.vjp(
-                lambda logits, weights=weights: _mean_probabilities(logits, weights), logits
-            )
-            grads += gradient_of(grad)
+            _, gradient, *_ = torch.func.vjp(partial(_mean_probabilities, weights=weights), logits)
+            grads += gradient(grad)
         return torch.cat(grads), None
 
     @staticmethod

@@ -2,6 +2,7 @@
 
 from .dictionary_learning import DictionaryLearning, SparseRepresentation
 from .finite_scalar_quantizer import FiniteScalarQuantizer, FiniteScalarQuantizerOutput
+from .kmeans import KMeansOutput, kmeans
 from .lookup_free_quantizer import LookupFreeQuantizer, LookupFreeQuantizerOutput
 from .sparse_autoencoder import SparseAutoencoder, SparseAutoencoderOutput
 from .vector_quantizer import VectorQuantizer
@@ -11,6 +12,7 @@ __all__ = [
     "DictionaryLearning",
     "FiniteScalarQuantizer",
     "FiniteScalarQuantizerOutput",
+    "KMeansOutput",
     "LookupFreeQuantizer",
     "LookupFreeQuantizerOutput",
     "SparseAutoencoder",
@@ -18,4 +20,5 @@ __all__ = [
     "SparseRepresentation",
     "VectorQuantizer",
     "VectorQuantizerEMA",
+    "kmeans",
 ]

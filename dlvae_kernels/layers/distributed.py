@@ -27,24 +27,41 @@ def all_reduce_sum(tensor: Tensor, sync: bool) -> Tensor:
     return tensor
 
 
-def sample_vectors(x: Tensor, count: int, sync: bool) -> Tensor:
+def sample_vectors(x: Tensor, count: int, sync: bool, generator: torch.Generator | None = None) -> Tensor:
     """`count` random vectors of x [..., D], each followed by a one, to be summed over the ranks: [count, D + 1].
 
     Vector i comes from rank i modulo the number of ranks and is zero on the others, so that all ranks hold the same
     vectors after the sum. Where that rank has no vectors, or the vector is not finite, all D + 1 elements are zero.
-    The vectors are drawn from torch's random stream, without repeats while there are enough; float32 or wider.
+    The vectors are drawn by the generator or torch's random stream, without repeats while there are enough; float32 or
+    wider.
     """
     vectors = x.detach().reshape(-1, x.shape[-1])
     rank, ranks = _world(sync)
     sampled = torch.zeros(count, x.shape[-1] + 1, dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
     if len(vectors) > 0:
         own = sampled[rank::ranks]
-        order = torch.randperm(len(vectors), device=x.device)
+        order = torch.randperm(len(vectors), generator=generator, device=x.device)
         selected = vectors[order[torch.arange(len(own), device=x.device) % len(vectors)]]
         is_finite = selected.isfinite().all(1, keepdim=True)
         own[:, :-1] = torch.where(is_finite, selected, 0)
         own[:, -1:] = is_finite
     return sampled
+
+
+def farthest_vectors(x: Tensor, distances: Tensor, count: int, sync: bool) -> Tensor:
+    """The vectors of x [..., D] with the largest distances [...], in the form of `sample_vectors`: [count, D + 1].
+
+    Vector i comes from rank i modulo the number of ranks, the farthest first. Vectors whose distance is 0 or not finite
+    are left out.
+    """
+    rank, ranks = _world(sync)
+    found = torch.zeros(count, x.shape[-1] + 1, dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
+    own = found[rank::ranks][: distances.numel()]
+    largest, positions = torch.where(distances.isfinite(), distances, 0).flatten().topk(len(own))
+    is_valid = (largest > 0)[:, None]
+    own[:, :-1] = torch.where(is_valid, x[torch.unravel_index(positions, distances.shape)], 0)
+    own[:, -1:] = is_valid
+    return found
 
 
 class _AllReduceSum(torch.autograd.Function):
