@@ -139,6 +139,34 @@ def cases() -> dict[str, Callable[[], Any]]:
     )
     found["ema, few codes"] = lambda: kernels.ema_statistics(x, indices, 512, 1)
     found["ema, few codes, bfloat16"] = lambda: kernels.ema_statistics(x.bfloat16(), indices, 512, 1)
+    # Four heads, and a mask.
+    of_heads, codebooks = torch.zeros(16_384, 4, 64), torch.zeros(4, 512, 64)
+    codes_of_heads, mask = torch.zeros(16_384, 4, dtype=torch.int64), torch.ones(16_384, 4, dtype=torch.bool)
+    map_of_heads = torch.zeros(64, 4, 64, 256).permute(0, 3, 1, 2)
+    for d, dtype, precision in (
+        (8, torch.float32, "exact"),
+        (64, torch.float16, "float32"),
+        (64, torch.float32, "tf32"),
+    ):
+        name = f"heads D={d} {str(dtype)[6:]} {precision}"
+        found[name] = partial(_search, of_heads[..., :d].to(dtype), codebooks[..., :d].to(dtype), precision)
+    wide = torch.zeros(16_384, 4, 256), torch.zeros(4, 512, 256)
+    found["heads D=256 float32 exact"] = lambda: _search(*wide, "exact")
+    found["heads, map"] = lambda: kernels.vector_quantize_fwd(map_of_heads, codebooks, True, "float32", None)
+    found["heads, mask"] = lambda: kernels.vector_quantize_fwd(of_heads, codebooks, True, "float32", mask)
+    found["mask"] = lambda: kernels.vector_quantize_fwd(many, few, True, "float32", mask.view(-1))
+    found["heads, backward"] = lambda: kernels.vector_quantize_bwd(
+        map_of_heads, one, one, map_of_heads, codes_of_heads.view(64, 256, 4), 512, 4, True, True
+    )
+    found["heads, gather"] = lambda: kernels.gather_codes_fwd(codebooks, codes_of_heads)
+    found["heads, ema"] = lambda: kernels.ema_step(
+        codebooks,
+        torch.ones(4, 512),
+        codebooks.clone(),
+        kernels.ema_statistics(map_of_heads, codes_of_heads, 512, 4).view(4, 512, 65),
+        0.99,
+        1e-5,
+    )
     # Triton compiles an argument that is 1 into a constant.
     single, first = torch.zeros(1, 1), torch.zeros(1, 1, dtype=torch.int64)
     for name, call in _ALL.items():
@@ -186,7 +214,11 @@ _ALL: dict[str, Callable[[torch.Tensor, torch.Tensor], Any]] = {
     "topk_codes, many": lambda x, i: kernels.topk_codes(x, x.expand(600, 1), 1, "dot", None),
     "vector_quantize": lambda x, i: kernels.vector_quantize_fwd(x, x, True, "float32", None),
     "vector_quantize, backward": lambda x, i: kernels.vector_quantize_bwd(x, x, x, x, i[0], 1, 1, True, True),
+    "vector_quantize, heads": lambda x, i: kernels.vector_quantize_fwd(
+        x.expand(1, 2, 1), x.expand(2, 1, 1), True, "exact", i.expand(1, 2) == 0
+    ),
     "gather_codes": lambda x, i: kernels.gather_codes_fwd(x, i),
+    "gather_codes, heads": lambda x, i: kernels.gather_codes_fwd(x.expand(2, 1, 1), i.expand(1, 2)),
     "one_hot": lambda x, i: kernels.one_hot(i, 1, torch.float32),
     "ema_update": lambda x, i: kernels.ema_step(x, x[0], x, kernels.ema_statistics(x, i[0], 1, 1), 0.9, 1e-5),
     "sparse_decode": lambda x, i: kernels.sparse_decode_fwd(x, i, x),

@@ -8,22 +8,39 @@ import triton.language as tl
 from torch import Tensor
 
 from .architectures import on_device
-from .language.rows import as_codes, as_rows, code_offsets, load_codes, load_rows, store_codes
+from .language.rows import (
+    Rows,
+    as_codes,
+    as_rows,
+    code_offsets,
+    codes_of_head,
+    head_of_program,
+    load_codes,
+    load_rows,
+    offset_of_head,
+    store_codes,
+    vectors_of_head,
+)
+from .sums.flat_codes import code_dtype, flat_code
 from .sums.one_hot_sum import one_hot_sum, suits
 from .sums.segment_sum import segment_sum
 
 
 @triton.jit
-def _finite_codes_kernel(x, index_ptr, code_ptr, num_codes, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Write the assignment of each vector; K (no code) for a vector with NaN or infinity, or an index out of range."""
+def _finite_codes_kernel(x, index_ptr, code_ptr, num_codes, num_heads, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Write the `flat_code` of each vector; H * K (no code) also for a vector with NaN or infinity."""
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    head = head_of_program(x)
+    place = vectors_of_head(x, head, n)
+    if x.num_heads is not None:
+        x = Rows(x.tensor + offset_of_head(x, head), x.num_vectors // x.num_heads, *x[2:8])
     largest = tl.zeros([BLOCK_N], tl.float32)
     for begin in range(0, x.num_features, BLOCK_D):
         y = tl.abs(load_rows(x, n, begin + tl.arange(0, BLOCK_D)).to(tl.float32))
         largest = tl.maximum(largest, tl.max(tl.where(y == y, y, float("inf")), axis=1))
-    index = tl.load(index_ptr + n, mask=n < x.num_vectors, other=0)
-    is_valid = (largest < float("inf")) & (index >= 0) & (index < num_codes)
-    tl.store(code_ptr + n, tl.where(is_valid, index, num_codes), mask=n < x.num_vectors)
+    index = tl.load(index_ptr + place, mask=n < x.num_vectors, other=0)
+    code = flat_code(tl.where(largest < float("inf"), index, -1), place, num_codes, num_heads)
+    tl.store(code_ptr + place, code.to(code_ptr.dtype.element_ty), mask=n < x.num_vectors)
 
 
 @triton.jit
@@ -40,15 +57,20 @@ def _ema_step_kernel(
 ):
     """Move embed_sum towards the sums of the batch by `weight`, and the codes to embed_sum / smoothed size.
 
-    statistics: [K, D + 1], the sums of the batch, and in the last column its counts.
+    statistics: [K, D + 1], the sums of the batch, and in the last column its counts. With heads, each tensor has H in
+        front, and total_ptr is [H].
     """
+    head = head_of_program(codebook)
+    codebook, embed_sum = codes_of_head(codebook, head), codes_of_head(embed_sum, head)
+    statistics = codes_of_head(statistics, head)
+    cluster_size_ptr += head * codebook.num_codes
     num_codes, num_features = codebook.num_codes, codebook.num_features
     k = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     last = code_offsets(statistics, k) + tl.cast(num_features, tl.int64) * statistics.stride_d
     count = tl.load(statistics.tensor + last, mask=k < num_codes, other=0.0)
     size = tl.load(cluster_size_ptr + k, mask=k < num_codes, other=1.0)
-    total = tl.load(total_ptr)
+    total = tl.load(total_ptr + head)
     smoothed = (size + epsilon) / (total + num_codes * epsilon) * total
     batch, old = load_codes(statistics, k, d), load_codes(embed_sum, k, d)
     # This is torch.lerp, which is exact for weights 0 and 1.
@@ -60,28 +82,29 @@ def _ema_step_kernel(
 
 
 def ema_statistics(x: Tensor, indices: Tensor, num_codes: int, num_heads: int) -> Tensor:
+    codes_of_all = num_heads * num_codes
     if x.numel() == 0:
-        return torch.zeros(num_codes, x.shape[-1] + 1, dtype=torch.float32, device=x.device)
+        return torch.zeros(codes_of_all, x.shape[-1] + 1, dtype=torch.float32, device=x.device)
     rows = as_rows(x)
-    codes = torch.empty(rows.num_vectors, dtype=torch.int64, device=x.device)
+    codes = torch.empty(rows.num_vectors, dtype=code_dtype(codes_of_all), device=x.device)
     with on_device(x):
-        _finite_codes_kernel[(triton.cdiv(rows.num_vectors, 64),)](
-            rows, indices.contiguous(), codes, num_codes, BLOCK_N=64, BLOCK_D=64
+        _finite_codes_kernel[(triton.cdiv(rows.num_vectors // num_heads, 64), 1, num_heads)](
+            as_rows(x, num_heads), indices.contiguous(), codes, num_codes, num_heads, BLOCK_N=64, BLOCK_D=64
         )
-    total = one_hot_sum if suits(rows, num_codes) else segment_sum
-    return total(rows, codes, num_codes)
+    total = one_hot_sum if suits(rows, codes_of_all) else segment_sum
+    return total(rows, codes, codes_of_all)
 
 
 def ema_step(
     codebook: Tensor, cluster_size: Tensor, embed_sum: Tensor, statistics: Tensor, decay: float, epsilon: float
 ) -> None:
-    num_codes, num_features = codebook.shape
-    cluster_size.lerp_(statistics[:, -1], 1 - decay)
-    total = cluster_size.sum()
-    grid = (triton.cdiv(num_codes, 32), triton.cdiv(num_features, 64))
+    codes, num_features = as_codes(codebook), codebook.shape[-1]
+    cluster_size.lerp_(statistics[..., -1], 1 - decay)
+    total = cluster_size.sum(-1)
+    grid = (triton.cdiv(codes.num_codes, 32), triton.cdiv(num_features, 64), codes.heads)
     with on_device(codebook):
         _ema_step_kernel[grid](
-            as_codes(codebook),
+            codes,
             cluster_size.contiguous(),
             as_codes(embed_sum),
             as_codes(statistics)._replace(num_features=num_features),

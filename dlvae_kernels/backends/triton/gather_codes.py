@@ -8,8 +8,9 @@ import triton.language as tl
 from torch import Tensor
 
 from .architectures import on_device
-from .language.rows import as_codes, as_rows, load_codes, store_rows
-from .sums.segment_sum import segment_sum, valid_or_last
+from .language.rows import as_codes, as_rows, codes_of_head, head_of_program, load_codes, store_rows, vectors_of_head
+from .sums.flat_codes import flat_codes
+from .sums.segment_sum import segment_sum
 
 _BLOCK_N, _BLOCK_D = 64, 64
 
@@ -17,23 +18,26 @@ _BLOCK_N, _BLOCK_D = 64, 64
 @triton.jit
 def _gather_codes_fwd_kernel(codes, index_ptr, out, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
     """Write the codes at the indices; an index out of range reads nothing and gives 0."""
-    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    head = head_of_program(codes)
+    n = vectors_of_head(codes, head, tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N))
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     k = tl.load(index_ptr + n, mask=n < out.num_vectors, other=-1)
-    store_rows(out, load_codes(codes, k, d), n, d)
+    store_rows(out, load_codes(codes_of_head(codes, head), k, d), n, d)
 
 
 def gather_codes_fwd(codebook: Tensor, indices: Tensor) -> Tensor:
-    num_features = codebook.shape[1]
+    codes, num_features = as_codes(codebook), codebook.shape[-1]
     out = torch.empty(*indices.shape, num_features, dtype=codebook.dtype, device=codebook.device)
     if out.numel() > 0:
-        grid = (triton.cdiv(indices.numel(), _BLOCK_N), triton.cdiv(num_features, _BLOCK_D))
+        heads = codes.heads
+        grid = (triton.cdiv(indices.numel() // heads, _BLOCK_N), triton.cdiv(num_features, _BLOCK_D), heads)
         with on_device(codebook):
             _gather_codes_fwd_kernel[grid](
-                as_codes(codebook), indices.contiguous(), as_rows(out), BLOCK_N=_BLOCK_N, BLOCK_D=_BLOCK_D
+                codes, indices.contiguous(), as_rows(out), BLOCK_N=_BLOCK_N, BLOCK_D=_BLOCK_D
             )
     return out
 
 
 def gather_codes_bwd(grad: Tensor, indices: Tensor, num_codes: int, num_heads: int) -> Tensor:
-    return segment_sum(as_rows(grad), valid_or_last(indices, num_codes), num_codes)[:, :-1].contiguous()
+    codes = flat_codes(indices, num_codes, num_heads)
+    return segment_sum(as_rows(grad), codes, num_heads * num_codes)[:, :-1].contiguous()

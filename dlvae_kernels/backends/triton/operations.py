@@ -8,7 +8,6 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -31,32 +30,10 @@ _FILES = {
     "kept_softmax_fwd": "kept_softmax",
     "kept_softmax_bwd": "kept_softmax",
 }
-
-
-def _heads(position: int) -> Callable[..., str | None]:
-    """Why a call with heads is unavailable; `position` is that of the codebook or of the number of heads."""
-
-    def reason(*args: Any) -> str | None:
-        heads = args[position] if len(args) > position else 1
-        has_heads = heads.ndim == 3 if isinstance(heads, torch.Tensor) else heads > 1
-        return "it has no kernel for heads" if has_heads else None
-
-    return reason
-
-
 # Operations with limits beside those of dtype and device: a function that returns the reason, or None.
-_LIMITS = {
-    "topk_codes": limits.unavailable_reason,
-    "nearest_code": _heads(1),
-    "gather_codes_fwd": _heads(0),
-    "gather_codes_bwd": _heads(3),
-    "vector_quantize_fwd": _heads(1),
-    "vector_quantize_bwd": _heads(6),
-    "ema_statistics": _heads(3),
-    "ema_step": _heads(0),
-}
+_LIMITS = {"topk_codes": limits.unavailable_reason}
 _OLDEST_GPU = (8, 0)
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.int64)
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.int64, torch.bool)
 
 
 def unavailable_reason(op: str, *args: Any) -> str | None:

@@ -13,7 +13,8 @@ from torch import Tensor
 from .architectures import architecture, on_device
 from .decode.dense_decode import dense_decode_bwd_dictionary, dense_decode_bwd_values, dense_decode_fwd, suits
 from .language.rows import Rows, as_codes, as_rows, load_codes, load_rows, store_rows
-from .sums.segment_sum import segment_sum, valid_or_last
+from .sums.flat_codes import flat_codes
+from .sums.segment_sum import segment_sum
 
 # Elements of one block of vectors and features, and atoms that are loaded at once.
 _BLOCK, _UNROLL = 2048, 4
@@ -134,7 +135,7 @@ def sparse_decode_bwd(
     if need_dictionary and is_dense:
         grad_dictionary = dense_decode_bwd_dictionary(rows, values, indices, num_codes)
     elif need_dictionary:
-        atoms = valid_or_last(indices, num_codes)
+        atoms = flat_codes(indices, num_codes)
         grad_dictionary = segment_sum(rows, atoms, num_codes, values.contiguous())[:, :-1].contiguous()
     return grad_values, grad_dictionary
 

@@ -2,7 +2,8 @@
 
 Triton flattens a named tuple; a field that is None or a `tl.constexpr` is a constant of the compiled kernel. A field
 must not be called `values` or `type`, which are attributes of Triton's own tuples. Kernels test whether a tensor is
-None, not a tuple, and tuples are not nested: Triton 3.6 does not compile either where a field is None.
+None, not a tuple, tuples are not nested, and no function returns one that may hold None: Triton 3.6 does not compile
+these.
 """
 
 from __future__ import annotations
@@ -21,6 +22,9 @@ class Rows(NamedTuple):
 
     Vector n begins at n // inner * stride_outer + n % inner * stride_inner, as in a map [B, D, H, W]. Where one stride
     reaches all vectors, inner and stride_outer are None, which saves the division.
+
+    With heads, vector n is vector n // num_heads of head n % num_heads, and begins stride_head after the same vector of
+    the head before. The rows of one head have the same fields from num_features to unit, which are rows[2:8].
     """
 
     tensor: Tensor
@@ -30,53 +34,78 @@ class Rows(NamedTuple):
     stride_outer: int | None
     stride_inner: int
     stride_d: int
-    # The largest power of two, up to 16, that divides both strides: a kernel that knows it can load 16 bytes at once.
+    # The largest power of two, up to 16, that divides all strides: a kernel that knows it can load 16 bytes at once.
     unit: tl.constexpr
+    num_heads: tl.constexpr | None = None
+    stride_head: int | None = None
 
 
 class Codes(NamedTuple):
-    """A codebook or dictionary of K codes of D features."""
+    """A codebook or dictionary of K codes of D features, or one for each of several heads.
+
+    With heads, a program works for one head, the third number of its grid.
+    """
 
     tensor: Tensor
     num_codes: int
     num_features: int
     stride_k: int
     stride_d: int
-    # The largest power of two, up to 16, that divides stride_k.
+    # The largest power of two, up to 16, that divides stride_k and stride_head.
     unit: tl.constexpr
+    num_heads: tl.constexpr | None = None
+    stride_head: int | None = None
+
+    @property
+    def heads(self) -> int:
+        """The number of heads, on the host."""
+        return 1 if self.num_heads is None else int(self.num_heads.value)
 
 
-def as_rows(x: Tensor) -> Rows:
-    """The vectors of x [..., D]; x is copied only if more than two strides are needed to reach them."""
+def heads_of(codebook: Tensor) -> int:
+    """The number of heads: H of a codebook [H, K, D], and 1 of [K, D]."""
+    return codebook.shape[0] if codebook.ndim == 3 else 1
+
+
+def as_rows(x: Tensor, heads: int = 1) -> Rows:
+    """The vectors of x [..., D], or with heads those of x [..., H, D], a head being a dimension of its own.
+
+    Args:
+        x: copied only if more than two strides are needed beside that of heads.
+        heads: the number of heads of a kernel whose programs work for one head.
+    """
+    last = x.ndim - (1 if heads == 1 else 2)
     merged: list[tuple[int, int]] = []
-    for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True):
+    for size, stride in zip(x.shape[:last], x.stride()[:last], strict=True):
         if size == 1:
             continue
         if merged and merged[-1][1] == size * stride:
             merged[-1] = (merged[-1][0] * size, stride)
         else:
             merged.append((size, stride))
+    num_heads, stride_head = (heads, x.stride(-2)) if heads > 1 else merged.pop() if len(merged) == 3 else (None, None)
     if len(merged) > 2:
-        return as_rows(x.contiguous())
-    sizes = x.numel() // x.shape[-1], x.shape[-1]
-    if len(merged) < 2:
-        step = merged[0][1] if merged else 0
-        return Rows(x, *sizes, None, None, step, x.stride(-1), tl.constexpr(math.gcd(step, 16)))
-    (_, outer), (inner, step) = merged
-    return Rows(x, *sizes, inner, outer, step, x.stride(-1), tl.constexpr(math.gcd(outer, step, 16)))
+        return as_rows(x.contiguous(), heads)
+    unit = tl.constexpr(math.gcd(*(stride for _, stride in merged), stride_head or 0, 16))
+    (_, outer), (inner, step) = merged if len(merged) == 2 else ((None, None), (None, merged[0][1] if merged else 0))
+    rows = Rows(x, x.numel() // x.shape[-1], x.shape[-1], inner, outer, step, x.stride(-1), unit)
+    return rows if num_heads is None else rows._replace(num_heads=tl.constexpr(num_heads), stride_head=stride_head)
 
 
 def as_codes(codebook: Tensor) -> Codes:
-    """The codes of a codebook [K, D]."""
-    num_codes, num_features = codebook.shape
-    stride_k, stride_d = codebook.stride()
-    return Codes(codebook, num_codes, num_features, stride_k, stride_d, tl.constexpr(math.gcd(stride_k, 16)))
+    """The codes of a codebook [K, D] or [H, K, D]."""
+    num_codes, num_features = codebook.shape[-2:]
+    stride_k, stride_d = codebook.stride()[-2:]
+    unit = tl.constexpr(math.gcd(codebook.stride(0), stride_k, 16))
+    codes = Codes(codebook, num_codes, num_features, stride_k, stride_d, unit)
+    heads = heads_of(codebook)
+    return codes if heads == 1 else codes._replace(num_heads=tl.constexpr(heads), stride_head=codebook.stride(0))
 
 
-def empty_like_rows(x: Tensor) -> Tensor:
+def empty_like_rows(x: Tensor, heads: int = 1) -> Tensor:
     """A new tensor like x that `as_rows` does not copy."""
     out = torch.empty_like(x)
-    return out if as_rows(out).tensor is out else torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    return out if as_rows(out, heads).tensor is out else torch.empty(x.shape, dtype=x.dtype, device=x.device)
 
 
 def laid_out_like(x: Tensor, result: Tensor) -> Tensor:
@@ -87,13 +116,50 @@ def laid_out_like(x: Tensor, result: Tensor) -> Tensor:
 
 @triton.jit
 def row_offsets(x, n):
-    """The offsets at which vectors n of x begin."""
+    """The offsets at which vectors n of x, numbered over all heads, begin."""
+    of_head = 0
+    if x.num_heads is not None:
+        of_head = (n % x.num_heads).to(tl.int64) * (x.stride_head // x.unit)
+        n = n // x.num_heads
     n = n.to(tl.int64)
     if x.inner is None:
         offsets = n * (x.stride_inner // x.unit)
     else:
         offsets = (n // x.inner) * (x.stride_outer // x.unit) + (n % x.inner) * (x.stride_inner // x.unit)
-    return offsets * x.unit
+    return (offsets + of_head) * x.unit
+
+
+@triton.jit
+def head_of_program(rows):
+    """The head that this program works for; 0 without heads."""
+    head = 0
+    if rows.num_heads is not None:
+        head = tl.program_id(2)
+    return head
+
+
+@triton.jit
+def vectors_of_head(rows, head, n):
+    """The numbers, over all heads, of vectors n of one head."""
+    if rows.num_heads is not None:
+        n = n * rows.num_heads + head
+    return n
+
+
+@triton.jit
+def offset_of_head(rows, head):
+    """The offset at which the first vector, or the first code, of one head begins."""
+    offset = 0
+    if rows.num_heads is not None:
+        offset = tl.cast(head, tl.int64) * (rows.stride_head // rows.unit) * rows.unit
+    return offset
+
+
+@triton.jit
+def codes_of_head(codes, head):
+    """The codes of one head, as a codebook without heads."""
+    start = codes.tensor + offset_of_head(codes, head)
+    return Codes(start, codes.num_codes, codes.num_features, codes.stride_k, codes.stride_d, codes.unit, 1, 0)
 
 
 @triton.jit

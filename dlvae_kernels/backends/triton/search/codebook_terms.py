@@ -1,7 +1,8 @@
 """The codebook as the matrix units read it: padded, in float16 terms, with a bias for each code.
 
 The bias is -|c|^2 / 2 for distances, or that of an inner product. A float32 code becomes two float16 terms of
-c * 2^shift, with one shift for the whole codebook: see `language/scaling.py`.
+c * 2^shift, with one shift for the whole codebook: see `language/scaling.py`. With heads, each has a codebook, whose K
+is padded by itself, and the terms of all codebooks follow one another.
 """
 
 from __future__ import annotations
@@ -13,14 +14,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..language.rows import Codes, load_codes_where
+from ..language.rows import Codes, codes_of_head, head_of_program, load_codes_where
 from ..language.scaling import bias_shift, codebook_shift, exponent_of, power_of_two, split_terms
 
 # The bias of codes without a score: padding, and codes whose |c|^2 or given bias is NaN or infinite in float32.
 NEVER = tl.constexpr(float("-inf"))
 # Each float16 term of a packed bias has a unit 2^9 times as fine as the term before.
 FINER_BITS = tl.constexpr(9)
-_NUM_EXTREMES = 3
+NUM_EXTREMES = tl.constexpr(3)
 # Below every exponent and every negated index.
 _UNSET = -(2**30)
 # A divisor of every padded number of features.
@@ -28,7 +29,7 @@ _BLOCK_D = 16
 
 
 class CodebookTerms(NamedTuple):
-    """The terms of a codebook.
+    """The terms of a codebook, or of H codebooks, one for each head; then K padded and 3 stand for H times as many.
 
     high, low: [K padded, D padded]; low is high where one term is enough. Packed, high is [K padded, 32] and holds for
         each code the high, high and low terms and three terms of the bias.
@@ -58,6 +59,11 @@ def _bias_kernel(
     BLOCK_D: tl.constexpr,
 ):
     """Write the bias and the norm of each code, and the extremes of all codes."""
+    head = head_of_program(codes)
+    codes = codes_of_head(codes, head)
+    bias_ptr += head * tl.num_programs(0) * BLOCK_K
+    norm_ptr += head * tl.num_programs(0) * BLOCK_K
+    extremes_ptr += head * NUM_EXTREMES
     k = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
     is_code = k < codes.num_codes
     total = tl.zeros([BLOCK_K], tl.float32)
@@ -118,12 +124,16 @@ def _codebook_terms_kernel(
     BLOCK_D: tl.constexpr,
 ):
     """Write the padded terms of the codes; a code without a score becomes 0, and its bias excludes it."""
+    head = head_of_program(codes)
+    codes = codes_of_head(codes, head)
+    extremes_ptr += head * NUM_EXTREMES
     k = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
-    bias = tl.load(bias_ptr + k)
+    place = head * tl.num_programs(0) * BLOCK_K + k
+    bias = tl.load(bias_ptr + place)
     is_finite = bias > NEVER
     for begin in range(0, padded, BLOCK_D):
         column = begin + tl.arange(0, BLOCK_D)
-        out = k.to(tl.int64)[:, None] * padded + column[None, :]
+        out = place.to(tl.int64)[:, None] * padded + column[None, :]
         if PACKED:
             c = load_codes_where(codes, k, is_finite, column % codes.num_features)
             tl.store(high_ptr + out, _packed_columns(c, bias, column, codes.num_features, extremes_ptr))
@@ -136,7 +146,7 @@ def _codebook_terms_kernel(
             c = load_codes_where(codes, k, is_finite, column)
             tl.store(high_ptr + out, c.to(high_ptr.dtype.element_ty))
     if SCALES_BIAS:
-        tl.store(bias_ptr + k, bias * power_of_two(codebook_shift(extremes_ptr)))
+        tl.store(bias_ptr + place, bias * power_of_two(codebook_shift(extremes_ptr)))
 
 
 def codebook_terms(
@@ -164,16 +174,16 @@ def codebook_terms(
         metric: "l2" with the bias -|c|^2 / 2, or "dot".
         bias: [K], the bias of "dot", or None for 0.
     """
-    programs = triton.cdiv(codes.num_codes, block_k)
+    programs, heads = triton.cdiv(codes.num_codes, block_k), codes.heads
     device = codes.tensor.device
-    high = torch.empty(programs * block_k, padded, dtype=dtype, device=device)
+    high = torch.empty(heads * programs * block_k, padded, dtype=dtype, device=device)
     low = torch.empty_like(high) if two_terms and not packed else high
-    biases, norms = torch.empty(2, programs * block_k, dtype=torch.float32, device=device)
-    extremes = torch.full((_NUM_EXTREMES,), _UNSET, dtype=torch.int32, device=device)
-    _bias_kernel[(programs,)](
+    biases, norms = torch.empty(2, heads * programs * block_k, dtype=torch.float32, device=device)
+    extremes = torch.full((heads * NUM_EXTREMES.value,), _UNSET, dtype=torch.int32, device=device)
+    _bias_kernel[(programs, 1, heads)](
         codes, bias, biases, norms, extremes, DOT=metric == "dot", BLOCK_K=block_k, BLOCK_D=_BLOCK_D
     )
-    _codebook_terms_kernel[(programs,)](
+    _codebook_terms_kernel[(programs, 1, heads)](
         codes,
         high,
         low,

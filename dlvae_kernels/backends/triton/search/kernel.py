@@ -14,7 +14,15 @@ import triton.language as tl
 
 from ..language.distances import squared_distances
 from ..language.products import product
-from ..language.rows import largest_and_squares, load_rows
+from ..language.rows import (
+    Rows,
+    codes_of_head,
+    head_of_program,
+    largest_and_squares,
+    load_rows,
+    offset_of_head,
+    vectors_of_head,
+)
 from ..language.scaling import (
     bias_shift,
     block_shift,
@@ -24,7 +32,7 @@ from ..language.scaling import (
     split_terms,
     vector_shift,
 )
-from .codebook_terms import FINER_BITS, NEVER
+from .codebook_terms import FINER_BITS, NEVER, NUM_EXTREMES
 from .quantize_rows import quantize_rows
 from .rescan import error_bound
 
@@ -209,6 +217,15 @@ def _search_kernel(
     MEASURES: tl.constexpr = TWO_TERMS or CERTIFY or x.tensor.dtype.element_ty != tl.float16
     LANES: tl.constexpr = BLOCK_K // GROUP
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    # From here on vectors, codes and tiles are those of one head; `place` is that of a vector among all heads.
+    head = head_of_program(codes)
+    place, num_places = vectors_of_head(codes, head, n), x.num_vectors
+    if codes.num_heads is not None:
+        x = Rows(x.tensor + offset_of_head(x, head), x.num_vectors // x.num_heads, *x[2:8])
+    codes = codes_of_head(codes, head)
+    first_tile = head * num_tiles
+    bias_ptr += first_tile * BLOCK_K
+    extremes_ptr += head * NUM_EXTREMES
 
     # Scale the vectors and keep their terms on the chip if they fit.
     scale = 1.0
@@ -236,10 +253,21 @@ def _search_kernel(
     for tile in tl.range(begin, tl.minimum(begin + tiles_each, num_tiles), num_stages=TILE_STAGES):
         score = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
         if BLOCK_D == PADDED:
-            score = _resident_scores(high_terms, low_terms, tile, high, low, score, PRECISION, BLOCK_K)
+            score = _resident_scores(high_terms, low_terms, first_tile + tile, high, low, score, PRECISION, BLOCK_K)
         else:
             score = _chunked_scores(
-                x, n, high_terms, low_terms, tile, scale, score, TWO_TERMS, PRECISION, BLOCK_K, BLOCK_D, STAGES
+                x,
+                n,
+                high_terms,
+                low_terms,
+                first_tile + tile,
+                scale,
+                score,
+                TWO_TERMS,
+                PRECISION,
+                BLOCK_K,
+                BLOCK_D,
+                STAGES,
             )
         if not PACKED:
             score += (tl.load(bias_ptr + tile * BLOCK_K + tl.arange(0, BLOCK_K)) * scale)[None, :]
@@ -264,9 +292,9 @@ def _search_kernel(
     distance = distance * distance_weight * unit * unit
     index, distance = _assign_non_finite(x, codes, extremes_ptr, n, index, distance, is_lost, PADDED, BLOCK_D)
 
-    _store_found(found, n, x.num_vectors, index, distance)
+    _store_found(found, place, num_places, index, distance)
     if CERTIFY:
         bound = error_bound(largest, squares, scale, extremes_ptr, x.num_features, TWO_TERMS)
-        _store_certificate(found, n, x.num_vectors, winner, runner_up, bound)
+        _store_certificate(found, place, num_places, winner, runner_up, bound)
     if count_ptr is not None:
-        quantize_rows(x, codes, quantized, half_error_ptr, count_ptr, n, index, 16)
+        quantize_rows(x, codes, quantized, half_error_ptr, count_ptr, head, n, index, False, 16)

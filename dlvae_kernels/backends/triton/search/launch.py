@@ -29,6 +29,7 @@ def search(
     """Write the nearest code of each vector, [N] int64, and its squared distance, [N] float32.
 
     Args:
+        codebook: [K, D], or [H, K, D] with a codebook for each head; vector n belongs to head n % H.
         quantized: the other outputs of `vector_quantize`. The distances are then divided by D: a sum of squares may
             overflow float32 where the mean does not.
     """
@@ -45,7 +46,8 @@ def search(
             precision == "exact",
         )
         if autotune.is_wanted():
-            kind = f"{dtype} {codebook.dtype} {precision} D={x.num_features}"
+            heads = f" H={codes.heads}" if codes.heads > 1 else ""
+            kind = f"{dtype} {codebook.dtype} {precision} D={x.num_features}{heads}"
             config = autotune.tuned(
                 config,
                 x.num_vectors,
@@ -67,6 +69,7 @@ def _search(
     config: SearchConfig,
 ) -> None:
     certifies = precision == "exact"
+    heads = codes.heads
     distance_weight = 1.0 if quantized is None else 1.0 / x.num_features
     padded = config.padded(x.num_features)
     terms = codebook_terms(
@@ -78,13 +81,15 @@ def _search(
         packed=config.packed,
     )
     tiles = triton.cdiv(codes.num_codes, config.block_k)
-    blocks = triton.cdiv(x.num_vectors, config.block_n)
-    partitions, tiles_each = partition(blocks, tiles, max_partitions=_MAX_PARTITIONS)
+    blocks = triton.cdiv(x.num_vectors // heads, config.block_n)
+    partitions, tiles_each = partition(blocks * heads, tiles, max_partitions=_MAX_PARTITIONS)
     # One program sees all codes of its vectors and writes the results.
     is_final = partitions == 1 and not certifies
+    # It writes the other outputs of `vector_quantize` too, without a mask; else a kernel of their own does.
+    fused = quantized if is_final and quantized is not None and quantized.mask is None else None
     found = Found(indices, distances) if is_final else _buffers(partitions, x.num_vectors, certifies, indices.device)
     block = [config.block_k, config.block_d]
-    _search_kernel[(blocks, partitions)](
+    _search_kernel[(blocks, partitions, heads)](
         x,
         codes,
         TensorDescriptor.from_tensor(terms.high, block),
@@ -92,7 +97,7 @@ def _search(
         terms.bias,
         terms.extremes,
         found,
-        *(quantized if is_final and quantized is not None else (None, None, None)),
+        *(fused[:3] if fused is not None else (None, None, None)),
         tiles,
         tiles_each,
         distance_weight,
@@ -114,8 +119,8 @@ def _search(
         worklist, count = join_partitions(found, indices, distances)
         if certifies:
             rescan(x, codes, terms.extremes, indices, distances, worklist, count, distance_weight)
-        if quantized is not None:
-            launch_quantize_rows(x, codes, indices, quantized)
+    if quantized is not None and fused is None:
+        launch_quantize_rows(x, codes, indices, distances, quantized)
 
 
 def _buffers(partitions: int, num_vectors: int, certifies: bool, device: torch.device) -> Found:

@@ -10,8 +10,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..language.rows import Codes, Rows, load_codes_where, row_offsets
+from ..language.rows import Codes, Rows, codes_of_head, load_codes_where, row_offsets
 from ..language.scaling import bias_exponent, codebook_shift, power_of_two, vector_shift
+from .codebook_terms import NUM_EXTREMES
 
 # The relative error of a score, of |x| |c| + |c|^2 / 2, times 1 + D / 85: docs/numerics.md, section 7.2.
 ERROR = tl.constexpr(2.0**-19)
@@ -68,12 +69,16 @@ def _rescan_kernel(
     for place in range(tl.program_id(0), count, tl.num_programs(0)):
         n = tl.load(worklist_ptr + place)
         start = row_offsets(x, n)
+        head = 0
+        if codes.num_heads is not None:
+            head = n % codes.num_heads
+        of_head = codes_of_head(codes, head)
         # The scale keeps the squares of codes and of the vector in the range of float32.
         largest = tl.zeros([], tl.float32)
         for begin in range(0, x.num_features, BLOCK_D):
             y = _load_features(x, start, begin + tl.arange(0, BLOCK_D))
             largest = tl.maximum(largest, tl.max(tl.abs(y), axis=0))
-        shift = tl.minimum(codebook_shift(extremes_ptr), vector_shift(largest))
+        shift = tl.minimum(codebook_shift(extremes_ptr + head * NUM_EXTREMES), vector_shift(largest))
         best = tl.full([], float("inf"), tl.float32)
         index = tl.load(index_ptr + n).to(tl.int32)
         for first in range(0, codes.num_codes, BLOCK_K):
@@ -83,7 +88,8 @@ def _rescan_kernel(
             for begin in range(0, x.num_features, BLOCK_D):
                 d = begin + tl.arange(0, BLOCK_D)
                 y = _load_features(x, start, d)
-                difference = (y[None, :] - load_codes_where(codes, k, is_code, d).to(tl.float32)) * power_of_two(shift)
+                c = load_codes_where(of_head, k, is_code, d).to(tl.float32)
+                difference = (y[None, :] - c) * power_of_two(shift)
                 distance += tl.sum(difference * difference, axis=1)
             distance = tl.where(is_code & (distance == distance), distance, float("inf"))
             smallest = tl.min(distance, axis=0)

@@ -15,6 +15,7 @@ from torch import Tensor
 from ..architectures import on_device
 from ..language.products import replace_non_finite, sum_marked
 from ..language.rows import Rows, load_rows
+from .flat_codes import code_dtype
 
 CHUNK = 64
 
@@ -104,17 +105,11 @@ def _join_edges_kernel(
         tl.store(out_ptr + code.to(tl.int64) * width + d, total.to(tl.float32), mask=mask)
 
 
-def valid_or_last(indices: Tensor, num_codes: int) -> Tensor:
-    """Indices as `segment_sum` takes them: flat, and K (no code) in place of those out of [0, K)."""
-    codes = indices.flatten()
-    return torch.where((codes >= 0) & (codes < num_codes), codes, num_codes)
-
-
 def segment_sum(x: Rows, codes: Tensor, num_codes: int, weights: Tensor | None = None) -> Tensor:
     """The sums and counts [K, D + 1] float32 of vectors by their codes; vectors assigned to K (no code) are left out.
 
     Args:
-        codes: [N * k], the assignments of the vectors, k for each.
+        codes: [N * k], the assignments of the vectors, k for each, as `flat_codes` gives them.
         weights: [N * k] contiguous, the factors of the vectors in the sums, or None for 1.
     """
     width, device = x.num_features + 1, x.tensor.device
@@ -123,9 +118,7 @@ def segment_sum(x: Rows, codes: Tensor, num_codes: int, weights: Tensor | None =
     num_pairs = codes.numel()
     if num_pairs == 0:
         return out[:num_codes]
-    # A sort of fewer bits is faster.
-    smallest = next(dtype for dtype in (torch.int16, torch.int32, torch.int64) if num_codes <= torch.iinfo(dtype).max)
-    sorted_codes, order = torch.sort(codes.to(smallest), stable=True)
+    sorted_codes, order = torch.sort(codes.to(code_dtype(num_codes)), stable=True)
     chunks = triton.cdiv(num_pairs, CHUNK)
     edge = torch.empty(chunks, 2, width, dtype=torch.float32, device=device)
     block_d = min(64, max(16, triton.next_power_of_2(x.num_features)))
