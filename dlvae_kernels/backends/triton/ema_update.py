@@ -85,11 +85,11 @@ def ema_statistics(x: Tensor, indices: Tensor, num_codes: int, num_heads: int) -
     codes_of_all = num_heads * num_codes
     if x.numel() == 0:
         return torch.zeros(codes_of_all, x.shape[-1] + 1, dtype=torch.float32, device=x.device)
-    rows = as_rows(x)
+    rows = as_rows(x, num_heads)
     codes = torch.empty(rows.num_vectors, dtype=code_dtype(codes_of_all), device=x.device)
     with on_device(x):
         _finite_codes_kernel[(triton.cdiv(rows.num_vectors // num_heads, 64), 1, num_heads)](
-            as_rows(x, num_heads), indices.contiguous(), codes, num_codes, num_heads, BLOCK_N=64, BLOCK_D=64
+            rows, indices.contiguous(), codes, num_codes, num_heads, BLOCK_N=64, BLOCK_D=64
         )
     total = one_hot_sum if suits(rows, codes_of_all) else segment_sum
     return total(rows, codes, codes_of_all)

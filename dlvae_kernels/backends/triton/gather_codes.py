@@ -40,4 +40,4 @@ def gather_codes_fwd(codebook: Tensor, indices: Tensor) -> Tensor:
 
 def gather_codes_bwd(grad: Tensor, indices: Tensor, num_codes: int, num_heads: int) -> Tensor:
     codes = flat_codes(indices, num_codes, num_heads)
-    return segment_sum(as_rows(grad), codes, num_heads * num_codes)[:, :-1].contiguous()
+    return segment_sum(as_rows(grad, num_heads), codes, num_heads * num_codes)[:, :-1].contiguous()

@@ -89,7 +89,7 @@ def vector_quantize_bwd(
     grad_x = grad_codebook = empty
     if need_codebook:
         codes = flat_codes(indices, num_codes, num_heads)
-        total = segment_sum(as_rows(half_error), codes, num_heads * num_codes)[:, :-1]
+        total = segment_sum(as_rows(half_error, num_heads), codes, num_heads * num_codes)[:, :-1]
         grad_codebook = total * (slope * grad_codebook_loss)
     if need_x:
         rows = as_rows(half_error, num_heads)

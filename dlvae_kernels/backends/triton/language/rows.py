@@ -68,11 +68,9 @@ def heads_of(codebook: Tensor) -> int:
 
 
 def as_rows(x: Tensor, heads: int = 1) -> Rows:
-    """The vectors of x [..., D], or with heads those of x [..., H, D], a head being a dimension of its own.
+    """The vectors of x [..., D], or with heads those of x [..., H, D].
 
-    Args:
-        x: copied only if more than two strides are needed beside that of heads.
-        heads: the number of heads of a kernel whose programs work for one head.
+    x is copied only if more than two strides, beside that of heads, are needed to reach them.
     """
     last = x.ndim - (1 if heads == 1 else 2)
     merged: list[tuple[int, int]] = []
@@ -83,13 +81,13 @@ def as_rows(x: Tensor, heads: int = 1) -> Rows:
             merged[-1] = (merged[-1][0] * size, stride)
         else:
             merged.append((size, stride))
-    num_heads, stride_head = (heads, x.stride(-2)) if heads > 1 else merged.pop() if len(merged) == 3 else (None, None)
     if len(merged) > 2:
         return as_rows(x.contiguous(), heads)
-    unit = tl.constexpr(math.gcd(*(stride for _, stride in merged), stride_head or 0, 16))
+    stride_head = x.stride(-2) if heads > 1 else 0
+    unit = tl.constexpr(math.gcd(*(stride for _, stride in merged), stride_head, 16))
     (_, outer), (inner, step) = merged if len(merged) == 2 else ((None, None), (None, merged[0][1] if merged else 0))
     rows = Rows(x, x.numel() // x.shape[-1], x.shape[-1], inner, outer, step, x.stride(-1), unit)
-    return rows if num_heads is None else rows._replace(num_heads=tl.constexpr(num_heads), stride_head=stride_head)
+    return rows if heads == 1 else rows._replace(num_heads=tl.constexpr(heads), stride_head=stride_head)
 
 
 def as_codes(codebook: Tensor) -> Codes:
