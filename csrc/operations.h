@@ -52,6 +52,9 @@ using OptionalTensor = std::optional<Tensor>;
       "(Tensor grad_quantized, Tensor grad_codebook_loss, Tensor grad_commitment_loss, Tensor half_error," \
       " Tensor indices, int num_codes, int num_heads, bool need_x, bool need_codebook) -> (Tensor, Tensor)") \
   OPERATION( \
+      rotation_trick_bwd, Tensor, (const Tensor& grad, const Tensor& x, const Tensor& q), \
+      "(Tensor grad, Tensor x, Tensor q) -> Tensor") \
+  OPERATION( \
       ema_statistics, Tensor, (const Tensor& x, const Tensor& indices, int64_t num_codes, int64_t num_heads), \
       "(Tensor x, Tensor indices, int num_codes, int num_heads) -> Tensor") \
   OPERATION( \

@@ -84,6 +84,10 @@ def _vector_quantize_bwd(*args: Any) -> tuple[Tensor, Tensor]:
     return torch.empty_like(half_error) if need_x else empty, grad_codebook
 
 
+def _rotation_trick_bwd(grad: Tensor, x: Tensor, q: Tensor) -> Tensor:
+    return torch.empty_like(x)
+
+
 def _ema_statistics(x: Tensor, indices: Tensor, num_codes: int, num_heads: int) -> Tensor:
     return x.new_empty((num_heads * num_codes, x.shape[-1] + 1), dtype=_sum_dtype(x.dtype))
 
@@ -173,6 +177,7 @@ OPERATIONS = (
         " -> (Tensor, Tensor)",
         _vector_quantize_bwd,
     ),
+    Operation("rotation_trick_bwd(Tensor grad, Tensor x, Tensor q) -> Tensor", _rotation_trick_bwd),
     Operation(
         "ema_statistics(Tensor x, Tensor indices, int num_codes, int num_heads) -> Tensor",
         _ema_statistics,

@@ -7,6 +7,7 @@ from .kept_softmax import kept_softmax
 from .nearest_code import nearest_code
 from .one_hot import one_hot
 from .residual_quantize import ResidualQuantizeOutput, residual_decode, residual_quantize, residual_statistics
+from .rotation_trick import rotation_trick
 from .sparse_decode import sparse_decode
 from .straight_through import straight_through
 from .topk_codes import topk_codes
@@ -27,6 +28,7 @@ __all__ = [
     "residual_decode",
     "residual_quantize",
     "residual_statistics",
+    "rotation_trick",
     "sparse_decode",
     "straight_through",
     "topk_codes",

@@ -64,7 +64,7 @@ def check_vectors(name: str, x: Tensor, codebook_name: str, codebook: Tensor) ->
             f"expected {name} of shape [..., {codebook.shape[1]}], with the D of {codebook_name}, got {tuple(x.shape)}"
         )
     check_same_device(name, x, codebook_name, codebook)
-    _check_parameter_dtype(codebook_name, codebook, name, x)
+    check_parameter_dtype(codebook_name, codebook, name, x)
 
 
 def check_codebooks(name: str, codebooks: Tensor) -> None:
@@ -84,7 +84,7 @@ def check_vectors_of_levels(name: str, x: Tensor, codebooks_name: str, codebooks
             f" got {tuple(x.shape)}"
         )
     check_same_device(name, x, codebooks_name, codebooks)
-    _check_parameter_dtype(codebooks_name, codebooks, name, x)
+    check_parameter_dtype(codebooks_name, codebooks, name, x)
 
 
 def check_flags(name: str, flags: Tensor, shape: torch.Size, other_name: str, other: Tensor) -> None:
@@ -105,10 +105,10 @@ def check_bias(name: str, bias: Tensor, codebook_name: str, codebook: Tensor) ->
             f"expected {name} of shape [{codebook.shape[0]}], with the K of {codebook_name}, got {tuple(bias.shape)}"
         )
     check_same_device(name, bias, codebook_name, codebook)
-    _check_parameter_dtype(name, bias, codebook_name, codebook)
+    check_parameter_dtype(name, bias, codebook_name, codebook)
 
 
-def _check_parameter_dtype(name: str, parameter: Tensor, other_name: str, other: Tensor) -> None:
+def check_parameter_dtype(name: str, parameter: Tensor, other_name: str, other: Tensor) -> None:
     """Check that a parameter has the dtype of the other tensor, or float32 where the other has half precision."""
     if not _fits(parameter.dtype, other.dtype):
         raise ValueError(

@@ -5,6 +5,7 @@
 #include "elementwise.h"
 #include "quantize.h"
 #include "residual_kernel.h"
+#include "rotation_kernel.h"
 #include "rows_kernel.h"
 #include "search_kernel.h"
 #include "segment_sum_kernel.h"
@@ -37,6 +38,7 @@ dlvae::Kernels make_table(const char* name) {
   table.copy_rows = copy_rows;
   table.ema_rows = ema_rows;
   table.subtract_scaled = subtract_scaled;
+  table.rotate_rows = rotate_rows;
   table.topk_few = topk_few;
   table.pack_topk = pack_topk;
   table.topk_rows = topk_rows;

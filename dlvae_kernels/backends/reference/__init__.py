@@ -10,6 +10,7 @@ from .kept_softmax import kept_softmax_bwd, kept_softmax_fwd
 from .nearest_code import nearest_code
 from .one_hot import one_hot
 from .residual_quantize import residual_quantize_bwd, residual_quantize_fwd, residual_statistics
+from .rotation_trick import rotation_trick_bwd
 from .sparse_decode import sparse_decode_bwd, sparse_decode_fwd
 from .topk_codes import topk_codes
 from .vector_quantize import vector_quantize_bwd, vector_quantize_fwd
@@ -26,6 +27,7 @@ __all__ = [
     "residual_quantize_bwd",
     "residual_quantize_fwd",
     "residual_statistics",
+    "rotation_trick_bwd",
     "sparse_decode_bwd",
     "sparse_decode_fwd",
     "topk_codes",

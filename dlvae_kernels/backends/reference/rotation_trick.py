@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# Norms, and the squared norm of the sum of two directions, are divided by as if they were at least this.
-_LEAST_NORM, _LEAST_SQUARES = 1e-6, 1e-24
+# Norms of x and q are divided by as if they were at least this. A shorter sum of two directions is rounding error, of
+# opposite directions: it counts as zero.
+_LEAST_NORM = 1e-6
 
 
 def rotation_trick_bwd(grad: Tensor, x: Tensor, q: Tensor) -> Tensor:
@@ -17,8 +18,9 @@ def rotation_trick_bwd(grad: Tensor, x: Tensor, q: Tensor) -> Tensor:
     )
     source, target = source / source_norm.clamp(min=_LEAST_NORM), target / target_norm.clamp(min=_LEAST_NORM)
     between = source + target
-    reflected = 2 * _dot(grad, between) / _dot(between, between).clamp(min=_LEAST_SQUARES)
-    rotated = grad - reflected * between + 2 * _dot(grad, target) * source
+    squares = _dot(between, between)
+    along_between = torch.where(squares < _LEAST_NORM**2, 0, 2 * _dot(grad, between) / squares)
+    rotated = grad - along_between * between + 2 * _dot(grad, target) * source
     return torch.empty_like(x).copy_(rotated * (target_norm / source_norm.clamp(min=_LEAST_NORM)))
 
 

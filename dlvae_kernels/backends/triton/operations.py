@@ -23,6 +23,7 @@ _FILES = {
     "gather_codes_bwd": "gather_codes",
     "vector_quantize_fwd": "vector_quantize",
     "vector_quantize_bwd": "vector_quantize",
+    "rotation_trick_bwd": "rotation_trick",
     "ema_statistics": "ema_update",
     "ema_step": "ema_update",
     "sparse_decode_fwd": "sparse_decode",
