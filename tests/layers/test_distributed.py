@@ -96,6 +96,49 @@ def test_two_ranks_without_sync_hold_their_own_states(ranks):
     torch.testing.assert_close(second, copy.deepcopy(single))
 
 
+COUNTS = (3, 5)
+
+
+def _entropy_of_means(rank: int, logits: torch.Tensor, bias: torch.Tensor, sync: bool) -> torch.Tensor:
+    """Entropy of the mean softmax, plus a term of the own vectors."""
+    own = logits[sum(COUNTS[:rank]) : sum(COUNTS[: rank + 1])] if sync else logits
+    probabilities = (own + bias).softmax(1)
+    mean = distributed.all_reduce_mean(probabilities.mean(0), len(own), sync)
+    return -(mean * mean.log()).sum() + (probabilities[:, 0].sum() * 2 / sum(COUNTS) if sync else 0)
+
+
+def _work_on_means(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    logits, bias = torch.load(f"{folder}/inputs.pt")
+    bias.requires_grad_()
+    value = _entropy_of_means(rank, logits, bias, True)
+    value.backward()
+    # Averages gradients, as DistributedDataParallel does.
+    dist.all_reduce(bias.grad)
+    empty = torch.full((4,), torch.nan, requires_grad=rank == 0)
+    mean = distributed.all_reduce_mean(torch.ones(4) if rank else empty, 2 * rank, True)
+    torch.save((value.detach(), bias.grad / 2, mean.detach()), f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_all_reduce_mean_two_ranks_equal_one_process_in_value_and_averaged_gradient(tmp_path):
+    logits, bias = torch.randn(8, 4), torch.randn(4)
+    torch.save((logits, bias), tmp_path / "inputs.pt")
+    mp.spawn(_work_on_means, args=(str(tmp_path),), nprocs=2)
+    bias.requires_grad_()
+    entropy = _entropy_of_means(0, logits, bias, False)
+    own = (logits + bias).softmax(1)[:, 0]
+    (expected,) = torch.autograd.grad(entropy + own.mean(), bias)
+    for rank, begin in enumerate((0, 3)):
+        value, grad, mean = torch.load(tmp_path / f"{rank}.pt")
+        rest = own[begin : begin + COUNTS[rank]].sum() * 2 / 8
+        torch.testing.assert_close(value, (entropy + rest).detach())
+        torch.testing.assert_close(grad, expected)
+        # A rank without vectors has a mean of NaN.
+        assert torch.equal(mean, torch.ones(4))
+
+
 def test_sample_vectors_two_ranks_draw_from_all_without_repeats(monkeypatch):
     rows = torch.arange(16.0).view(2, 8, 1)
     sampled = torch.zeros(16, 2)
