@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import mse_loss, one_hot
+from torch.nn.functional import mse_loss, normalize, one_hot
 
 from .calls import Call, MissingError, Tensors, needs
 from .entry import Implementation
@@ -231,6 +231,16 @@ def residual_statistics(x: Tensor, indices: Tensor, codebooks: Tensor) -> Tensor
 
 def _straight_through(x: Tensor, q: Tensor, indices: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return x + (q - x).detach(), indices, mse_loss(q, x.detach()) + mse_loss(q.detach(), x)
+
+
+def rotate(x: Tensor, q: Tensor) -> Tensor:
+    """q, with the gradient of the rotation trick by detached tensors, as vector-quantize-pytorch computes it."""
+    fixed = x.detach()
+    x_norm, q_norm = (each.norm(dim=1, keepdim=True).clamp(min=1e-6) for each in (fixed, q))
+    source, target = fixed / x_norm, q / q_norm
+    between = normalize(source + target, dim=1)
+    rotated = x - 2 * (x * between).sum(1, keepdim=True) * between + 2 * (x * source).sum(1, keepdim=True) * target
+    return rotated * (q_norm / x_norm)
 
 
 # --- sparse coding ---

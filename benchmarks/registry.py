@@ -253,6 +253,26 @@ RESIDUAL_STATISTICS = Entry(
 )
 
 
+# --- rotation_trick: q are the codes of random indices ---
+
+_ROTATION = Signature(lambda inputs: (inputs.x, inputs.codes[inputs.indices[:, 0]]), learned=(0,))
+
+ROTATION_TRICK = Entry(
+    "rotation_trick",
+    "tests/functional/test_rotation_trick.py",
+    ("rotation_trick_bwd",),
+    {"cpu": (sizes.CIFAR, sizes.ENCODEC), "cuda": (sizes.CIFAR, sizes.VQVAE2)},
+    (
+        *_ROTATION.library(dlvae.rotation_trick),
+        _ROTATION.plain("plain PyTorch", baselines.rotate),
+        _ROTATION.compiled(baselines.rotate),
+    ),
+    judge.equals(_ROTATION(baselines.rotate)),
+    Work(vectors=2),
+    Work(vectors=4),
+)
+
+
 # --- ema_update: functions update sizes, sums and codebook in place, and return sizes and sums ---
 
 
@@ -337,6 +357,6 @@ ENTRIES: dict[str, Entry] = {
     for entry in (
         *(NEAREST_CODE, TOPK_CODES, TOPK_PRODUCTS, ONE_HOT, GATHER_CODES),
         *(RESIDUAL_QUANTIZE, RESIDUAL_QUANTIZE_EVAL, RESIDUAL_STATISTICS),
-        *(VECTOR_QUANTIZE, EMA_UPDATE, SPARSE_DECODE, KEPT_SOFTMAX, *LAYERS, *TRAINING),
+        *(VECTOR_QUANTIZE, ROTATION_TRICK, EMA_UPDATE, SPARSE_DECODE, KEPT_SOFTMAX, *LAYERS, *TRAINING),
     )
 }

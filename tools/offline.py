@@ -131,6 +131,8 @@ def cases() -> dict[str, Callable[[], Any]]:
     found["quantize"] = lambda: kernels.vector_quantize_fwd(x, codebook, True, "float32", None)
     found["quantize, no error"] = lambda: kernels.vector_quantize_fwd(x, codebook, False, "float32", None)
     found["quantize, backward"] = lambda: kernels.vector_quantize_bwd(x, one, one, x, indices, 16_384, 1, True, True)
+    found["rotation trick"] = lambda: kernels.rotation_trick_bwd(many, many, many)
+    found["rotation trick, map"] = lambda: kernels.rotation_trick_bwd(map, map, map.bfloat16())
     found["gather"] = lambda: kernels.gather_codes_fwd(codebook, indices)
     found["gather, backward"] = lambda: kernels.gather_codes_bwd(x, indices, 16_384, 1)
     found["one_hot"] = lambda: kernels.one_hot(indices, 512, torch.float32)
@@ -217,6 +219,7 @@ _ALL: dict[str, Callable[[torch.Tensor, torch.Tensor], Any]] = {
     "vector_quantize, heads": lambda x, i: kernels.vector_quantize_fwd(
         x.expand(1, 2, 1), x.expand(2, 1, 1), True, "exact", i.expand(1, 2) == 0
     ),
+    "rotation_trick": lambda x, i: kernels.rotation_trick_bwd(x, x, x),
     "gather_codes": lambda x, i: kernels.gather_codes_fwd(x, i),
     "gather_codes, heads": lambda x, i: kernels.gather_codes_fwd(x.expand(2, 1, 1), i.expand(1, 2)),
     "one_hot": lambda x, i: kernels.one_hot(i, 1, torch.float32),

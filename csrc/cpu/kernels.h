@@ -73,8 +73,7 @@ struct Kernels {
   // Computes rows [begin, end) of out = a - scale * b.
   void (*subtract_scaled)(const Rows& a, const Rows& b, float scale, const Rows& out, int64_t begin, int64_t end);
   // Computes rows [begin, end) of the gradient of x under the rotation trick.
-  void (*rotate_rows)(
-      const Rows& grad, const Rows& x, const Rows& q, const Rows& grad_x, int64_t begin, int64_t end);
+  void (*rotate_rows)(const Rows& grad, const Rows& x, const Rows& q, const Rows& grad_x, int64_t begin, int64_t end);
   // Finds the k best of codes [begin, end) for each of at most FEW_ROWS rows x[count, ld]; see topk_few.
   void (*topk_few)(
       const Topk& topk, const float* x, int64_t ld, int64_t count, int64_t begin, int64_t end, Exact* found);

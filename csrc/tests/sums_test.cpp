@@ -194,6 +194,36 @@ void test_subtraction(const Kernels& kernels, Random& random, Form form, Form ot
     check_close(z[i], x[i] - 0.3f * (double)y[i], std::abs(x[i]) + std::abs(y[i]), form);
 }
 
+void test_rotation(const Kernels& kernels, Random& random, Form form, Form other, int64_t rows, int64_t features) {
+  Numbers x_values = numbers(random, rows * features), q_values = numbers(random, rows * features);
+  // Opposite directions, and a row of zeros.
+  for (int64_t d = 0; rows > 2 && d < features; ++d) q_values[d] = -x_values[d], x_values[features + d] = 0;
+  const Tensor grad(kernels, other, numbers(random, rows * features), rows, features);
+  const Tensor x(kernels, form, x_values, rows, features), q(kernels, other, q_values, rows, features);
+  const Tensor out(kernels, form, Numbers(rows * features, NAN), rows, features);
+  kernels.rotate_rows(grad.rows, x.rows, q.rows, out.rows, rows / 3, rows);
+  kernels.rotate_rows(grad.rows, x.rows, q.rows, out.rows, 0, rows / 3);
+  const Numbers gs = grad.values(), xs = x.values(), qs = q.values(), found = out.values();
+  for (int64_t r = 0; r < rows; ++r) {
+    const float *g = &gs[r * features], *e = &xs[r * features], *t = &qs[r * features];
+    double x_squares = 0, q_squares = 0, s_squares = 0, grad_s = 0, grad_t = 0, size = 0;
+    for (int64_t d = 0; d < features; ++d) x_squares += (double)e[d] * e[d], q_squares += (double)t[d] * t[d];
+    const double x_norm = std::max(std::sqrt(x_squares), 1e-6), q_norm = std::max(std::sqrt(q_squares), 1e-6);
+    for (int64_t d = 0; d < features; ++d) {
+      const double s = e[d] / x_norm + t[d] / q_norm;
+      s_squares += s * s, grad_s += g[d] * s, grad_t += g[d] * (t[d] / q_norm), size += std::abs(g[d]);
+    }
+    // The direction of a short sum has a large error.
+    if (s_squares > 1e-12 && s_squares < 1e-4) continue;
+    const double along_s = s_squares < 1e-12 ? 0 : 2 * grad_s / s_squares, scale = std::sqrt(q_squares) / x_norm;
+    for (int64_t d = 0; d < features; ++d) {
+      const double expected = g[d] - along_s * (e[d] / x_norm + t[d] / q_norm) + 2 * grad_t * e[d] / x_norm;
+      if (form.type == Type::float16 && std::abs(scale * expected) > 65000) continue;
+      check_close(found[r * features + d], scale * expected, 1e3 * scale * size, form);
+    }
+  }
+}
+
 }  // namespace
 
 void test_sums(const Kernels& kernels) {
@@ -229,6 +259,8 @@ void test_sums(const Kernels& kernels) {
         }
         test_subtraction(kernels, random, form, form, n, d);
         test_subtraction(kernels, random, form, PLAIN, n, d);
+        test_rotation(kernels, random, form, form, n, d);
+        test_rotation(kernels, random, form, PLAIN, n, d);
       }
 }
 

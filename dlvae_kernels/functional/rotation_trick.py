@@ -66,7 +66,8 @@ def rotation_trick(x: Tensor, q: Tensor) -> Tensor:
     The straight-through gradient moves all vectors of a code alike. This one is rotated by the angle between x and q
     and scaled by |q| / |x|: it keeps its angle to the vector. Rotation and scale count as constants:
 
-        grad_x = |q| / |x| R^T grad,  R = I - 2 s s^T + 2 q' x'^T,  x' = x / |x|,  q' = q / |q|,  s = (x' + q') / |x' + q'|
+        grad_x = |q| / |x| R^T grad,  R = I - 2 s s^T + 2 q' x'^T,
+        x' = x / |x|,  q' = q / |q|,  s = (x' + q') / |x' + q'|
 
     Norms are divided by as if they were at least 1e-6. A code of zeros gives a zero gradient. Where x and q have
     opposite directions, to 1e-6, s counts as 0 and R^T reflects at the plane orthogonal to x.

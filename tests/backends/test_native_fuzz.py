@@ -391,6 +391,7 @@ THREADED = {
     ),
     "gather_codes_bwd": lambda x, codes, i, w: (x, i[..., 0], len(codes), 1),
     "ema_statistics": lambda x, codes, i, w: (x, i[..., 0], len(codes), 1),
+    "rotation_trick_bwd": lambda x, codes, i, w: (x, x.flip(0), x.roll(1, 0)),
     "sparse_decode_fwd": lambda x, codes, i, w: (w, i, codes),
     "sparse_decode_bwd": lambda x, codes, i, w: (x, w, i, codes, True, True),
     "kept_softmax_fwd": lambda x, codes, i, w: (x, codes, None, i),

@@ -16,6 +16,7 @@ from dlvae_kernels import (
     kept_softmax,
     nearest_code,
     residual_quantize,
+    rotation_trick,
     sparse_decode,
     topk_codes,
     vector_quantize,
@@ -48,6 +49,11 @@ def _gather_codes() -> tuple[list[Tensor], Callable[..., Tensor]]:
     return tensors((K, D)), lambda codebook: gather_codes(codebook, indices)
 
 
+def _rotation_trick() -> tuple[list[Tensor], Callable[..., Tensor]]:
+    (q,) = tensors((N, D))
+    return tensors((N, D)), lambda x: rotation_trick(x, q)
+
+
 def _sparse_decode() -> tuple[list[Tensor], Callable[..., Tensor]]:
     indices = selected_indices()
     return tensors((N, SELECTED), (K, D)), lambda values, dictionary: sparse_decode(values, indices, dictionary)
@@ -76,6 +82,7 @@ def _residual_quantize() -> tuple[list[Tensor], Callable[..., tuple[Tensor, ...]
 FORWARD_MODE = {
     "vector_quantize": _vector_quantize,
     "gather_codes": _gather_codes,
+    "rotation_trick": _rotation_trick,
     "sparse_decode": _sparse_decode,
     "topk_codes": _topk_codes,
 }
