@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -16,6 +16,10 @@ from .gradients import (
     sum_of_products,
 )
 from .nearest_code import PRECISIONS, Precision
+from .rotation_trick import rotation_trick
+
+Gradient = Literal["straight_through", "rotation"]
+GRADIENTS = get_args(Gradient)
 
 
 class VectorQuantizeOutput(NamedTuple):
@@ -106,16 +110,19 @@ class _VectorQuantize(torch.autograd.Function):
         return quantized, None, codebook_loss, commitment_loss, None, None
 
 
-def vector_quantize(x: Tensor, codebook: Tensor, *, precision: Precision = "float32") -> VectorQuantizeOutput:
-    """Replace each vector of x by its nearest code, with the straight-through gradient and both losses.
+def vector_quantize(
+    x: Tensor, codebook: Tensor, *, gradient: Gradient = "straight_through", precision: Precision = "float32"
+) -> VectorQuantizeOutput:
+    """Replace each vector of x by its nearest code, with a gradient that passes to x and both losses.
 
     Args:
         x: [..., D] float16, bfloat16, float32 or (reference) float64, any strides.
         codebook: [K, D], same device; the dtype of x, or float32 if x has half precision.
+        gradient: "straight_through": the gradient of quantized passes to x unchanged; "rotation": by `rotation_trick`.
         precision: precision of the search, as in `nearest_code`.
     Returns:
         quantized [..., D]: codebook[indices], with the dtype and (where x is dense) strides of x; its gradient passes
-        to x unchanged;
+        to x, as `gradient` says;
         indices [...] int64, as from `nearest_code`;
         codebook_loss and commitment_loss, scalars, float32 (float64 for float64): both are the mean over all elements
         of (quantized - x)^2; the gradient of the first goes only to the codebook, that of the second only to x;
@@ -130,12 +137,15 @@ def vector_quantize(x: Tensor, codebook: Tensor, *, precision: Precision = "floa
     >>> float(out.codebook_loss), float(out.commitment_loss)
     (1.5, 1.5)
 
-    Source: van den Oord et al. 2017, arXiv:1711.00937, eq. 3.
+    Source: van den Oord et al. 2017, arXiv:1711.00937, eq. 3; Fifty et al. 2024, arXiv:2410.06424 (rotation).
     """
     check_vectors("x", x, "codebook", codebook)
+    check_choice("gradient", gradient, GRADIENTS)
     check_choice("precision", precision, PRECISIONS)
     if is_differentiated(x, codebook):
         *outputs, _ = differentiable(_VectorQuantize, x, codebook, True, precision, None)
     else:
         *outputs, _ = ops.call("vector_quantize_fwd", x.detach(), codebook.detach(), False, precision, None)
+    if gradient == "rotation":
+        outputs[0] = rotation_trick(x, outputs[0])
     return VectorQuantizeOutput(*outputs)

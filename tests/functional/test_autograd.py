@@ -44,6 +44,14 @@ def _vector_quantize() -> tuple[list[Tensor], Callable[..., tuple[Tensor, ...]]]
     return tensors((N, D), (K, D)), function
 
 
+def _vector_quantize_rotation() -> tuple[list[Tensor], Callable[..., tuple[Tensor, ...]]]:
+    def function(x: Tensor, codebook: Tensor) -> tuple[Tensor, ...]:
+        out = vector_quantize(x, codebook, gradient="rotation")
+        return out.quantized, out.codebook_loss, out.commitment_loss
+
+    return tensors((N, D), (K, D)), function
+
+
 def _gather_codes() -> tuple[list[Tensor], Callable[..., Tensor]]:
     indices = torch.randint(0, K, (2, N))
     return tensors((K, D)), lambda codebook: gather_codes(codebook, indices)
@@ -81,6 +89,7 @@ def _residual_quantize() -> tuple[list[Tensor], Callable[..., tuple[Tensor, ...]
 
 FORWARD_MODE = {
     "vector_quantize": _vector_quantize,
+    "vector_quantize, rotation": _vector_quantize_rotation,
     "gather_codes": _gather_codes,
     "rotation_trick": _rotation_trick,
     "sparse_decode": _sparse_decode,

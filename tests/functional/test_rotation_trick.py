@@ -3,12 +3,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dlvae_kernels import rotation_trick
+from dlvae_kernels import rotation_trick, vector_quantize
 from dlvae_kernels.testing import assert_accurate
 
 from .cases import DTYPES, HALVES, INTERPRETED, layouts, vectors
 
-OPS = ("rotation_trick_bwd",)
+OPS = ("rotation_trick_bwd", "vector_quantize_fwd", "vector_quantize_bwd")
 # (N, D): empty, single, around the vectors of every instruction set and the tiles of a GPU.
 SIZES = ((0, 4), (1, 1), (9, 2), (33, 7), (70, 33), (130, 64), (5, 300))
 
@@ -172,6 +172,30 @@ def test_rotation_trick_exported_gradient_equals_eager():
     out = torch.export.export(Module(), (leaf, q)).module()(leaf, q)
     assert torch.equal(out, q)
     torch.testing.assert_close(torch.autograd.grad(out, leaf, grad)[0], gradient(x, q, grad))
+
+
+@pytest.mark.every_isa
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_vector_quantize_rotation_is_the_rotation_trick_beside_the_losses(device, dtype):
+    x, codebook = vectors(40, 8, device, dtype).requires_grad_(), vectors(7, 8, device, dtype).requires_grad_()
+    grad = torch.randn_like(x)
+    out, straight = (vector_quantize(x, codebook, gradient=each) for each in ("rotation", "straight_through"))
+    for value, expected in zip(out, straight, strict=True):
+        assert torch.equal(value, expected)
+    loss = (out.quantized * grad).sum() + out.codebook_loss + out.commitment_loss
+    grad_x, grad_codebook = torch.autograd.grad(loss, (x, codebook))
+    expected_x, expected_codebook = torch.autograd.grad(
+        straight.codebook_loss + straight.commitment_loss, (x, codebook)
+    )
+    rotated = gradient(x, out.quantized.detach(), grad)
+    torch.testing.assert_close(grad_x, expected_x + rotated)
+    assert torch.equal(grad_codebook, expected_codebook)
+    assert torch.equal(vector_quantize(x.detach(), codebook.detach(), gradient="rotation").quantized, out.quantized)
+
+
+def test_vector_quantize_unknown_gradient_raises():
+    with pytest.raises(ValueError, match="expected gradient to be one of 'straight_through', 'rotation', got 'none'"):
+        vector_quantize(torch.ones(2, 3), torch.ones(1, 3), gradient="none")
 
 
 @pytest.mark.parametrize(
