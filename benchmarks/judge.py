@@ -35,7 +35,7 @@ def topk(inputs: Inputs, answer: Tensors, gradients: object, tolerance: Toleranc
     if not _in_range(indices, inputs.size.k):
         return INVALID
     differing, error = 0, 0.0
-    for rows in _chunks(inputs):
+    for rows in chunks(inputs):
         x, chosen = inputs.x[rows], indices[rows]
         lengths = _squared_lengths(x, inputs.codes, chosen)
         found = _compare_ranks(-_distances(x, inputs.codes), chosen, -given[rows], lengths)
@@ -181,11 +181,11 @@ def _squared_lengths(x: Tensor, codes: Tensor, indices: Tensor) -> Tensor:
 @lru_cache(maxsize=1)
 def _nearest(inputs: Inputs) -> tuple[Tensor, Tensor]:
     """Squared distance and index of the nearest code in float64, computed once for all implementations."""
-    found = [_distances(inputs.x[rows], inputs.codes).min(1) for rows in _chunks(inputs)]
+    found = [_distances(inputs.x[rows], inputs.codes).min(1) for rows in chunks(inputs)]
     return torch.cat([each.values for each in found]), torch.cat([each.indices for each in found])
 
 
-def _chunks(inputs: Inputs) -> list[slice]:
+def chunks(inputs: Inputs) -> list[slice]:
     """Slices of vectors whose float64 distances fit in memory."""
     rows = max(1, _CHUNK_ELEMENTS[inputs.x.device.type] // inputs.size.k)
     return [slice(begin, begin + rows) for begin in range(0, inputs.size.n, rows)]

@@ -14,6 +14,7 @@ from dlvae_kernels.functional import residual_statistics
 
 from . import baselines, judge, sizes
 from .calls import Tensors
+from .clustering import KMEANS
 from .entry import LIBRARY, Entry, Implementation, Signature, Tolerance, Verdict, Work
 from .inputs import Inputs
 from .layers import LAYERS
@@ -357,6 +358,6 @@ ENTRIES: dict[str, Entry] = {
     for entry in (
         *(NEAREST_CODE, TOPK_CODES, TOPK_PRODUCTS, ONE_HOT, GATHER_CODES),
         *(RESIDUAL_QUANTIZE, RESIDUAL_QUANTIZE_EVAL, RESIDUAL_STATISTICS),
-        *(VECTOR_QUANTIZE, ROTATION_TRICK, EMA_UPDATE, SPARSE_DECODE, KEPT_SOFTMAX, *LAYERS, *TRAINING),
+        *(VECTOR_QUANTIZE, ROTATION_TRICK, EMA_UPDATE, SPARSE_DECODE, KEPT_SOFTMAX, KMEANS, *LAYERS, *TRAINING),
     )
 }
