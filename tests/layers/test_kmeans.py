@@ -127,6 +127,14 @@ def test_kmeans_vectors_that_are_not_finite_move_nothing():
         torch.testing.assert_close(out.inertia, module.lloyd(x, out.centroids, 0).inertia)
 
 
+@pytest.mark.parametrize("init", ["k-means++", "random"])
+def test_kmeans_starts_with_finite_vectors_alone(init):
+    x = blobs(4)
+    bad = torch.cat([torch.full((1000, 5), torch.nan), 100 + x])
+    centroids = kmeans(bad, 30, init=init, iterations=0).centroids
+    assert (centroids[:, None] == 100 + x).all(2).any(1).all()
+
+
 def test_kmeans_same_seed_is_bitwise_equal_and_leaves_the_random_stream():
     x = torch.randn(400, 8)
     state = torch.get_rng_state()
