@@ -80,7 +80,7 @@ def _rescan_kernel(
             largest = tl.maximum(largest, tl.max(tl.abs(y), axis=0))
         shift = tl.minimum(codebook_shift(extremes_ptr + head * NUM_EXTREMES), vector_shift(largest))
         best = tl.full([], float("inf"), tl.float32)
-        index = tl.load(index_ptr + n).to(tl.int32)
+        index = tl.zeros([], tl.int32)
         for first in range(0, codes.num_codes, BLOCK_K):
             k = first + tl.arange(0, BLOCK_K)
             is_code = k < codes.num_codes
