@@ -72,7 +72,8 @@ class _ResidualQuantize(torch.autograd.Function):
         slopes = [x.new_zeros(len(codebooks), dtype=loss_dtype) if grad is None else grad for grad in grad_losses]
         if mask is not None:
             # The operation differentiates a mean over all vectors; the losses are means over the valid ones.
-            slopes = [slope * (mask.numel() / mask.sum().clamp(min=1)) for slope in slopes]
+            share = mask.numel() / mask.sum(dtype=torch.float64).clamp(min=1)
+            slopes = [slope * share for slope in slopes]
         grad_x, grad_codebooks = torch.ops.dlvae.residual_quantize_bwd(
             grad_quantized, *slopes, x, indices, codebooks, ctx.gradient, need_x, need_codebooks
         )

@@ -100,6 +100,23 @@ def test_sums_rows_copied_in_blocks_equal_those_in_place():
         assert torch.equal(native.ema_statistics(rows, codes, 3600, 1), expected)
 
 
+# A block has 4 MiB of residuals: 4096 with these features.
+@pytest.mark.parametrize("n", [4095, 4096, 4097, 9000])
+def test_residual_sums_codes_that_span_blocks_are_exact(n):
+    x, codebooks, codes = whole(n, 256).bfloat16(), whole(2, 9, 256), torch.randint(-1, 9, (n, 2))
+    left = x.float()
+    found = native.residual_statistics(x, codes, codebooks)
+    losses = torch.full((2,), n * 128.0)  # the gradient of an error is then the error itself
+    _, grad = native.residual_quantize_bwd(x, losses, losses, x, codes, codebooks, "once", False, True)
+    for level in range(2):
+        has_code = codes[:, level] >= 0
+        chosen = codes[has_code, level, None]
+        assert torch.equal(found[level, :, :-1].double(), sums(left[has_code], chosen, 9))
+        assert torch.equal(found[level, :, -1], torch.bincount(chosen[:, 0], minlength=9).float())
+        left[has_code] -= codebooks[level][chosen[:, 0]]
+        assert torch.equal(grad[level].double(), -sums(left[has_code], chosen, 9))
+
+
 def test_sums_rows_visited_in_blocks_equal_those_in_one_pass():
     """A block has 512 rows with these features, and a row is of three codes."""
     x, codes = torch.randn(2000, 256), torch.randint(0, 40, (2000, 3)) ** 2

@@ -165,10 +165,13 @@ def test_residual_quantize_number_of_levels_equals_their_mask(device):
 
 @pytest.mark.every_isa
 def test_residual_quantize_all_vectors_masked_gives_zeros(device):
-    x, codebooks = vectors(20, 6, device).requires_grad_(), books(9, 6, device).requires_grad_()
+    x, codebooks = vectors(20, 6, device), books(9, 6, device).requires_grad_()
+    x[3] = torch.nan
+    x.requires_grad_()
     out = residual_quantize(x, codebooks, mask=torch.zeros(20, dtype=torch.bool, device=device), gradient="rotation")
     assert (out.indices == -1).all()
     grads = torch.autograd.grad(total_of(out, x), (x, codebooks))
+    assert not residual_statistics(x, out.indices, codebooks).any()
     for each in (out.quantized, out.codebook_loss, out.commitment_loss, out.counts, *grads):
         assert not each.any()
 
@@ -277,8 +280,12 @@ def test_residual_decode_gradient_equals_float64(device):
 @pytest.mark.float64
 def test_residual_quantize_gradcheck_of_the_losses_passes(device):
     x, codebooks = vectors(7, 3, device, torch.float64), books(4, 3, device, torch.float64)
-    commitment = lambda r: residual_quantize(r, codebooks).commitment_loss  # noqa: E731
-    assert torch.autograd.gradcheck(commitment, x.clone().requires_grad_())
+    for mask in (None, x[:, 0] > 0):
+
+        def commitment_loss(vectors, mask=mask):
+            return residual_quantize(vectors, codebooks, mask=mask).commitment_loss
+
+        assert torch.autograd.gradcheck(commitment_loss, x.clone().requires_grad_())
     # A loss has a true gradient by the codes of its own level alone.
     for level in range(L):
 
