@@ -87,7 +87,7 @@ def check_vectors_of_levels(name: str, x: Tensor, codebooks_name: str, codebooks
     check_parameter_dtype(codebooks_name, codebooks, name, x)
 
 
-def check_flags(name: str, flags: Tensor, shape: torch.Size, other_name: str, other: Tensor) -> None:
+def check_flags(name: str, flags: Tensor, shape: tuple[int, ...], other_name: str, other: Tensor) -> None:
     """Check for a bool tensor of a shape, on the device of another tensor."""
     check_tensor(name, flags)
     if flags.dtype != torch.bool or flags.shape != shape:
