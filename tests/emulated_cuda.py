@@ -15,7 +15,7 @@ import torch
 ROOT = Path(__file__).parents[1]
 LIBRARY = ROOT / "build" / "cuda-emulated" / "native_cuda_emulated.so"
 HAS_COMPILER = shutil.which("make") is not None and shutil.which("g++") is not None
-_TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.int64)
+_TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.int64, torch.bool)
 
 
 def make(*words: str) -> subprocess.CompletedProcess:

@@ -106,6 +106,11 @@ __device__ T block_reduce(T value, const Op& op, T* scratch) {
 // Returns how many lanes of a ballot are below this lane.
 inline __device__ int rank_in(uint32_t ballot) { return __popc(ballot & ((1u << lane_index()) - 1)); }
 
+// Returns the number of a code among the H * K codes of all heads, from the index of a vector of head vector % H.
+inline __device__ int64_t flat_code(int64_t vector, int64_t index, int64_t heads, int64_t num_codes) {
+  return heads == 1 ? index : vector % heads * num_codes + index;
+}
+
 // Returns the offset of a row from the first row, in elements.
 inline __host__ __device__ int64_t row_offset(const Rows& rows, int64_t row) {
   int64_t offset = 0;

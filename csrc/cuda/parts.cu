@@ -9,9 +9,11 @@ namespace {
 
 constexpr int STEP = 32;  // number of features
 
+// Finds the largest finite element of the codes of head blockIdx.y.
 __global__ void __launch_bounds__(RowBlock::THREADS) largest_element_kernel(Rows codes, float* extent) {
   __shared__ int64_t offsets[RowBlock::ROWS];
-  const RowBlock block(codes, (int64_t)blockIdx.x * RowBlock::ROWS, codes.count, offsets);
+  const int64_t of_head = codes.count / gridDim.y, before = blockIdx.y * of_head;
+  const RowBlock block(codes, before + (int64_t)blockIdx.x * RowBlock::ROWS, before + of_head, offsets);
   __syncthreads();
   float most = 0;
   for (int64_t feature = 0; feature < codes.features; feature += RowBlock::FEATURES) {
@@ -21,18 +23,21 @@ __global__ void __launch_bounds__(RowBlock::THREADS) largest_element_kernel(Rows
     });
   }
   most = warp_reduce(most, Greatest{});
-  if (lane_index() == 0) raise(extent, most);
+  if (lane_index() == 0) raise(extent + 2 * blockIdx.y, most);
 }
 
-// Packs rows [begin, end) including padding. If IS_CODES, the scale is that of the codebook and the half norms go to
-// `numbers`; otherwise each row has a scale of its own, and `inverse` followed by `lengths` goes to `numbers`.
+// Packs rows [begin, end) of head blockIdx.y including padding. If IS_CODES, the scale is that of the codebook and the
+// half norms go to `numbers`; otherwise each row has a scale of its own, and `inverse` followed by `lengths` goes to
+// `numbers`.
 template <class Half, int PARTS, bool IS_CODES>
 __global__ void __launch_bounds__(RowBlock::THREADS, 2) pack_kernel(
     Rows rows, int64_t begin, int64_t end, Half* parts, int64_t count, int depth, float* numbers, float* extent) {
   __shared__ int64_t offsets[RowBlock::ROWS];
   __shared__ RowBlock::Tile tile;
-  const int64_t first = (int64_t)blockIdx.x * RowBlock::ROWS;
-  const RowBlock block(rows, begin + first, end, offsets);
+  const int64_t in_head = (int64_t)blockIdx.x * RowBlock::ROWS, before = blockIdx.y * (rows.count / gridDim.y);
+  const int64_t first = blockIdx.y * (count / gridDim.y) + in_head;
+  const RowBlock block(rows, before + begin + in_head, before + end, offsets);
+  extent += 2 * blockIdx.y;
   constexpr int OWN = RowBlock::ROWS_OF_WARP;
   // The largest magnitudes of rows warp_index() * OWN + i, over features lane_index(), lane_index() + 32, ...
   float largest[OWN] = {};
@@ -106,13 +111,14 @@ int depth_of(int64_t features) { return features <= 16 ? 16 : (int)(ceil_div(fea
 
 template <bool IS_CODES>
 void pack(
-    Arithmetic arithmetic, const Rows& rows, int64_t begin, int64_t end, void* parts, int64_t count, int depth,
-    float* numbers, float* extent, const Device& device) {
+    Arithmetic arithmetic, int64_t heads, const Rows& rows, int64_t begin, int64_t end, void* parts, int64_t count,
+    int depth, float* numbers, float* extent, const Device& device) {
   const auto run = [&](auto half, auto n) {
     using Half = decltype(half);
     launch(
-        "pack", pack_kernel<Half, decltype(n)::value, IS_CODES>, blocks(count / RowBlock::ROWS), RowBlock::THREADS, 0,
-        device.stream, rows, begin, end, static_cast<Half*>(parts), count, depth, numbers, extent);
+        "pack", pack_kernel<Half, decltype(n)::value, IS_CODES>,
+        dim3(blocks(count / heads / RowBlock::ROWS), (unsigned)heads), RowBlock::THREADS, 0, device.stream, rows, begin,
+        end, static_cast<Half*>(parts), count, depth, numbers, extent);
   };
   switch (arithmetic) {
     case Arithmetic::split: return run(__half{}, std::integral_constant<int, 2>{});
@@ -134,36 +140,38 @@ int64_t rows_of_chunk(int64_t elements, const Device& device) {
   return std::max<int64_t>(TILE, device.chunk_elements / std::max<int64_t>(1, elements) / TILE * TILE);
 }
 
-PackedCodes pack_codes(const Tensor& like, const Rows& codes, Arithmetic arithmetic, const Device& device) {
-  const int64_t count = in_tiles(codes.count);
+PackedCodes pack_codes(
+    const Tensor& like, const Rows& codes, Arithmetic arithmetic, const Device& device, int64_t heads) {
+  const int64_t of_head = codes.count / heads, count = heads * in_tiles(of_head);
   const int depth = depth_of(codes.features);
   const int parts = parts_of(arithmetic);
   PackedCodes packed{
       arithmetic,
+      heads,
       codes.count,
       {nullptr, count, depth},
       nullptr,
       nullptr,
       new_tensor(like, {parts, count, depth}, ScalarType::Half),
       new_tensor(like, {count}),
-      new_zeroed(like, {2})};
+      new_zeroed(like, {heads, 2})};
   packed.parts.data = packed.parts_data.data_ptr();
   packed.half_norms = data_of<float>(packed.numbers);
   packed.extent = data_of<float>(packed.extent_data);
   if (arithmetic == Arithmetic::split) {
     launch(
-        "largest_element", largest_element_kernel, RowBlock::blocks_of(codes.count), RowBlock::THREADS, 0,
-        device.stream, codes, packed.extent);
+        "largest_element", largest_element_kernel, dim3(RowBlock::blocks_of(of_head), (unsigned)heads),
+        RowBlock::THREADS, 0, device.stream, codes, packed.extent);
   }
   pack<true>(
-      arithmetic, codes, 0, codes.count, packed.parts_data.data_ptr(), count, depth, packed.half_norms, packed.extent,
-      device);
+      arithmetic, heads, codes, 0, of_head, packed.parts_data.data_ptr(), count, depth, packed.half_norms,
+      packed.extent, device);
   return packed;
 }
 
 PackedRows pack_rows(
     const Tensor& like, const Rows& x, int64_t begin, int64_t end, const PackedCodes& codes, const Device& device) {
-  const int64_t count = in_tiles(end - begin);
+  const int64_t count = codes.heads * in_tiles(end - begin);
   const int depth = codes.parts.depth;
   const int parts = parts_of(codes.arithmetic);
   PackedRows packed{
@@ -176,8 +184,8 @@ PackedRows pack_rows(
   packed.inverse = data_of<float>(packed.numbers);
   packed.lengths = packed.inverse + count;
   pack<false>(
-      codes.arithmetic, x, begin, end, packed.parts_data.data_ptr(), count, depth, packed.inverse, codes.extent,
-      device);
+      codes.arithmetic, codes.heads, x, begin, end, packed.parts_data.data_ptr(), count, depth, packed.inverse,
+      codes.extent, device);
   return packed;
 }
 

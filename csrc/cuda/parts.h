@@ -26,17 +26,19 @@ struct Parts {
   int depth;         // number of features, padded to whole steps
 };
 
-// A packed codebook. The tensors own the memory.
+// A packed codebook, or those of all heads, one after another, each padded by itself. The tensors own the memory.
 struct PackedCodes {
   Arithmetic arithmetic;
-  int64_t codes;  // K
+  int64_t heads;
+  int64_t codes;  // K of all heads
   Parts parts;
   float* half_norms;  // [count]: |c|^2 / 2 of the scaled code; if at least FAR, the terms of the code are zeros
-  // [2]: the largest finite element; the largest length of a scaled finite code, at least 2^TOP.
+  // [heads][2]: the largest finite element; the largest length of a scaled finite code, at least 2^TOP.
   float* extent;
   Tensor parts_data, numbers, extent_data;
 };
-PackedCodes pack_codes(const Tensor& like, const Rows& codes, Arithmetic arithmetic, const Device& device);
+PackedCodes pack_codes(
+    const Tensor& like, const Rows& codes, Arithmetic arithmetic, const Device& device, int64_t heads = 1);
 
 struct PackedRows {
   Parts parts;
@@ -46,7 +48,7 @@ struct PackedRows {
   float* lengths;
   Tensor parts_data, numbers;
 };
-// Packs rows [begin, end) of x for products with the packed codes.
+// Packs rows [begin, end) of each head of x, which is ordered by head, for products with the packed codes.
 PackedRows pack_rows(
     const Tensor& like, const Rows& x, int64_t begin, int64_t end, const PackedCodes& codes, const Device& device);
 

@@ -10,6 +10,10 @@ namespace dlvae {
 // Products on tensor cores give the best and the second-best score of each row. If rounding might have changed the
 // order of the two, the row is put on a list, and all its distances are computed by differences. The list has room for
 // all rows. Returns the number of rows on the list as an int32 tensor [1].
-Tensor search(const Tensor& like, const Rows& x, const Rows& codes, int64_t* indices, const Device& device);
+//
+// With heads, x is ordered by head (`rows_by_head`), codes are those of all heads, and the indices [N / heads, heads]
+// are in the order of the tensor.
+Tensor search(
+    const Tensor& like, const Rows& x, const Rows& codes, int64_t* indices, const Device& device, int64_t heads = 1);
 
 }  // namespace dlvae

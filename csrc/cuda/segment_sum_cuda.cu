@@ -18,8 +18,9 @@ __global__ void keys_kernel(Pairs pairs, uint32_t* keys) {
   if (p >= pairs.count) return;
   const int64_t code = pairs.codes[p];
   const bool is_left_out = pairs.left_out != nullptr && pairs.left_out[p / pairs.per_row];
-  const bool is_in = code >= 0 && code < pairs.num_codes && !is_left_out;
-  keys[p] = (uint32_t)(is_in ? code : pairs.num_codes);
+  const int64_t of_head = pairs.num_codes / pairs.heads;
+  const bool is_in = code >= 0 && code < of_head && !is_left_out;
+  keys[p] = (uint32_t)(is_in ? flat_code(p / pairs.per_row, code, pairs.heads, of_head) : pairs.num_codes);
 }
 
 // Finds the first pair of each code, and the end of the last code.

@@ -9,11 +9,12 @@ namespace dlvae {
 
 // Pairs [P] of a row and a code. Pair p belongs to row p / per_row.
 struct Pairs {
-  const int64_t* codes;  // those outside [0, K) are skipped
+  const int64_t* codes;  // those outside [0, K) are skipped, where K is num_codes / heads
   int64_t count, per_row;
-  int64_t num_codes;
+  int64_t num_codes;     // of all heads
   const bool* left_out;  // [rows]: flags of rows whose pairs are skipped; or null
   const float* weights;  // [P]; null if each is 1
+  int64_t heads = 1;     // row r belongs to head r % heads
 };
 
 class SortedPairs {

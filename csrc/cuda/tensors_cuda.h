@@ -1,6 +1,8 @@
 // Helpers for tensors on a GPU that the wrappers of all operations use.
 #pragma once
 
+#include <algorithm>
+
 #include "../tensors.h"
 
 namespace dlvae {
@@ -16,15 +18,46 @@ inline Tensor new_zeroed(const Tensor& like, const std::vector<int64_t>& shape, 
   return tensor;
 }
 
-// Returns the rows of a codebook [K, D] after checking that D is that of x.
-inline Rows codes_of(const char* name, const Tensor& codes, const Rows& x) {
-  STD_TORCH_CHECK(codes.dim() == 2, "expected ", name, " of shape [K, D], got ", shape_text(codes));
+// The most heads of a codebook: the limit of two dimensions of a grid.
+constexpr int64_t MOST_HEADS = 65535;
+
+// Returns the number of heads of a codebook: H of [H, K, D], and 1 of [K, D].
+inline int64_t heads_of(const Tensor& codebook) { return codebook.dim() == 3 ? codebook.size(0) : 1; }
+
+// Returns the rows of a codebook [K, D], or [H, K, D] if `has_heads`, after checking that D is that of x.
+inline Rows codes_of(const char* name, const Tensor& codes, const Rows& x, bool has_heads = false) {
+  STD_TORCH_CHECK(
+      codes.dim() == 2 || (has_heads && codes.dim() == 3), "expected ", name, " of shape [K, D]",
+      has_heads ? " or [H, K, D]" : "", ", got ", shape_text(codes));
+  STD_TORCH_CHECK(
+      heads_of(codes) <= MOST_HEADS, "expected ", name, " of at most ", MOST_HEADS, " heads, got ", heads_of(codes));
   const Rows rows = rows_of(name, codes);
   STD_TORCH_CHECK(rows.count >= 1, "expected ", name, " of shape [K, D] with K >= 1, got ", shape_text(codes));
   STD_TORCH_CHECK(rows.count < INT32_MAX, "expected ", name, " of at most ", INT32_MAX - 1, " codes, got ", rows.count);
   STD_TORCH_CHECK(
       rows.features == x.features, "expected x of D = ", rows.features, " features as in ", name, ", got ", x.features);
   return rows;
+}
+
+// Returns the vectors of x [..., H, D] head by head: all of the first head, then all of the next.
+inline Rows rows_by_head(const char* name, const Tensor& x, int64_t heads) {
+  std::vector<int64_t> order(x.dim());
+  std::iota(order.begin(), order.end(), 0);
+  STD_TORCH_CHECK(
+      heads == 1 || (x.dim() >= 2 && x.size(-2) == heads), "expected ", name, " of shape [..., H, D] with H = ", heads,
+      " as in codebook, got ", shape_text(x));
+  if (heads > 1) std::rotate(order.begin(), order.end() - 2, order.end() - 1);
+  return rows_of(name, x, order);
+}
+
+// Returns a mask of the vectors of x as contiguous flags.
+inline Tensor mask_of(const char* name, const Tensor& mask, const Rows& x) {
+  check_device(name, mask);
+  STD_TORCH_CHECK(
+      mask.scalar_type() == ScalarType::Bool && mask.numel() == x.count, "expected ", name,
+      " of dtype bool with one element for each of the ", x.count, " vectors of x, got shape ", shape_text(mask),
+      " and dtype ", torch::headeronly::toString(mask.scalar_type()));
+  return torch::stable::contiguous(mask);
 }
 
 // Returns the address of one float32 number, which kernels read on the device.

@@ -21,6 +21,17 @@ ORDERED = {
     **THREADED,
     "topk_codes dot": lambda x, codes, i, w: (x, codes, 8, "dot", codes[:, 0]),
     "one_hot": lambda x, codes, i, w: (i, len(codes), torch.bfloat16),
+    "nearest_code heads": lambda x, codes, i, w: (
+        x.unflatten(0, (-1, 2)),
+        codes.unflatten(0, (2, -1)),
+        True,
+        "float32",
+    ),
+    "vector_quantize_fwd heads and mask": lambda x, codes, i, w: (
+        *(x.unflatten(0, (-1, 2)), codes.unflatten(0, (2, -1)), True, "float32"),
+        i[:, 0].unflatten(0, (-1, 2)) != 7,
+    ),
+    "ema_statistics heads": lambda x, codes, i, w: (x.unflatten(0, (-1, 2)), i[:, 0].unflatten(0, (-1, 2)), 150, 2),
     "gather_codes_fwd": lambda x, codes, i, w: (codes, i),
     # NaN would hide all else.
     "kept_softmax_fwd": lambda x, codes, i, w: (finite(x), finite(codes), None, i),
@@ -112,6 +123,69 @@ def test_nearest_code_ties_between_partitions_take_the_lowest(emulated):
     codes[3 * TILE :] = codes[: TILE - 7]
     x = codes[torch.arange(40) * 12]
     assert torch.equal(nearest(emulated, x, codes), first_of_nearest(x, codes))
+
+
+@pytest.mark.parametrize("n", [5, 300])
+@pytest.mark.parametrize("d", [5, 40])
+def test_nearest_code_heads_equal_codebooks_one_by_one(emulated, n, d):
+    # No size is a multiple of a tile. Few vectors partition the codes; many are packed in several chunks.
+    assert CHUNK_ELEMENTS // (3 * 32) // TILE * TILE < 300
+    x, codebook = torch.randn(n, 3, d), torch.randn(3, 2 * TILE - 7, d)
+    codebook[1, 1::2] = codebook[1, 0:-1:2] + 1e-6
+    codebook[2, 5], codebook[2, 7, 0], x[1, 2, 0], x[2, 1, 0] = math.nan, math.inf, math.nan, -math.inf
+    # Each head has its own scale.
+    codebook *= torch.tensor([1e-6, 1, 1e6])[:, None, None]
+    x *= torch.tensor([1e-6, 1, 1e6])[:, None]
+    for vectors, codes in ((x, codebook), (x.transpose(0, 1).clone().transpose(0, 1), codebook.mT.clone().mT)):
+        found = emulated.nearest_code(vectors, codes, True, "float32")
+        one_by_one = [emulated.nearest_code(x[:, h], codebook[h], True, "float32") for h in range(3)]
+        for each, expected in zip(found, zip(*one_by_one, strict=True), strict=True):
+            assert bits(each) == bits(torch.stack(expected, 1))
+    assert emulated.uncertain_rows(x, codebook) == sum(emulated.uncertain_rows(x[:, h], codebook[h]) for h in range(3))
+
+
+def test_sums_and_codes_of_heads_equal_codebooks_one_by_one(emulated):
+    heads, k, d = 3, 20, 5
+    x, codebook = torch.randn(200, heads, d), torch.randn(heads, k, d)
+    indices = torch.randint(-1, k, (200, heads))
+    for op, args in (("gather_codes_bwd", (x, indices)), ("ema_statistics", (x, indices))):
+        sums = getattr(emulated, op)(*args, k, heads)
+        expected = [getattr(emulated, op)(*(each[:, h] for each in args), k, 1) for h in range(heads)]
+        torch.testing.assert_close(sums, torch.cat(expected), rtol=1e-5, atol=1e-5)
+    for codes in (codebook, codebook.mT.clone().mT, codebook.transpose(0, 1).clone().transpose(0, 1)):
+        expected = [emulated.gather_codes_fwd(codebook[h], indices[:, h]) for h in range(heads)]
+        assert torch.equal(emulated.gather_codes_fwd(codes, indices), torch.stack(expected, 1))
+    state = codebook, torch.rand(heads, k), torch.randn(heads, k, d)
+    statistics = torch.rand(heads, k, d + 1)
+    expected = [[each[h].clone() for each in state] for h in range(heads)]
+    emulated.ema_step(*state, statistics, 0.9, 1e-5)
+    for h in range(heads):
+        emulated.ema_step(*expected[h], statistics[h], 0.9, 1e-5)
+        assert all(torch.equal(each[h], like) for each, like in zip(state, expected[h], strict=True))
+
+
+@pytest.mark.parametrize("heads", [None, 3])
+def test_vector_quantize_mask_leaves_vectors_out(emulated, heads):
+    shape = (70,) if heads is None else (70, heads)
+    x, codebook = torch.randn(*shape, 40), torch.randn(*shape[1:], 30, 40)
+    mask = torch.rand(shape).T.clone().T < 0.5
+    expected = emulated.vector_quantize_fwd(x, codebook, True, "float32", None)
+    x[~mask] = math.nan
+    quantized, indices, loss, _, counts, half_error = emulated.vector_quantize_fwd(x, codebook, True, "float32", mask)
+    assert torch.equal(indices, torch.where(mask, expected[1], -1))
+    assert torch.equal(quantized, torch.where(mask[..., None], expected[0], 0))
+    assert torch.equal(half_error, torch.where(mask[..., None], expected[5], 0))
+    torch.testing.assert_close(loss, 4 * half_error.square().sum() / (mask.sum() * 40))
+    of_heads = counts.view(-1, 30)
+    for head, row in enumerate(indices.view(70, -1).T):
+        assert torch.equal(of_heads[head], torch.bincount(row[row >= 0], minlength=30))
+    one = torch.ones(())
+    grads = emulated.vector_quantize_bwd(x, one, one, half_error, indices, 30, heads or 1, True, True)
+    assert not grads[0][~mask].any()
+    assert not any(grad.isnan().any() for grad in grads)
+    none = emulated.vector_quantize_fwd(x, codebook, True, "float32", torch.zeros_like(mask))
+    assert not any(none[place].any() for place in (0, 2, 4, 5))
+    assert (none[1] == -1).all()
 
 
 @pytest.mark.parametrize("scale", [1e-44, 1e-30, 1e-22, 3e-23, 1e-18, 1.0, 1e18, 1e30])
@@ -291,7 +365,10 @@ def test_operations_invalid_arguments_raise_named_errors(emulated):
             (x.double(), codes, False, "float32"),
         ),
         ("expected x of shape .* without dimensions", "nearest_code", (one, codes, False, "float32")),
-        (r"expected codebook of shape \[K, D\], got \[3\]", "nearest_code", (x, codes[0], False, "float32")),
+        (r"expected codebook of shape \[K, D\] or .*, got \[3\]", "nearest_code", (x, codes[0], False, "float32")),
+        (r"expected x of shape .* H = 4 .*, got \[2, 3\]", "nearest_code", (x, codes[:4, None], False, "float32")),
+        (r"expected codebook of at most 65535 heads", "nearest_code", (x, one.expand(70_000, 1, 3), False, "float32")),
+        ("expected mask of dtype bool .* each of the 2", "vector_quantize_fwd", (x, codes, True, "float32", row)),
         (r"expected codebook .* K >= 1, got \[0, 3\]", "nearest_code", (x, codes[:0], False, "float32")),
         ("expected x of D = 3 features as in codebook, got 2", "nearest_code", (x[:, :2], codes, False, "float32")),
         (r"expected codebook .* K >= 1, got \[0, 3\]", "vector_quantize_fwd", (x, codes[:0], True, "float32", None)),
@@ -319,7 +396,8 @@ def test_operations_invalid_arguments_raise_named_errors(emulated):
             (x, x, x[:, :2], x, codes, None, i, True, True, False),
         ),
         ("2 vectors of grad, got 1", "gather_codes_bwd", (x, row[:1], 5, 1)),
-        (r"expected codebook of shape \[K, D\], got \[3\]", "gather_codes_fwd", (x[0], row)),
+        (r"expected codebook of shape \[K, D\] or .*, got \[3\]", "gather_codes_fwd", (x[0], row)),
+        (r"expected indices of shape .* H = 4 .*, got \[2\]", "gather_codes_fwd", (codes[:4, None], row)),
         ("2 vectors of x, got 1", "ema_statistics", (x, row[:1], 5, 1)),
         (
             "expected cluster_size, embed_sum and statistics of shapes",
