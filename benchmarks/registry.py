@@ -18,6 +18,7 @@ from .clustering import KMEANS
 from .entry import LIBRARY, Entry, Implementation, Signature, Tolerance, Verdict, Work
 from .inputs import Inputs
 from .layers import LAYERS
+from .lookup_free import LOOKUP_FREE_QUANTIZER
 from .sizes import half
 from .training import TRAINING
 
@@ -358,6 +359,7 @@ ENTRIES: dict[str, Entry] = {
     for entry in (
         *(NEAREST_CODE, TOPK_CODES, TOPK_PRODUCTS, ONE_HOT, GATHER_CODES),
         *(RESIDUAL_QUANTIZE, RESIDUAL_QUANTIZE_EVAL, RESIDUAL_STATISTICS),
-        *(VECTOR_QUANTIZE, ROTATION_TRICK, EMA_UPDATE, SPARSE_DECODE, KEPT_SOFTMAX, KMEANS, *LAYERS, *TRAINING),
+        *(VECTOR_QUANTIZE, ROTATION_TRICK, EMA_UPDATE, SPARSE_DECODE, KEPT_SOFTMAX, KMEANS),
+        *(*LAYERS, LOOKUP_FREE_QUANTIZER, *TRAINING),
     )
 }

@@ -161,7 +161,7 @@ class LookupFreeQuantizer(ImplicitCodebookLayer):
         vectors = self._as_vectors(inputs)
         if mask is not None:
             spatial = inputs.shape[1:-1] if self._channel_last else inputs.shape[2:]
-            check_flags("mask", mask, torch.Size((inputs.shape[0], *spatial)), "inputs", inputs)
+            check_flags("mask", mask, (inputs.shape[0], *spatial), "inputs", inputs)
             mask = mask.reshape(vectors.shape[:-1])
             vectors = torch.where(mask[..., None], vectors, 0)
         x = self._features(vectors)
