@@ -21,7 +21,7 @@ from .language.rows import (
     store_codes,
     vectors_of_head,
 )
-from .sums.flat_codes import code_dtype, flat_code
+from .sums.flat_codes import flat_code
 from .sums.one_hot_sum import one_hot_sum, suits
 from .sums.segment_sum import segment_sum
 
@@ -40,7 +40,7 @@ def _finite_codes_kernel(x, index_ptr, code_ptr, num_codes, num_heads, BLOCK_N: 
         largest = tl.maximum(largest, tl.max(tl.where(y == y, y, float("inf")), axis=1))
     index = tl.load(index_ptr + place, mask=n < x.num_vectors, other=0)
     code = flat_code(tl.where(largest < float("inf"), index, -1), place, num_codes, num_heads)
-    tl.store(code_ptr + place, code.to(code_ptr.dtype.element_ty), mask=n < x.num_vectors)
+    tl.store(code_ptr + place, code, mask=n < x.num_vectors)
 
 
 @triton.jit
@@ -86,13 +86,15 @@ def ema_statistics(x: Tensor, indices: Tensor, num_codes: int, num_heads: int) -
     if x.numel() == 0:
         return torch.zeros(codes_of_all, x.shape[-1] + 1, dtype=torch.float32, device=x.device)
     rows = as_rows(x, num_heads)
-    codes = torch.empty(rows.num_vectors, dtype=code_dtype(codes_of_all), device=x.device)
+    codes = torch.empty(rows.num_vectors, dtype=torch.int64, device=x.device)
     with on_device(x):
         _finite_codes_kernel[(triton.cdiv(rows.num_vectors // num_heads, 64), 1, num_heads)](
             rows, indices.contiguous(), codes, num_codes, num_heads, BLOCK_N=64, BLOCK_D=64
         )
-    total = one_hot_sum if suits(rows, codes_of_all) else segment_sum
-    return total(rows, codes, codes_of_all)
+    if suits(rows, codes_of_all):
+        # The offsets of rows of heads would spill registers: a map with heads is copied.
+        return one_hot_sum(as_rows(x), codes, codes_of_all)
+    return segment_sum(rows, codes, codes_of_all)
 
 
 def ema_step(

@@ -42,10 +42,11 @@ def _one_hot_sum_kernel(
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     total = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
     count = tl.zeros([BLOCK_K], tl.float32)
-    begin = tl.program_id(2).to(tl.int64) * tiles_each * BLOCK_N
+    # 64-bit numbers of vectors and codes would spill registers.
+    begin = tl.program_id(2) * tiles_each * BLOCK_N
     for start in range(begin, tl.minimum(begin + tiles_each * BLOCK_N, x.num_vectors), BLOCK_N):
         n = start + tl.arange(0, BLOCK_N)
-        code = tl.load(code_ptr + n, mask=n < x.num_vectors, other=num_codes)
+        code = tl.load(code_ptr + n, mask=n < x.num_vectors, other=num_codes).to(tl.int32)
         # A vector without a code may hold NaN or infinity.
         y = tl.where((code < num_codes)[:, None], load_rows(x, n, d), 0.0)
         is_code = k[:, None] == code[None, :]
