@@ -85,12 +85,14 @@ inline std::vector<int64_t> shape_of(const Tensor& tensor) {
   return std::vector<int64_t>(sizes.begin(), sizes.end());
 }
 
-// Returns the shape of a tensor as error messages show it: [2, 3].
-inline std::string shape_text(const Tensor& tensor) {
+// Returns a shape as error messages show it: [2, 3].
+inline std::string shape_text(const std::vector<int64_t>& shape) {
   std::string text;
-  for (const int64_t size : shape_of(tensor)) text += (text.empty() ? "" : ", ") + std::to_string(size);
+  for (const int64_t size : shape) text += (text.empty() ? "" : ", ") + std::to_string(size);
   return "[" + text + "]";
 }
+
+inline std::string shape_text(const Tensor& tensor) { return shape_text(shape_of(tensor)); }
 
 // Checks the coefficients and indices of the atoms of each row.
 inline void check_atoms(const Tensor& values, const Tensor& indices, const Tensor& dictionary) {

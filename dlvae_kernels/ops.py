@@ -157,11 +157,13 @@ OPERATIONS = (
         "one_hot(Tensor indices, int num_codes, ScalarType dtype) -> Tensor",
         _one_hot,
         lambda indices, num_codes, dtype: (indices, num_codes),
+        lowest=-1,
     ),
     Operation(
         "gather_codes_fwd(Tensor codebook, Tensor indices) -> Tensor",
         _gather_codes_fwd,
         lambda codebook, indices: (indices, codebook.shape[-2]),
+        lowest=-1,
     ),
     Operation(
         "gather_codes_bwd(Tensor grad, Tensor indices, int num_codes, int num_heads) -> Tensor", _gather_codes_bwd
@@ -182,6 +184,7 @@ OPERATIONS = (
         "ema_statistics(Tensor x, Tensor indices, int num_codes, int num_heads) -> Tensor",
         _ema_statistics,
         lambda x, indices, num_codes, num_heads: (indices, num_codes),
+        lowest=-1,
     ),
     Operation(
         "ema_step(Tensor(a!) codebook, Tensor(b!) cluster_size, Tensor(c!) embed_sum, Tensor statistics, float decay,"

@@ -28,8 +28,7 @@ void check_state(const char* name, const Tensor& tensor, const std::vector<int64
       tensor.scalar_type() == ScalarType::Float, "expected ", name, " of dtype float32, got ",
       torch::headeronly::toString(tensor.scalar_type()));
   STD_TORCH_CHECK(
-      shape_of(tensor) == shape, "expected ", name, " of the shape that codebook [K, D] requires, got ",
-      shape_text(tensor));
+      shape_of(tensor) == shape, "expected ", name, " of the shape that codebook requires, got ", shape_text(tensor));
   for (int64_t i = 0; i < tensor.dim(); ++i)
     STD_TORCH_CHECK(
         tensor.size(i) <= 1 || tensor.stride(i) != 0, "expected ", name,
@@ -39,20 +38,17 @@ void check_state(const char* name, const Tensor& tensor, const std::vector<int64
 }  // namespace
 
 Tensor ema_statistics(const Tensor& x, const Tensor& indices, int64_t num_codes, int64_t num_heads) {
-  STD_TORCH_CHECK(num_heads == 1, "expected num_heads to be 1, got ", num_heads);
   const Rows rows = rows_of("x", x);
-  const Indices codes("indices", indices);
-  STD_TORCH_CHECK(
-      codes.count == rows.count, "expected one index for each of the ", rows.count, " vectors of x, got ", codes.count);
-  STD_TORCH_CHECK(num_codes >= 1, "expected num_codes to be at least 1, got ", num_codes);
-  const int64_t features = rows.features, ld = features + 1;
-  const Tensor statistics = new_tensor(x, {num_codes, ld});
+  const Indices codes("indices", indices, "x", rows);
+  check_codes(num_codes, num_heads, rows);
+  const int64_t all_codes = num_heads * num_codes, features = rows.features, ld = features + 1;
+  const Tensor statistics = new_tensor(x, {all_codes, ld});
   float* out = data_of<float>(statistics);
   std::atomic<bool> is_finite{true};
   const auto sum = [&](const bool* left_out) {
-    const SortedPairs pairs(codes, 1, num_codes, nullptr, left_out);
+    const SortedPairs pairs(codes, 1, num_codes, num_heads, nullptr, left_out);
     segment_sum(rows, pairs, 1, 1, out, ld);
-    parallel(num_codes, 1 + 32768 / ld, [&](int64_t begin, int64_t end) {
+    parallel(all_codes, 1 + 32768 / ld, [&](int64_t begin, int64_t end) {
       for (int64_t code = begin; code < end; ++code) {
         const int64_t count = pairs.count_of(code);
         out[code * ld + features] = static_cast<float>(count);
@@ -73,40 +69,45 @@ Tensor ema_statistics(const Tensor& x, const Tensor& indices, int64_t num_codes,
 void ema_step(
     const Tensor& codebook, const Tensor& cluster_size, const Tensor& embed_sum, const Tensor& statistics, double decay,
     double epsilon) {
-  STD_TORCH_CHECK(codebook.dim() == 2, "expected codebook of shape [K, D], got ", shape_text(codebook));
-  const int64_t num_codes = codebook.size(0), features = codebook.size(1);
-  check_state("codebook", codebook, {num_codes, features});
-  check_state("cluster_size", cluster_size, {num_codes});
-  check_state("embed_sum", embed_sum, {num_codes, features});
+  const int64_t dim = codebook.dim();
+  STD_TORCH_CHECK(dim == 2 || dim == 3, "expected codebook of shape [K, D] or [H, K, D], got ", shape_text(codebook));
+  const int64_t num_codes = codebook.size(dim - 2), features = codebook.size(dim - 1);
+  const int64_t num_heads = dim == 3 ? codebook.size(0) : 1, all_codes = num_heads * num_codes;
+  const std::vector<int64_t> batch_shape = shape_with(codebook, {features + 1});
+  check_state("codebook", codebook, shape_of(codebook));
+  check_state("cluster_size", cluster_size, shape_with(codebook, {}));
+  check_state("embed_sum", embed_sum, shape_of(codebook));
   STD_TORCH_CHECK(
-      statistics.dim() == 2 && statistics.size(0) == num_codes && statistics.size(1) == features + 1,
-      "expected statistics of shape [K, D + 1] = [", num_codes, ", ", features + 1, "], got ", shape_text(statistics));
+      shape_of(statistics) == batch_shape, "expected statistics of shape [..., K, D + 1] = ", shape_text(batch_shape),
+      ", got ", shape_text(statistics));
   const Kernels& k = kernels();
   const float weight = static_cast<float>(1 - decay);
 
   Tensor all = statistics;
-  const Tensor last = torch::stable::narrow(all, 1, features, 1);
+  const Tensor last = torch::stable::narrow(all, dim - 1, features, 1);
   const Matrix counts("statistics", last);
   const Rows sizes_view = column_of("cluster_size", cluster_size);
-  const Array<float> sizes = new_array<float>(num_codes);
-  k.load_rows(sizes_view, 0, num_codes, sizes.get(), 1);
-  double total = 0;
-  for (int64_t code = 0; code < num_codes; ++code) {
+  const Array<float> sizes = new_array<float>(all_codes);
+  k.load_rows(sizes_view, 0, all_codes, sizes.get(), 1);
+  for (int64_t code = 0; code < all_codes; ++code) {
     const float change = counts.data[code] - sizes[code];
     sizes[code] = weight < 0.5f ? sizes[code] + weight * change : counts.data[code] - (1 - weight) * change;
-    total += sizes[code];
   }
-  k.store_rows(sizes_view, 0, num_codes, sizes.get(), 1);
+  k.store_rows(sizes_view, 0, all_codes, sizes.get(), 1);
   // From here on, sizes[code] is the smoothed divisor of the code's sum. It is 0 for a code without vectors, which
   // stays as it is: smoothing would pull it towards the origin at every step.
-  const double share = total / (total + static_cast<double>(num_codes) * epsilon);
-  for (int64_t code = 0; code < num_codes; ++code) {
-    const bool is_used = counts.data[code] > 0 && sizes[code] > 0;
-    sizes[code] = is_used ? static_cast<float>((sizes[code] + epsilon) * share) : 0;
+  for (int64_t first = 0; first < all_codes; first += num_codes) {
+    double total = 0;  // of one head
+    for (int64_t code = first; code < first + num_codes; ++code) total += sizes[code];
+    const double share = total / (total + static_cast<double>(num_codes) * epsilon);
+    for (int64_t code = first; code < first + num_codes; ++code) {
+      const bool is_used = counts.data[code] > 0 && sizes[code] > 0;
+      sizes[code] = is_used ? static_cast<float>((sizes[code] + epsilon) * share) : 0;
+    }
   }
   const Rows codes = rows_of("codebook", codebook), sums = rows_of("embed_sum", embed_sum);
   const Rows batch = rows_of("statistics", statistics);
-  parallel(num_codes, 1 + 16384 / std::max<int64_t>(1, features), [&](int64_t begin, int64_t end) {
+  parallel(all_codes, 1 + 16384 / std::max<int64_t>(1, features), [&](int64_t begin, int64_t end) {
     k.ema_rows(codes, sums, batch, sizes.get(), weight, begin, end);
   });
 }

@@ -34,14 +34,17 @@ struct Kernels {
   void (*measure_codes)(const Codebook& book, int64_t begin, int64_t end);
   void (*pack_panels)(const Codebook& book, int64_t begin, int64_t end);
   // Finds the nearest codes of rows [begin, end) and, unless null, the squared distances; begin is a multiple of BLOCK.
-  // Returns the number of rows that were searched a second time because rounding might have hidden the nearest code.
+  // The results of row r are indices[r * step] and distances[r * step]. Returns the number of rows that were searched a
+  // second time because rounding might have hidden the nearest code.
   int64_t (*search_rows)(
-      const Codebook& book, const Rows& x, int64_t begin, int64_t end, int64_t* indices, float* distances);
+      const Codebook& book, const Rows& x, int64_t begin, int64_t end, int64_t step, int64_t* indices,
+      float* distances);
   // The same as search_rows; also writes the nearest codes, (c - x) / 2 unless half_error has no data, and the sum of
-  // (c - x)^2 over each block to losses[block].
+  // (c - x)^2 over each block to losses[block]. A row r with a flag mask[r * step] that is not set has no code: its
+  // index is -1, all else is 0. mask may be null.
   void (*quantize_rows)(
-      const Codebook& book, const Rows& x, int64_t begin, int64_t end, int64_t* indices, const Rows& quantized,
-      const Rows& half_error, double* losses);
+      const Codebook& book, const Rows& x, int64_t begin, int64_t end, int64_t step, int64_t* indices, const bool* mask,
+      const Rows& quantized, const Rows& half_error, double* losses);
   // Residual quantization; see kernels/residual_kernel.h. The first returns the sum of squares of what is left.
   double (*quantize_residuals)(const Codebook& book, float* residuals, float* sums, int64_t count, int64_t* indices);
   void (*subtract_codes)(
@@ -61,10 +64,8 @@ struct Kernels {
   // to values[., k] the inner products of each row with its atoms.
   void (*decode_rows)(const Atoms& atoms, const float* values, int64_t begin, int64_t end, const Rows& out);
   void (*atom_products)(const Atoms& atoms, const Rows& rows, int64_t begin, int64_t end, float* values);
-  // Copies rows, `stride` bytes apart and selected by `indices`, to the contiguous rows [begin, end) of `to`.
-  void (*copy_rows)(
-      const char* from, int64_t stride, const int64_t* indices, int64_t begin, int64_t end, int64_t row_bytes,
-      char* to);
+  // Copies the codes that `indices` select to the contiguous rows [begin, end) of `to`; the index -1 gives zeros.
+  void (*copy_rows)(const CodeRows& codes, const int64_t* indices, int64_t begin, int64_t end, char* to);
   // Updates codes [begin, end) of codebook and embed_sum from the statistics [K, D + 1]; a code with a positive size
   // becomes embed_sum / size.
   void (*ema_rows)(

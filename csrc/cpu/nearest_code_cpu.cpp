@@ -9,15 +9,13 @@ namespace {
 
 // Writes indices and, unless null, squared distances. Returns the number of rows that were searched a second time.
 int64_t search(const Tensor& x, const Tensor& codebook, int64_t* indices, float* distances) {
-  const Rows rows = rows_of("x", x);
-  check_codebook(codebook, rows);
-  if (rows.count == 0) return 0;
   const Kernels& k = kernels();
-  const PackedCodebook packed(k, codebook, rows);
+  const Heads heads(k, x, codebook);
   std::atomic<int64_t> uncertain{0};
-  parallel((rows.count + BLOCK - 1) / BLOCK, 1, [&](int64_t begin, int64_t end) {
-    const int64_t last = std::min(end * BLOCK, rows.count);
-    uncertain += k.search_rows(packed.book(), rows, begin * BLOCK, last, indices, distances);
+  heads.for_rows([&](int64_t head, int64_t begin, int64_t end) {
+    float* const distance = distances == nullptr ? nullptr : distances + head;
+    uncertain +=
+        k.search_rows(heads.book(head), heads.rows("x", x, head), begin, end, heads.count(), indices + head, distance);
   });
   return uncertain;
 }

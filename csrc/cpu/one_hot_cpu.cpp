@@ -13,7 +13,8 @@ void write_rows(
   for (int64_t row = begin; row < end; ++row) {
     Element* to = rows + row * codes;
     std::memset(to, 0, codes * sizeof(Element));
-    for (int64_t j = 0; j < k; ++j) to[indices[row * k + j]] = one;
+    for (int64_t j = 0; j < k; ++j)
+      if (indices[row * k + j] >= 0) to[indices[row * k + j]] = one;
   }
 }
 
@@ -38,7 +39,7 @@ Tensor one_hot(const Tensor& indices, int64_t num_codes, ScalarType dtype) {
   STD_TORCH_CHECK(
       indices.dim() == 1 || indices.dim() == 2, "expected indices of shape [N] or [N, k], got ", shape_text(indices));
   STD_TORCH_CHECK(num_codes >= 1, "expected num_codes to be at least 1, got ", num_codes);
-  const Indices ones("indices", indices);
+  const Indices ones("indices", indices, -1);
   const int64_t k = indices.dim() == 2 ? indices.size(1) : 1;
   const Tensor out = new_tensor(indices, {indices.size(0), num_codes}, dtype);
   // torch provides the bits of a 1 of any type.

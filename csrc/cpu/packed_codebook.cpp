@@ -33,22 +33,51 @@ Array<float> without_centre(const float* codes, int64_t count, int64_t features,
   return centred;
 }
 
-void check_codebook(const Tensor& codebook, const Rows& x) {
-  STD_TORCH_CHECK(codebook.dim() == 2, "expected codebook of shape [K, D], got ", shape_text(codebook));
-  const int64_t features = codebook.size(1);
-  STD_TORCH_CHECK(x.features == features, "expected x of D = ", features, " features as in codebook, got ", x.features);
+Heads::Heads(const Kernels& kernels, const Tensor& x, const Tensor& codebook) {
+  const Rows all = rows_of("x", x);
+  const int64_t dim = codebook.dim();
+  STD_TORCH_CHECK(dim == 2 || dim == 3, "expected codebook of shape [K, D] or [H, K, D], got ", shape_text(codebook));
+  exist_ = dim == 3;
+  count_ = exist_ ? codebook.size(0) : 1;
+  const int64_t num_codes = codebook.size(dim - 2), features = codebook.size(dim - 1);
+  STD_TORCH_CHECK(
+      all.features == features, "expected x of D = ", features, " features as in codebook, got ", all.features);
+  STD_TORCH_CHECK(
+      !exist_ || (count_ >= 1 && x.dim() >= 2 && x.size(x.dim() - 2) == count_),
+      "expected x of shape [..., H, D] with H >= 1 for codebook ", shape_text(codebook), ", got ", shape_text(x));
+  num_rows_ = all.count / count_;
+  if (num_rows_ == 0) return;
+  STD_TORCH_CHECK(
+      num_codes >= 1 && features >= 1, "expected codebook of shape [K, D] or [H, K, D] with K >= 1 and D >= 1, got ",
+      shape_text(codebook));
+  codes_.emplace("codebook", codebook);
+  books_.resize(count_);
+  // Threads pack one head each or, if there are more threads than heads, one head after another together.
+  const int64_t grain = count_ < torch::stable::get_num_threads() ? count_ : 1;
+  parallel(count_, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t head = begin; head < end; ++head)
+      books_[head] = std::make_unique<PackedCodebook>(
+          kernels, codes_->data + head * num_codes * features, num_codes, features, rows("x", x, head));
+  });
 }
 
-PackedCodebook::PackedCodebook(const Kernels& kernels, const Tensor& codebook, const Rows& x)
-    : codes_("codebook", codebook) {
-  const int64_t count = codes_.rows, features = codes_.features;
-  STD_TORCH_CHECK(
-      count >= 1 && features >= 1, "expected codebook of shape [K, D] with K >= 1 and D >= 1, got ",
-      shape_text(codebook));
+Rows Heads::rows(const char* name, const Tensor& tensor, int64_t head) const {
+  if (!exist_) return rows_of(name, tensor);
+  const int64_t dim = tensor.dim();
+  std::vector<int64_t> order(dim - 1);
+  std::iota(order.begin(), order.end(), 0);
+  order.back() = dim - 1;
+  Rows rows = rows_of(name, tensor, order);
+  rows.data = static_cast<char*>(rows.data) + head * tensor.stride(dim - 2) * (int64_t)tensor.element_size();
+  return rows;
+}
+
+PackedCodebook::PackedCodebook(
+    const Kernels& kernels, const float* codes, int64_t count, int64_t features, const Rows& x) {
   STD_TORCH_CHECK(
       count < INT32_MAX - kernels.panel, "expected codebook of at most ", INT32_MAX - kernels.panel - 1, " codes, got ",
       count);
-  book_.codes = book_.centred = codes_.data;
+  book_.codes = book_.centred = codes;
   book_.count = count;
   book_.features = features;
   if (x.count <= FEW_ROWS) {

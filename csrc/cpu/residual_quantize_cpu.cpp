@@ -4,6 +4,7 @@
 
 #include "operations_cpu.h"
 #include "packed_codebook.h"
+#include "flags.h"
 #include "residual.h"
 #include "segment_sum_cpu.h"
 
@@ -22,25 +23,6 @@ void check_codebooks(const Tensor& codebooks, const Rows& x) {
       x.features == codebooks.size(2), "expected x of D = ", codebooks.size(2), " features as in codebooks, got ",
       x.features);
 }
-
-// Flags of any strides; all are set where there is no tensor.
-class Flags {
- public:
-  Flags(const char* name, const OptionalTensor& flags, const std::vector<int64_t>& shape) {
-    if (!flags.has_value()) return;
-    check_device(name, *flags);
-    STD_TORCH_CHECK(
-        flags->scalar_type() == ScalarType::Bool && shape_of(*flags) == shape, "expected ", name, " of dtype bool and ",
-        "of the shape that x [..., D] or codebooks [L, K, D] requires, got ", shape_text(*flags));
-    copy_ = torch::stable::contiguous(*flags);
-    data_ = data_of<const bool>(copy_);
-  }
-  bool operator[](int64_t i) const { return data_ == nullptr || data_[i]; }
-
- private:
-  Tensor copy_;
-  const bool* data_ = nullptr;
-};
 
 }  // namespace
 
@@ -61,8 +43,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> residual_quantize_fwd(
   const Kernels& k = kernels();
   // A few rows are searched in the codebook of each level as it is; for more, all codebooks are packed once.
   const bool are_few = rows.count <= FEW_ROWS;
+  const Matrix books("codebooks", codebooks);
   const auto packed_for = [&](int64_t level, const Rows& searched) {
-    return std::make_unique<PackedCodebook>(k, torch::stable::select(codebooks, 0, level), searched);
+    const float* const book = books.data + level * num_codes * features;
+    return std::make_unique<PackedCodebook>(k, book, num_codes, features, searched);
   };
   std::vector<std::unique_ptr<PackedCodebook>> packed(num_levels);
   for (int64_t level = 0; level < num_levels && !are_few; ++level)
@@ -129,14 +113,17 @@ namespace {
 class Residuals {
  public:
   Residuals(const Tensor& x, const Tensor& indices, const Tensor& codebooks)
-      : rows(rows_of("x", x)), indices_tensor_(indices), indices_("indices", indices), books_("codebooks", codebooks) {
+      : rows(rows_of("x", x)),
+        indices_tensor_(indices),
+        indices_("indices", indices, -1),
+        books_("codebooks", codebooks) {
     check_codebooks(codebooks, rows);
     levels = codebooks.size(0);
     codes = codebooks.size(1);
     STD_TORCH_CHECK(
         indices.dim() >= 1 && indices.size(-1) == levels && indices_.count == rows.count * levels,
         "expected indices of shape [..., L] for x [..., D] and codebooks [L, K, D], got ", shape_text(indices));
-    indices_.check(0, indices_.count, codes, -1);
+    indices_.check(0, indices_.count, codes);
   }
   const Rows rows;
   int64_t levels, codes;
@@ -155,9 +142,8 @@ class Residuals {
     pairs.reserve(levels);
     for (int64_t level = 0; level < levels; ++level) {
       Tensor all = indices_tensor_;
-      const Indices of_level("indices", torch::stable::narrow(all, -1, level, 1));
-      pairs.emplace_back(
-          of_level, 1, codes, nullptr, left_out == nullptr ? nullptr : left_out + level * rows.count, -1);
+      const Indices of_level("indices", torch::stable::narrow(all, -1, level, 1), -1);
+      pairs.emplace_back(of_level, 1, codes, 1, nullptr, left_out == nullptr ? nullptr : left_out + level * rows.count);
       sums.emplace_back(pairs[level].segments(weights[level]), features, out + level * codes * ld, ld);
     }
     const int64_t block = std::clamp<int64_t>(RESIDUAL_BYTES / (features * 4), 1, std::max<int64_t>(1, rows.count));

@@ -56,53 +56,62 @@ class Shares {
 
 }  // namespace
 
+void check_codes(int64_t num_codes, int64_t num_heads, const Rows& rows) {
+  STD_TORCH_CHECK(num_codes >= 1, "expected num_codes to be at least 1, got ", num_codes);
+  STD_TORCH_CHECK(
+      num_heads >= 1 && rows.count % num_heads == 0, "expected num_heads to be at least 1 and to divide the ",
+      rows.count, " vectors, got ", num_heads);
+}
+
 SortedPairs::SortedPairs(
-    const Indices& codes, int64_t per_row, int64_t num_codes, const float* weights, const bool* left_out,
-    int64_t lowest)
-    : codes_(num_codes),
-      starts_(new_array<int64_t>(num_codes + 1)),
+    const Indices& codes, int64_t per_row, int64_t num_codes, int64_t num_heads, const float* weights,
+    const bool* left_out)
+    : codes_(num_heads * num_codes),
+      starts_(new_array<int64_t>(codes_ + 1)),
       rows_(new_array<uint32_t>(codes.count)),
       weights_(weights == nullptr ? nullptr : new_array<float>(codes.count)) {
   const int64_t rows = per_row == 0 ? 0 : codes.count / per_row;
   STD_TORCH_CHECK(rows <= UINT32_MAX, "expected indices of at most ", UINT32_MAX, " vectors, got ", rows);
   // Each thread has counts of its own, which does not pay if there are many codes.
-  const int64_t parts = std::min(threads_for(codes.count), 1 + codes.count / (2 * num_codes));
-  const Array<int64_t> next = new_array<int64_t>(parts * num_codes);
+  const int64_t parts = std::min(threads_for(codes.count), 1 + codes.count / (2 * codes_));
+  const Array<int64_t> next = new_array<int64_t>(parts * codes_);
   const auto for_parts = [&](const auto& f) {
     parallel(parts, 1, [&](int64_t begin, int64_t end) {
       for (int64_t part = begin; part < end; ++part)
-        f(next.get() + part * num_codes, rows * part / parts, rows * (part + 1) / parts);
+        f(next.get() + part * codes_, rows * part / parts, rows * (part + 1) / parts);
     });
   };
-  for_parts([&](int64_t* counts, int64_t begin, int64_t end) {
-    codes.check(begin * per_row, end * per_row, num_codes, lowest);
-    std::fill(counts, counts + num_codes, 0);
+  // Calls f(code, row, pair) for the pairs of rows [begin, end) that are not left out.
+  const auto for_pairs = [&](int64_t begin, int64_t end, const auto& f) {
+    int64_t first = begin % num_heads * num_codes;  // the first code of the head
     for (int64_t row = begin; row < end; ++row) {
-      if (left_out != nullptr && left_out[row]) continue;
-      for (int64_t p = row * per_row; p < (row + 1) * per_row; ++p)
-        if (codes.data[p] >= 0) ++counts[codes.data[p]];
+      const bool is_left_out = left_out != nullptr && left_out[row];
+      for (int64_t p = row * per_row; p < (row + 1) * per_row && !is_left_out; ++p)
+        if (codes.data[p] >= 0) f(first + codes.data[p], row, p);
+      first = first + num_codes == codes_ ? 0 : first + num_codes;
     }
+  };
+  for_parts([&](int64_t* counts, int64_t begin, int64_t end) {
+    codes.check(begin * per_row, end * per_row, num_codes);
+    std::fill(counts, counts + codes_, 0);
+    for_pairs(begin, end, [&](int64_t code, int64_t, int64_t) { ++counts[code]; });
   });
   int64_t start = 0;
-  for (int64_t code = 0; code < num_codes; ++code) {
+  for (int64_t code = 0; code < codes_; ++code) {
     starts_[code] = start;
     for (int64_t part = 0; part < parts; ++part) {
-      const int64_t count = next[part * num_codes + code];
-      next[part * num_codes + code] = start;
+      const int64_t count = next[part * codes_ + code];
+      next[part * codes_ + code] = start;
       start += count;
     }
   }
-  starts_[num_codes] = start;
+  starts_[codes_] = start;
   for_parts([&](int64_t* places, int64_t begin, int64_t end) {
-    for (int64_t row = begin; row < end; ++row) {
-      if (left_out != nullptr && left_out[row]) continue;
-      for (int64_t p = row * per_row; p < (row + 1) * per_row; ++p) {
-        if (codes.data[p] < 0) continue;
-        const int64_t place = places[codes.data[p]]++;
-        rows_[place] = static_cast<uint32_t>(row);
-        if (weights != nullptr) weights_[place] = weights[p];
-      }
-    }
+    for_pairs(begin, end, [&](int64_t code, int64_t row, int64_t pair) {
+      const int64_t place = places[code]++;
+      rows_[place] = static_cast<uint32_t>(row);
+      if (weights != nullptr) weights_[place] = weights[pair];
+    });
   });
 }
 

@@ -11,14 +11,17 @@ inline bool all_finite(const float* values, int64_t count) {
   return sum == 0;
 }
 
-// Pairs of a row and a code, sorted by code with a counting sort. Pair p belongs to row p / per_row.
+// Throws unless there is a code in each head, and the rows are whole vectors of num_heads.
+void check_codes(int64_t num_codes, int64_t num_heads, const Rows& rows);
+
+// Pairs of a row and a code, sorted by code with a counting sort. Pair p belongs to row p / per_row, and row r to head
+// r % num_heads, whose code k is code head * num_codes + k of all. Pairs of index -1 (no code) are left out.
 class SortedPairs {
  public:
-  // weights: one per pair, or null. left_out: a flag per row, whose pairs are skipped if it is set, or null. lowest: -1
-  // if a code may be -1, whose pairs are skipped too.
+  // weights: one per pair, or null. left_out: a flag per row, whose pairs are skipped if it is set, or null.
   SortedPairs(
-      const Indices& codes, int64_t per_row, int64_t num_codes, const float* weights, const bool* left_out,
-      int64_t lowest = 0);
+      const Indices& codes, int64_t per_row, int64_t num_codes, int64_t num_heads, const float* weights,
+      const bool* left_out);
   Segments segments(float weight) const;
   int64_t count_of(int64_t code) const { return starts_[code + 1] - starts_[code]; }
 

@@ -24,6 +24,12 @@ struct Share {
   int64_t first_code, first_feature, last_code, last_feature;
 };
 
+// The codes that rows are copied from, in bytes: row i of the result has a code of head i % heads.
+struct CodeRows {
+  const char* data;
+  int64_t stride, heads, head_stride, bytes;
+};
+
 // The k atoms of each row.
 struct Atoms {
   const float* dictionary;  // [atoms, features]

@@ -102,7 +102,7 @@ std::tuple<Tensor, Tensor> sparse_decode_bwd(
   }
   if (need_dictionary) {
     const Matrix coefficients("values", values);
-    const SortedPairs pairs(which, per_row, dictionary.size(0), coefficients.data, nullptr);
+    const SortedPairs pairs(which, per_row, dictionary.size(0), 1, coefficients.data, nullptr);
     segment_sum(rows, pairs, per_row, 1, data_of<float>(grad_dictionary), rows.features);
   }
   return {grad_values, grad_dictionary};

@@ -1,4 +1,5 @@
 // Search, codes, losses and counts in one pass over x; and their gradients.
+#include "flags.h"
 #include "operations_cpu.h"
 #include "packed_codebook.h"
 #include "segment_sum_cpu.h"
@@ -29,34 +30,39 @@ std::vector<int64_t> memory_order(const Tensor& tensor) {
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> vector_quantize_fwd(
     const Tensor& x, const Tensor& codebook, bool need_error, std::string precision, OptionalTensor mask) {
-  STD_TORCH_CHECK(!mask.has_value(), "expected mask to be None");
-  const Rows rows = rows_of("x", x);
-  check_codebook(codebook, rows);
+  const Kernels& k = kernels();
+  const Heads heads(k, x, codebook);
+  const Flags is_valid("mask", mask, shape_with(x, {}));
   const Tensor quantized = new_like(x);
   const Tensor half_error = need_error ? new_like(x) : new_tensor(x, {0}, x.scalar_type());
   const Tensor indices = new_tensor(x, shape_with(x, {}), ScalarType::Long);
-  const Tensor counts = new_tensor(x, {codebook.size(0)}, ScalarType::Long);
+  const Tensor counts = new_tensor(x, shape_with(codebook, {}), ScalarType::Long);
   const Tensor codebook_loss = new_tensor(x, {}), commitment_loss = new_tensor(x, {});
   int64_t* index = data_of<int64_t>(indices);
   int64_t* count = data_of<int64_t>(counts);
+  const int64_t blocks = heads.num_blocks();
+  const Array<double> losses = new_array<double>(heads.count() * blocks);
+  heads.for_rows([&](int64_t head, int64_t begin, int64_t end) {
+    const Rows errors = need_error ? heads.rows("half_error", half_error, head) : Rows{};
+    k.quantize_rows(
+        heads.book(head), heads.rows("x", x, head), begin, end, heads.count(), index + head,
+        is_valid.data() == nullptr ? nullptr : is_valid.data() + head, heads.rows("quantized", quantized, head), errors,
+        losses.get() + head * blocks);
+  });
+  // The order of the sum does not depend on the number of threads.
   double loss = 0;
-  if (rows.count > 0) {
-    const Kernels& k = kernels();
-    const PackedCodebook packed(k, codebook, rows);
-    const Rows quantized_rows = rows_of("quantized", quantized);
-    const Rows error_rows = need_error ? rows_of("half_error", half_error) : Rows{};
-    const int64_t blocks = (rows.count + BLOCK - 1) / BLOCK;
-    const Array<double> losses = new_array<double>(blocks);
-    parallel(blocks, 1, [&](int64_t begin, int64_t end) {
-      const int64_t last = std::min(end * BLOCK, rows.count);
-      k.quantize_rows(packed.book(), rows, begin * BLOCK, last, index, quantized_rows, error_rows, losses.get());
-    });
-    // The order of the sum does not depend on the number of threads.
-    for (int64_t b = 0; b < blocks; ++b) loss += losses[b];
-    loss /= static_cast<double>(rows.count * rows.features);
-  }
-  std::fill(count, count + codebook.size(0), 0);
-  for (int64_t r = 0; r < rows.count; ++r) ++count[index[r]];
+  for (int64_t b = 0; b < heads.count() * blocks; ++b) loss += losses[b];
+  const int64_t num_codes = codebook.size(codebook.dim() - 2);
+  std::fill(count, count + counts.numel(), 0);
+  int64_t num_valid = 0;
+  for (int64_t r = 0; r < heads.num_rows(); ++r)
+    for (int64_t head = 0; head < heads.count(); ++head) {
+      const int64_t code = index[r * heads.count() + head];
+      if (code < 0) continue;
+      ++count[head * num_codes + code];
+      ++num_valid;
+    }
+  loss /= static_cast<double>(std::max<int64_t>(1, num_valid * x.size(x.dim() - 1)));
   for (const Tensor& each : {codebook_loss, commitment_loss}) *data_of<float>(each) = static_cast<float>(loss);
   return {quantized, indices, codebook_loss, commitment_loss, counts, half_error};
 }
@@ -65,20 +71,16 @@ std::tuple<Tensor, Tensor> vector_quantize_bwd(
     const Tensor& grad_quantized, const Tensor& grad_codebook_loss, const Tensor& grad_commitment_loss,
     const Tensor& half_error, const Tensor& indices, int64_t num_codes, int64_t num_heads, bool need_x,
     bool need_codebook) {
-  STD_TORCH_CHECK(num_heads == 1, "expected num_heads to be 1, got ", num_heads);
   const Rows rows = rows_of("half_error", half_error);
-  const Indices codes("indices", indices);
-  STD_TORCH_CHECK(
-      codes.count == rows.count, "expected one index for each of the ", rows.count, " vectors of half_error, got ",
-      codes.count);
-  STD_TORCH_CHECK(num_codes >= 1, "expected num_codes to be at least 1, got ", num_codes);
+  const Indices codes("indices", indices, "half_error", rows);
+  check_codes(num_codes, num_heads, rows);
   // d mean((q - x)^2) / d q = slope * half_error, before the gradient of either loss is multiplied in.
   const double slope = 4.0 / static_cast<double>(std::max<int64_t>(1, half_error.numel()));
   Tensor grad_x = new_tensor(half_error, {0});
   Tensor grad_codebook = new_tensor(half_error, {0});
   if (need_codebook) {
-    grad_codebook = new_tensor(half_error, {num_codes, rows.features});
-    const SortedPairs pairs(codes, 1, num_codes, nullptr, nullptr);
+    grad_codebook = new_tensor(half_error, {num_heads * num_codes, rows.features});
+    const SortedPairs pairs(codes, 1, num_codes, num_heads, nullptr, nullptr);
     const float weight = static_cast<float>(slope * scalar_of("grad_codebook_loss", grad_codebook_loss));
     segment_sum(rows, pairs, 1, weight, data_of<float>(grad_codebook), rows.features);
   }
@@ -95,6 +97,14 @@ std::tuple<Tensor, Tensor> vector_quantize_bwd(
     const Kernels& k = kernels();
     parallel(out.count, 1 + 32768 / std::max<int64_t>(1, out.features), [&](int64_t begin, int64_t end) {
       k.subtract_scaled(from, less, scale, out, begin, end);
+    });
+    // A vector without a code has no gradient.
+    const Rows vectors = rows_of("grad_x", grad_x);
+    const Array<float> zeros = new_array<float>(rows.features);
+    std::fill(zeros.get(), zeros.get() + rows.features, 0.0f);
+    parallel(codes.count, 4096, [&](int64_t begin, int64_t end) {
+      for (int64_t r = begin; r < end; ++r)
+        if (codes.data[r] < 0) k.store_rows(vectors, r, r + 1, zeros.get(), rows.features);
     });
   }
   return {grad_x, grad_codebook};

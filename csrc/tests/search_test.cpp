@@ -138,6 +138,32 @@ void test_few(
   }
 }
 
+// Rows without a code, whose indices and flags are those of one head of two.
+void test_mask(
+    const Kernels& kernels, const Codebook& book, const Rows& x, const std::vector<int64_t>& indices,
+    const Numbers& quantized, const std::vector<double>& losses) {
+  const int64_t n = x.count, features = x.features;
+  std::vector<int64_t> found(2 * n, -7);
+  std::vector<uint8_t> mask(2 * n);
+  for (int64_t r = 0; r < n; ++r) mask[2 * r] = r % 3 != 1;
+  Numbers masked(n * features, 1), half_error(n * features, 1);
+  std::vector<double> less(losses.size());
+  const Rows to = adjacent_rows(masked, n, features), errors = adjacent_rows(half_error, n, features);
+  const bool* flags = reinterpret_cast<const bool*>(mask.data());
+  kernels.quantize_rows(book, x, 0, n, 2, found.data(), flags, to, errors, less.data());
+  for (int64_t r = 0; r < n; ++r) {
+    const int64_t index = mask[2 * r] ? indices[r] : -1;
+    CHECK(found[2 * r] == index && found[2 * r + 1] == -7, "row %ld has code %ld", (long)r, (long)found[2 * r]);
+    for (int64_t i = r * features; i < (r + 1) * features; ++i) {
+      const float expected = mask[2 * r] ? quantized[i] : 0;
+      CHECK(masked[i] == expected || std::isnan(expected), "row %ld is %g", (long)r, masked[i]);
+      CHECK(mask[2 * r] || half_error[i] == 0, "half the error of row %ld is %g", (long)r, half_error[i]);
+    }
+  }
+  for (size_t block = 0; block < losses.size(); ++block)
+    CHECK(!(less[block] > losses[block] * (1 + 1e-6)), "a loss of %g, above %g", less[block], losses[block]);
+}
+
 void test_packing(
     const Kernels& kernels, Numbers x, const Numbers& codes, int64_t n, int64_t count, int64_t features,
     Packing packing) {
@@ -145,7 +171,7 @@ void test_packing(
   const Rows rows = adjacent_rows(x, n, features);
   std::vector<int64_t> indices(n, -1), alone(n, -1), again(n, -1);
   Numbers distances(n);
-  kernels.search_rows(packed.book, rows, 0, n, indices.data(), distances.data());
+  kernels.search_rows(packed.book, rows, 0, n, 1, indices.data(), distances.data());
   for (int64_t r = 0; r < n; ++r) {
     check_index(codes, count, &x[r * features], features, indices[r], r);
     const double exact = distance_of(&x[r * features], &codes[indices[r] * features], features);
@@ -154,8 +180,8 @@ void test_packing(
                               : std::abs(distances[r] - exact) <= 1e-6 * exact || distances[r] == (float)exact;
     CHECK(is_close, "distance %g, not %g", distances[r], exact);
   }
-  kernels.search_rows(packed.book, rows, 0, std::min(n, BLOCK), alone.data(), nullptr);
-  if (n > BLOCK) kernels.search_rows(packed.book, rows, BLOCK, n, alone.data(), nullptr);
+  kernels.search_rows(packed.book, rows, 0, std::min(n, BLOCK), 1, alone.data(), nullptr);
+  if (n > BLOCK) kernels.search_rows(packed.book, rows, BLOCK, n, 1, alone.data(), nullptr);
   CHECK(alone == indices, "the parts of a search differ from the whole");
   std::vector<Found> known(n);
   for (int64_t r = 0; r < n; ++r) known[r] = {0, indices[r]};
@@ -165,14 +191,14 @@ void test_packing(
   unpacked.features = features;
   unpacked.found = known.data();
   Numbers known_distances(n);
-  kernels.search_rows(unpacked, rows, 0, n, alone.data(), known_distances.data());
+  kernels.search_rows(unpacked, rows, 0, n, 1, alone.data(), known_distances.data());
   CHECK(alone == indices && are_same(distances, known_distances), "codes that are known come out as others");
 
   Numbers quantized(n * features), half_error(n * features);
   std::vector<double> losses((n + BLOCK - 1) / BLOCK);
   Rows none{};
   const Rows to = adjacent_rows(quantized, n, features), error_rows = adjacent_rows(half_error, n, features);
-  kernels.quantize_rows(packed.book, rows, 0, n, again.data(), to, error_rows, losses.data());
+  kernels.quantize_rows(packed.book, rows, 0, n, 1, again.data(), nullptr, to, error_rows, losses.data());
   CHECK(again == indices, "the codes of quantize_rows differ from those of search_rows");
   for (size_t block = 0; block < losses.size(); ++block) {
     double loss = 0;
@@ -192,8 +218,9 @@ void test_packing(
         !is_finite || std::abs(losses[block] - loss) <= 1e-5 * loss + 1e-40, "a loss of %g, not %g", losses[block],
         loss);
   }
-  kernels.quantize_rows(packed.book, rows, 0, n, again.data(), to, none, losses.data());
+  kernels.quantize_rows(packed.book, rows, 0, n, 1, again.data(), nullptr, to, none, losses.data());
   CHECK(again == indices, "the codes of quantize_rows differ without errors");
+  test_mask(kernels, packed.book, rows, indices, quantized, losses);
 }
 
 void test_case(
@@ -216,7 +243,7 @@ void test_uncertain(const Kernels& kernels, Random& random, int64_t n, int64_t c
   Numbers copy = x;
   const Rows rows = adjacent_rows(copy, n, d);
   std::vector<int64_t> indices(n, -1);
-  const int64_t uncertain = kernels.search_rows(packed.book, rows, 0, n, indices.data(), nullptr);
+  const int64_t uncertain = kernels.search_rows(packed.book, rows, 0, n, 1, indices.data(), nullptr);
   CHECK(uncertain == n, "%ld of %ld rows were searched twice", (long)uncertain, (long)n);
   for (int64_t r = 0; r < n; ++r) check_index(codes, 2 * count, &x[r * d], d, indices[r], r);
 }

@@ -139,17 +139,21 @@ void test_equal_rows(const Kernels& kernels, int64_t rows) {
     }
 }
 
-void test_copies(const Kernels& kernels, Random& random, int64_t rows, int64_t codes, int64_t row_bytes) {
-  const int64_t stride = row_bytes + 6;
-  std::vector<char> from((codes - 1) * stride + row_bytes), to(rows * row_bytes);
+void test_copies(
+    const Kernels& kernels, Random& random, int64_t rows, int64_t heads, int64_t codes, int64_t row_bytes) {
+  const int64_t stride = row_bytes + 6, head_stride = codes * stride;
+  std::vector<char> from((heads * codes - 1) * stride + row_bytes), to(rows * row_bytes);
   for (char& byte : from) byte = (char)random.bits();
   std::vector<int64_t> indices(rows);
-  for (int64_t& index : indices) index = random.below(codes);
-  kernels.copy_rows(from.data(), stride, indices.data(), rows / 3, rows, row_bytes, to.data());
-  kernels.copy_rows(from.data(), stride, indices.data(), 0, rows / 3, row_bytes, to.data());
+  for (int64_t& index : indices) index = random.below(codes + 1) - 1;
+  const CodeRows book{from.data(), stride, heads, head_stride, row_bytes};
+  kernels.copy_rows(book, indices.data(), rows / 3, rows, to.data());
+  kernels.copy_rows(book, indices.data(), 0, rows / 3, to.data());
   for (int64_t i = 0; i < rows; ++i)
-    for (int64_t b = 0; b < row_bytes; ++b)
-      CHECK(to[i * row_bytes + b] == from[indices[i] * stride + b], "byte %ld of %ld", (long)b, (long)row_bytes);
+    for (int64_t b = 0; b < row_bytes; ++b) {
+      const char expected = indices[i] < 0 ? 0 : from[i % heads * head_stride + indices[i] * stride + b];
+      CHECK(to[i * row_bytes + b] == expected, "byte %ld of %ld", (long)b, (long)row_bytes);
+    }
 }
 
 void check_close(float found, double expected, double size, Form form) {
@@ -249,7 +253,8 @@ void test_sums(const Kernels& kernels) {
   }
   test_equal_rows(kernels, 1 << 20);
   for (int64_t bytes : {0, 1, 2, 15, 16, 17, 31, 33, 63, 64, 65, 128, 255, 256, 257, 330, 2100})
-    for (int64_t n : {0, 1, 9, 20}) test_copies(kernels, random, n, 5, bytes);
+    for (int64_t n : {0, 1, 9, 20})
+      for (int64_t heads : {1, 3}) test_copies(kernels, random, n, heads, 5, bytes);
   for (Form form : FORMS)
     for (int64_t d : Sizes{1, 2, w + 1, 255, 256})
       for (int64_t n : {0, 1, 2, 16, 17, 66, 130}) {

@@ -36,17 +36,6 @@ BACKENDS: dict[str, ModuleType] = {"triton": triton_operations, "native": native
 # The backends to try, in order, before the reference, which runs everything.
 _PREFERENCE = {"cuda": ("triton", "native"), "cpu": ("native",)}
 
-# The position of the argument that shows whether a call has heads: the codebook, [H, K, D], or the number of heads.
-_HEADS = {
-    "nearest_code": 1,
-    "gather_codes_fwd": 0,
-    "gather_codes_bwd": 3,
-    "vector_quantize_fwd": 1,
-    "vector_quantize_bwd": 6,
-    "ema_statistics": 3,
-    "ema_step": 0,
-}
-
 _log = logging.getLogger("dlvae_kernels")
 _logged: set[tuple[str, str]] = set()
 # The active `use_backend` blocks of all threads, the oldest first.
@@ -170,9 +159,6 @@ def find_route(op: str, *args: Any) -> Route:
     if op == "topk_codes" and len(args) > 2:
         # Some kernels limit k, with a limit that may depend on the number of codes.
         key += (args[2], len(args[1]))
-    if op in _HEADS and len(args) > _HEADS[op]:
-        heads = args[_HEADS[op]]
-        key += (heads.ndim == 3 if isinstance(heads, torch.Tensor) else heads > 1,)
     route = _routes.get(key)
     if route is None:
         # An error is not memoised: it is raised at each call.

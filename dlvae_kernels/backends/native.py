@@ -19,19 +19,9 @@ _OLDEST_GPU = (8, 0)
 _MOST_SELECTED = 1024
 # Operations whose kernels on the CPU check the range of the caller's indices as they read them.
 CHECKS_INDICES = ("gather_codes_fwd", "one_hot", "ema_statistics", "residual_statistics", "sparse_decode_fwd")
-# The position of the argument that shows whether a call has heads: the codebook, [H, K, D], or the number of heads.
-_HEADS = {
-    "nearest_code": 1,
-    "gather_codes_fwd": 0,
-    "gather_codes_bwd": 3,
-    "vector_quantize_fwd": 1,
-    "vector_quantize_bwd": 6,
-    "ema_statistics": 3,
-    "ema_step": 0,
-}
 _TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.int64)
 # Operations with kernels for masks.
-_MASKED = ("residual_quantize_fwd",)
+_MASKED = ("residual_quantize_fwd", "vector_quantize_fwd")
 
 
 @functools.cache
@@ -124,10 +114,6 @@ def unavailable_reason(op: str, *args: Any) -> str | None:
             return f"it runs on the CPU and on CUDA, and the tensors are on {tensor.device.type}"
         if tensor.dtype not in _TYPES and not (tensor.dtype == torch.bool and op in _MASKED):
             return f"it has no kernel for {tensor.dtype}"
-    if op in _HEADS and len(args) > _HEADS[op]:
-        heads = args[_HEADS[op]]
-        if heads.ndim == 3 if isinstance(heads, torch.Tensor) else heads > 1:
-            return "it has no kernel for heads"
     if tensors and tensors[0].device.type == "cuda":
         if op == "topk_codes" and len(args) > 2 and args[2] > _MOST_SELECTED:
             return f"topk_codes on CUDA supports k <= {_MOST_SELECTED}, got {args[2]}"

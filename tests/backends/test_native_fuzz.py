@@ -25,6 +25,8 @@ TYPES = (torch.float32, torch.bfloat16, torch.float16)
 ODD = (math.nan, math.inf, -math.inf)
 # Sizes below and above a register, a tile, a panel and a block of rows, for any instruction set.
 ROWS, CODES, FEATURES = st.integers(0, 70), st.integers(1, 80), st.integers(1, 40)
+# The dimension of heads, if there is one.
+HEADS = st.sampled_from(((), (), (1,), (3,)))
 
 
 def fuzz(*ops: str):
@@ -79,11 +81,11 @@ def leading(data: st.DataObject, count: int) -> tuple[int, ...]:
     return data.draw(st.sampled_from(shapes))
 
 
-def indices_below(data: st.DataObject, bound: int, *shape: int) -> Tensor:
+def indices_below(data: st.DataObject, bound: int, *shape: int, lowest: int = 0) -> Tensor:
     generator = torch.Generator().manual_seed(data.draw(SEEDS))
     # Either two codes share all vectors, or any code may occur.
     bound = data.draw(st.sampled_from((bound, min(bound, 2))))
-    return torch.randint(0, bound, shape, generator=generator)
+    return torch.randint(lowest, bound, shape, generator=generator)
 
 
 def double(value):
@@ -224,15 +226,48 @@ def test_vector_quantize_fwd_random_inputs_equals_reference(cpu, data):
         assert torch.equal(half_error, ((codes.float() - x.float()) / 2).to(x.dtype))
 
 
+@fuzz("nearest_code", "vector_quantize_fwd")
+def test_vector_quantize_fwd_heads_and_mask_equal_each_head(cpu, data):
+    (heads,), k, d = data.draw(HEADS.filter(bool)), data.draw(CODES), data.draw(FEATURES)
+    x = tensor(data, *leading(data, data.draw(ROWS)), heads, d)
+    codebook = tensor(data, heads, k, d, types=(x.dtype, torch.float32))
+    mask = indices_below(data, 2, *x.shape[:-1]).bool() if data.draw(st.booleans()) else None
+    found = run(cpu, "nearest_code", x, codebook, False, "float32")[0]
+    quantized, indices, loss, _, counts, half_error = run(
+        cpu, "vector_quantize_fwd", x, codebook, True, "float32", mask
+    )
+    valid = torch.ones_like(indices, dtype=torch.bool) if mask is None else mask
+    assert torch.equal(indices, found.masked_fill(~valid, -1))
+    exact = 0.0
+    for head in range(heads):
+        assert_nearest(found[..., head], x[..., head, :], codebook[head])
+        is_valid, codes = valid[..., head], codebook[head][found[..., head]]
+        errors = torch.where(is_valid[..., None], codes.float() - x[..., head, :].float(), 0)
+        assert torch.equal(half_error[..., head, :], (errors / 2).to(x.dtype))
+        assert torch.equal(quantized[..., head, :], torch.where(is_valid[..., None], codes, 0).to(x.dtype))
+        assert torch.equal(counts[head], torch.bincount(found[..., head][is_valid], minlength=k))
+        exact += errors.double().square().sum() / max(1, int(valid.sum()) * d)
+    torch.testing.assert_close(loss, exact.float(), rtol=1e-5, atol=0)
+
+
 @fuzz("vector_quantize_bwd")
 def test_vector_quantize_bwd_random_inputs_equals_reference(cpu, data):
-    shape = *leading(data, data.draw(ROWS)), data.draw(FEATURES)
+    heads = data.draw(HEADS)
+    shape = *leading(data, data.draw(ROWS)), *heads, data.draw(FEATURES)
     error, k = tensor(data, *shape, odd=True), data.draw(CODES)
     grad = tensor(data, *shape, types=(error.dtype,), odd=True)
     losses = (torch.tensor(data.draw(st.sampled_from((0.0, 1.0, 0.25)))) for _ in range(2))
     needs = data.draw(st.booleans()), data.draw(st.booleans())
     assert_like_reference(
-        cpu, "vector_quantize_bwd", grad, *losses, error, indices_below(data, k, *shape[:-1]), k, 1, *needs
+        cpu,
+        "vector_quantize_bwd",
+        grad,
+        *losses,
+        error,
+        indices_below(data, k, *shape[:-1], lowest=-1),
+        k,
+        math.prod(heads),
+        *needs,
     )
 
 
@@ -293,23 +328,27 @@ def test_one_hot_random_inputs_equals_reference(cpu, data):
 
 @fuzz("gather_codes_fwd", "gather_codes_bwd")
 def test_gather_codes_random_inputs_equals_reference(cpu, data):
-    k, d = data.draw(CODES), data.draw(FEATURES)
-    indices = indices_below(data, k, *leading(data, data.draw(ROWS)))
-    assert_like_reference(cpu, "gather_codes_fwd", tensor(data, k, d, odd=True), indices)
-    assert_like_reference(cpu, "gather_codes_bwd", tensor(data, *indices.shape, d, odd=True), indices, k, 1)
+    k, d, heads = data.draw(CODES), data.draw(FEATURES), data.draw(HEADS)
+    indices = indices_below(data, k, *leading(data, data.draw(ROWS)), *heads, lowest=-1)
+    assert_like_reference(cpu, "gather_codes_fwd", tensor(data, *heads, k, d, odd=True), indices)
+    grad = tensor(data, *indices.shape, d, odd=True)
+    assert_like_reference(cpu, "gather_codes_bwd", grad, indices, k, math.prod(heads))
 
 
 @fuzz("ema_statistics")
 def test_ema_statistics_random_inputs_equals_reference(cpu, data):
-    k, x = data.draw(CODES), tensor(data, *leading(data, data.draw(ROWS)), data.draw(FEATURES), odd=True)
-    assert_like_reference(cpu, "ema_statistics", x, indices_below(data, k, *x.shape[:-1]), k, 1)
+    k, heads = data.draw(CODES), data.draw(HEADS)
+    x = tensor(data, *leading(data, data.draw(ROWS)), *heads, data.draw(FEATURES), odd=True)
+    indices = indices_below(data, k, *x.shape[:-1], lowest=-1)
+    assert_like_reference(cpu, "ema_statistics", x, indices, k, math.prod(heads))
 
 
 @fuzz("ema_step")
 def test_ema_step_random_inputs_equals_reference(cpu, data):
-    k, d, wide = data.draw(CODES), data.draw(FEATURES), (torch.float32,)
-    state = tensor(data, k, d, types=wide), tensor(data, k, types=wide).abs(), tensor(data, k, d, types=wide)
-    statistics = tensor(data, k, d + 1, types=wide).abs()
+    d, wide, shape = data.draw(FEATURES), (torch.float32,), (*data.draw(HEADS), data.draw(CODES))
+    codebook, total = (tensor(data, *shape, d, types=wide) for _ in range(2))
+    state = codebook, tensor(data, *shape, types=wide).abs(), total
+    statistics = tensor(data, *shape, d + 1, types=wide).abs()
     options = data.draw(st.sampled_from((0.0, 0.3, 0.99, 1.0))), data.draw(st.sampled_from((0.0, 1e-5)))
     state = [each.contiguous() if 0 in each.stride() else each for each in state]
     native_state, like, exact = ([change(each) for each in state] for change in (Tensor.clone, Tensor.clone, double))
@@ -398,15 +437,32 @@ THREADED = {
 }
 
 
+# The same with four heads.
+THREADED_HEADS = {
+    "vector_quantize_fwd": lambda x, codes, i, w: (x, codes.view(4, 75, 6), True, "float32", None),
+    "gather_codes_bwd": lambda x, codes, i, w: (x, i, len(codes), 4),
+    "ema_statistics": lambda x, codes, i, w: (x, i, len(codes), 4),
+}
+
+
+@pytest.mark.parametrize("op", THREADED_HEADS)
+def test_operations_with_heads_any_number_of_threads_are_bitwise_reproducible(op):
+    x, codes = torch.randn(1500, 4, 6), torch.randn(300, 6)
+    assert_reproducible(op, THREADED_HEADS[op](x, codes, torch.randint(-1, 300, (1500, 4)), None))
+
+
 @pytest.mark.parametrize("op", THREADED)
 def test_operations_any_number_of_threads_are_bitwise_reproducible(op):
-    if (reason := unavailable_reason("native", op)) is not None:
-        pytest.skip(f"native, {op}: {reason}")
     x, codes = torch.randn(4000, 24), torch.randn(300, 24)
     indices = torch.rand(4000, 300).argsort(1)[:, :6]
     # Most pairs are of few codes.
     indices[:3000, 0] = 7
-    args = THREADED[op](x, codes, indices, torch.randn(4000, 6))
+    assert_reproducible(op, THREADED[op](x, codes, indices, torch.randn(4000, 6)))
+
+
+def assert_reproducible(op: str, args: tuple) -> None:
+    if (reason := unavailable_reason("native", op)) is not None:
+        pytest.skip(f"native, {op}: {reason}")
     before = torch.get_num_threads()
     try:
         results = []

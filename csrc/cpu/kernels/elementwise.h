@@ -9,15 +9,23 @@ namespace {
 // The number of rows that pass through scratch memory together: whole tiles of rows that are transposed.
 inline int64_t batch_of(int64_t features) { return features < 256 ? 64 : 16; }
 
-// Copies the rows of `from` that `indices` select to rows [begin, end) of `to`.
-inline void copy_rows(
-    const char* from, int64_t stride, const int64_t* indices, int64_t begin, int64_t end, int64_t row_bytes, char* to) {
+// Copies the codes that `indices` select to rows [begin, end) of `to`; the index -1 gives zeros.
+inline void copy_rows(const dlvae::CodeRows& codes, const int64_t* indices, int64_t begin, int64_t end, char* to) {
   constexpr int64_t STEP = sizeof(Floats), AHEAD = 8;
+  const int64_t row_bytes = codes.bytes;
+  if (row_bytes == 0) return;
+  const auto code_of = [&](int64_t i) {
+    return codes.data + (codes.heads == 1 ? 0 : i % codes.heads * codes.head_stride) + indices[i] * codes.stride;
+  };
   for (int64_t i = begin; i < end; ++i) {
-    const char* row = from + indices[i] * stride;
     char* out = to + i * row_bytes;
+    if (indices[i] < 0) {
+      memset(out, 0, row_bytes);
+      continue;
+    }
+    const char* row = code_of(i);
     if (i + AHEAD < end) {
-      const char* later = from + indices[i + AHEAD] * stride;
+      const char* later = code_of(i + AHEAD);
       for (int64_t b = 0; b < row_bytes && b < 1024; b += 64) __builtin_prefetch(later + b);
     }
     int64_t b = 0;

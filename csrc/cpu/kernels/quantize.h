@@ -27,24 +27,33 @@ inline double subtract(const float* c, const float* x, int64_t features, float* 
 }
 
 inline void quantize_rows(
-    const Codebook& book, const Rows& x, int64_t begin, int64_t end, int64_t* indices, const Rows& quantized,
-    const Rows& half_error, double* losses) {
+    const Codebook& book, const Rows& x, int64_t begin, int64_t end, int64_t step, int64_t* indices, const bool* mask,
+    const Rows& quantized, const Rows& half_error, double* losses) {
   const int64_t features = book.features;
   DenseRows codes(quantized, BLOCK), errors(half_error, BLOCK);
-  for_searched_blocks(book, x, begin, end, indices, nullptr, [&](int64_t first, int64_t count, const float* row) {
+  const auto write = [&](int64_t first, int64_t count, const float* row, const int64_t* found) {
     float* to = codes.at(first);
     float* error = half_error.data ? errors.at(first) : nullptr;
     double loss = 0;
     for (int64_t r = 0; r < count; ++r, row += features, to += codes.ld()) {
-      const float* code = book.codes + indices[first + r] * features;
-      memcpy(to, code, features * sizeof(float));
-      loss += subtract(code, row, features, error);
+      const int64_t at = (first + r) * step;
+      const bool has_code = !mask || mask[at];
+      indices[at] = has_code ? found[r] : -1;
+      if (has_code) {
+        const float* code = book.codes + found[r] * features;
+        memcpy(to, code, features * sizeof(float));
+        loss += subtract(code, row, features, error);
+      } else {
+        memset(to, 0, features * sizeof(float));
+        if (error) memset(error, 0, features * sizeof(float));
+      }
       if (error) error += errors.ld();
     }
     losses[first / BLOCK] = loss;
     codes.store(first, first + count);
     if (error) errors.store(first, first + count);
-  });
+  };
+  for_searched_blocks(book, x, begin, end, write);
 }
 
 }  // namespace

@@ -35,7 +35,7 @@ inline double move_code(const float* code, int64_t features, float* residual, fl
 // row of sums [count, D]. Returns the sum of the squares of what is left.
 inline double quantize_residuals(const Codebook& book, float* residuals, float* sums, int64_t count, int64_t* indices) {
   const int64_t features = book.features;
-  search_rows(book, dlvae::contiguous_rows(residuals, count, features), 0, count, indices, nullptr);
+  search_rows(book, dlvae::contiguous_rows(residuals, count, features), 0, count, 1, indices, nullptr);
   double loss = 0;
   for (int64_t r = 0; r < count; ++r)
     loss += move_code(book.codes + indices[r] * features, features, residuals + r * features, sums + r * features);

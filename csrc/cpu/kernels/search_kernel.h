@@ -239,13 +239,6 @@ inline void search_by_differences(const Codebook& book, Nearest& nearest) {
   if (nearest.index < 0) nearest.index = 0;
 }
 
-// Computes the squared distances of rows x [count, D] from the codes that were found.
-inline void measure_found(
-    const Codebook& book, const float* x, int64_t count, const int64_t* indices, float* distances) {
-  for (int64_t r = 0; r < count; ++r, x += book.features)
-    distances[r] = (float)squared_distance(x, book.codes + indices[r] * book.features, book.features);
-}
-
 // Finds the nearest codes of rows x [count, D], at most BLOCK. Returns the number of rows that were scored a second
 // time.
 template <class A>
@@ -323,44 +316,51 @@ inline void pack_panels(const Codebook& book, int64_t begin, int64_t end) {
   in_arithmetic_of(book, [&](auto arithmetic) { pack_codes<decltype(arithmetic)>(book, begin, end); });
 }
 
-// Calls f(first row, number of rows, contiguous float32 x) for each block of rows [begin, end) after it is searched.
+// Calls f(first row, number of rows, contiguous float32 x, indices) for each block of rows [begin, end) after it is
+// searched. Returns the number of uncertain rows.
 template <class F>
-DLVAE_INLINE int64_t for_searched_blocks(
-    const Codebook& book, const Rows& rows, int64_t begin, int64_t end, int64_t* indices, float* distances,
-    const F& f) {
+DLVAE_INLINE int64_t
+for_searched_blocks(const Codebook& book, const Rows& rows, int64_t begin, int64_t end, const F& f) {
   int64_t uncertain = 0;
   DenseRows dense(rows, BLOCK, true);
-  // Calls search(x, count, indices, distances) for each block.
+  int64_t indices[BLOCK];
+  // Calls search(first row, x, count) for each block.
   const auto for_blocks = [&](const auto& search) {
     for (int64_t r = begin; r < end; r += BLOCK) {
       const int64_t count = r + BLOCK < end ? BLOCK : end - r;
       const float* x = dense.load(r, r + count);
-      search(x, count, indices + r, distances ? distances + r : nullptr);
-      f(r, count, x);
+      search(r, x, count);
+      f(r, count, x, indices);
     }
   };
   if (book.found) {
-    for_blocks([&](const float* x, int64_t count, int64_t* index, float* distance) {
-      for (int64_t r = 0; r < count; ++r) index[r] = book.found[index - indices + r].index;
-      if (distance) measure_found(book, x, count, index, distance);
+    for_blocks([&](int64_t first, const float*, int64_t count) {
+      for (int64_t r = 0; r < count; ++r) indices[r] = book.found[first + r].index;
     });
     return 0;
   }
   in_arithmetic_of(book, [&](auto arithmetic) {
     using A = decltype(arithmetic);
     Block<A> block(book);
-    for_blocks([&](const float* x, int64_t count, int64_t* index, float* distance) {
-      uncertain += search_block<A>(book, x, count, block, index);
-      if (distance) measure_found(book, x, count, index, distance);
-    });
+    for_blocks(
+        [&](int64_t, const float* x, int64_t count) { uncertain += search_block<A>(book, x, count, block, indices); });
   });
   return uncertain;
 }
 
 // Finds the indices and, unless null, the squared distances of rows [begin, end). Returns the number of uncertain rows.
 inline int64_t search_rows(
-    const Codebook& book, const Rows& rows, int64_t begin, int64_t end, int64_t* indices, float* distances) {
-  return for_searched_blocks(book, rows, begin, end, indices, distances, [](int64_t, int64_t, const float*) {});
+    const Codebook& book, const Rows& rows, int64_t begin, int64_t end, int64_t step, int64_t* indices,
+    float* distances) {
+  const auto write = [&](int64_t first, int64_t count, const float* x, const int64_t* found) {
+    for (int64_t r = 0; r < count; ++r, x += book.features) {
+      indices[(first + r) * step] = found[r];
+      if (distances)
+        distances[(first + r) * step] =
+            (float)squared_distance(x, book.codes + found[r] * book.features, book.features);
+    }
+  };
+  return for_searched_blocks(book, rows, begin, end, write);
 }
 
 // Computes scores of the same few rows and codes, which stay in the first-level cache, repeatedly. Returns the number
