@@ -39,11 +39,13 @@ def check_floating(name: str, tensor: Tensor) -> None:
         )
 
 
-def check_codebook(name: str, codebook: Tensor) -> None:
-    """Check for a floating tensor [K, D] with K >= 1 and D >= 1."""
+def check_codebook(name: str, codebook: Tensor, *, heads: bool = False) -> None:
+    """Check for a floating tensor [K, D] with K >= 1 and D >= 1, or where the operation takes heads also [H, K, D]."""
     check_floating(name, codebook)
-    if codebook.ndim != 2 or codebook.shape[0] == 0 or codebook.shape[1] == 0:
-        raise ValueError(f"expected {name} of shape [K, D] with K >= 1 and D >= 1, got {tuple(codebook.shape)}")
+    if codebook.ndim not in ((2, 3) if heads else (2,)) or 0 in codebook.shape:
+        shapes = "[K, D] or [H, K, D] with H >= 1," if heads else "[K, D] with"
+        remedy = "; this operation takes no heads" if codebook.ndim == 3 and not heads else ""
+        raise ValueError(f"expected {name} of shape {shapes} K >= 1 and D >= 1, got {tuple(codebook.shape)}{remedy}")
 
 
 def check_same_device(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
@@ -55,16 +57,30 @@ def check_same_device(name: str, tensor: Tensor, other_name: str, other: Tensor)
         )
 
 
-def check_vectors(name: str, x: Tensor, codebook_name: str, codebook: Tensor) -> None:
-    """Check that x [..., D] fits codebook [K, D]: one device and D, and a codebook of the dtype of x or float32."""
+def check_vectors(name: str, x: Tensor, codebook_name: str, codebook: Tensor, *, heads: bool = False) -> None:
+    """Check that x [..., D] fits codebook [K, D]: one device and D, and a codebook of the dtype of x or float32.
+
+    heads: the operation also takes x [..., H, D] and codebook [H, K, D].
+    """
     check_floating(name, x)
-    check_codebook(codebook_name, codebook)
-    if x.ndim == 0 or x.shape[-1] != codebook.shape[1]:
+    check_codebook(codebook_name, codebook, heads=heads)
+    check_sizes(name, x, codebook_name, codebook)
+    check_same_device(name, x, codebook_name, codebook)
+    check_parameter_dtype(codebook_name, codebook, name, x)
+
+
+def check_sizes(name: str, x: Tensor, codebook_name: str, codebook: Tensor) -> None:
+    """Check for x [..., D] with the D of codebook [K, D], or for x [..., H, D] with both of codebook [H, K, D]."""
+    if codebook.ndim == 3:
+        if x.ndim < 2 or x.shape[-1] != codebook.shape[2] or x.shape[-2] != codebook.shape[0]:
+            raise ValueError(
+                f"expected {name} of shape [..., {codebook.shape[0]}, {codebook.shape[2]}], with the H and D of"
+                f" {codebook_name} [H, K, D], got {tuple(x.shape)}"
+            )
+    elif x.ndim == 0 or x.shape[-1] != codebook.shape[1]:
         raise ValueError(
             f"expected {name} of shape [..., {codebook.shape[1]}], with the D of {codebook_name}, got {tuple(x.shape)}"
         )
-    check_same_device(name, x, codebook_name, codebook)
-    check_parameter_dtype(codebook_name, codebook, name, x)
 
 
 def check_codebooks(name: str, codebooks: Tensor) -> None:

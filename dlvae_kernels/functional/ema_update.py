@@ -12,22 +12,26 @@ from .checks import (
     check_indices_of,
     check_same_device,
     check_size,
+    check_sizes,
     check_tensor,
 )
 
 
-def ema_statistics(x: Tensor, indices: Tensor, num_codes: int) -> Tensor:
+def ema_statistics(x: Tensor, indices: Tensor, num_codes: int, *, num_heads: int | None = None) -> Tensor:
     """Sum and number of the vectors of x that are assigned to each code, packed for one all-reduce over ranks.
 
     Args:
-        x: [..., D] float16, bfloat16, float32 or (reference) float64, any strides.
-        indices: [...] int64 in [0, K), same device: the code that each vector is assigned to.
-        num_codes: K.
+        x: [..., D], or [..., H, D] with heads; float16, bfloat16, float32 or (reference) float64, any strides.
+        indices: [...], or [..., H] with heads, int64 in [-1, K), same device: the code that each vector is assigned to;
+            -1 stands for no code.
+        num_codes: K, of each head.
+        num_heads: H, or None without heads.
     Returns:
-        [K, D + 1] float32 (float64 for float64): D columns of sums, then one of counts. No gradient.
-        A vector that holds NaN or infinity is left out of both: it would make the moving averages NaN or infinite.
+        [K, D + 1], or [H, K, D + 1] with heads, float32 (float64 for float64): D columns of sums, then one of counts.
+        No gradient. A vector without a code is left out of both, and so is one that holds NaN or infinity, which would
+        make the moving averages NaN or infinite.
     Raises:
-        ValueError: shape, dtype or device do not fit, or (on the CPU) an index lies outside [0, K).
+        ValueError: shape, dtype or device do not fit, or (on the CPU) an index lies outside [-1, K).
         BackendUnavailable: the forced backend cannot run these inputs.
 
     >>> ema_statistics(torch.tensor([[1.0, 2.0], [3.0, 4.0]]), torch.tensor([1, 1]), num_codes=2).tolist()
@@ -38,7 +42,13 @@ def ema_statistics(x: Tensor, indices: Tensor, num_codes: int) -> Tensor:
         raise ValueError("expected x of shape [..., D], got ()")
     check_indices_of("indices", indices, "x", x)
     num_codes = check_size("num_codes", num_codes, 1)
-    return ops.call("ema_statistics", x.detach(), indices, num_codes, 1)
+    if num_heads is None:
+        return ops.call("ema_statistics", x.detach(), indices, num_codes, 1)
+    num_heads = check_size("num_heads", num_heads, 1)
+    if x.ndim < 2 or x.shape[-2] != num_heads:
+        raise ValueError(f"expected x of shape [..., {num_heads}, D] for num_heads={num_heads}, got {tuple(x.shape)}")
+    statistics = ops.call("ema_statistics", x.detach(), indices, num_codes, num_heads)
+    return statistics.view(num_heads, num_codes, x.shape[-1] + 1)
 
 
 def ema_step(
@@ -47,12 +57,12 @@ def ema_step(
     """Update a codebook and its moving averages in place by the statistics of one batch.
 
     Args:
-        codebook: [K, D] float32 or float64.
-        cluster_size: [K], same dtype: moving average of the counts.
-        embed_sum: [K, D], same dtype: moving average of the sums.
-        statistics: [K, D + 1] of the batch, from `ema_statistics`.
+        codebook: [K, D], or [H, K, D] with heads, float32 or float64.
+        cluster_size: [K], or [H, K], same dtype: moving average of the counts.
+        embed_sum: [K, D], or [H, K, D], same dtype: moving average of the sums.
+        statistics: [K, D + 1], or [H, K, D + 1], of the batch, from `ema_statistics`.
         decay: weight of the past, in [0, 1].
-        epsilon: Laplace smoothing of the cluster sizes, >= 0.
+        epsilon: Laplace smoothing of the cluster sizes, >= 0, within each head.
     Raises:
         ValueError: an argument does not fit, or requires a gradient while gradients are enabled; nothing has been
             changed.
@@ -72,9 +82,10 @@ def ema_step(
     """
     _check_state(codebook, cluster_size, embed_sum, decay, epsilon)
     check_floating("statistics", statistics)
-    expected = (codebook.shape[0], codebook.shape[1] + 1)
+    expected = (*codebook.shape[:-1], codebook.shape[-1] + 1)
     if statistics.shape != expected:
-        raise ValueError(f"expected statistics of shape [K, D + 1] = {expected}, got {tuple(statistics.shape)}")
+        dims = "[K, D + 1]" if codebook.ndim == 2 else "[H, K, D + 1]"
+        raise ValueError(f"expected statistics of shape {dims} = {expected}, got {tuple(statistics.shape)}")
     check_same_device("statistics", statistics, "codebook", codebook)
     torch.ops.dlvae.ema_step(codebook, cluster_size, embed_sum, statistics.detach(), decay, epsilon)
     # Autograd does not see what kernels write, and a backward that needs the previous codebook has to raise. Compiled
@@ -97,12 +108,13 @@ def ema_update(
 
     Args:
         codebook, cluster_size, embed_sum, decay, epsilon: as in `ema_step`.
-        x: [..., D] float16, bfloat16, float32 or (reference) float64, any strides.
-        indices: [...] int64 in [0, K): the code that each vector is assigned to.
+        x: [..., D], or [..., H, D] with heads; float16, bfloat16, float32 or (reference) float64, any strides.
+        indices: [...], or [..., H] with heads, int64 in [-1, K): the code that each vector is assigned to; -1
+            stands for no code.
     Raises:
         ValueError: an argument does not fit; nothing has been changed.
 
-    Vectors that hold NaN or infinity are left out.
+    Vectors without a code, and vectors that hold NaN or infinity, are left out.
 
     >>> codebook, cluster_size = torch.tensor([[0.0], [8.0]]), torch.ones(2)
     >>> embed_sum, x = codebook.clone(), torch.tensor([[2.0], [4.0]])
@@ -114,21 +126,19 @@ def ema_update(
     """
     _check_state(codebook, cluster_size, embed_sum, decay, epsilon)
     check_floating("x", x)
-    if x.ndim == 0 or x.shape[-1] != codebook.shape[1]:
-        raise ValueError(
-            f"expected x of shape [..., {codebook.shape[1]}], with the D of codebook, got {tuple(x.shape)}"
-        )
+    check_sizes("x", x, "codebook", codebook)
     check_same_device("x", x, "codebook", codebook)
-    statistics = ema_statistics(x, indices, codebook.shape[0])
+    num_heads = codebook.shape[0] if codebook.ndim == 3 else None
+    statistics = ema_statistics(x, indices, codebook.shape[-2], num_heads=num_heads)
     ema_step(codebook, cluster_size, embed_sum, statistics, decay=decay, epsilon=epsilon)
 
 
 def _check_state(codebook: Tensor, cluster_size: Tensor, embed_sum: Tensor, decay: float, epsilon: float) -> None:
-    check_codebook("codebook", codebook)
+    check_codebook("codebook", codebook, heads=True)
     if codebook.dtype not in (torch.float32, torch.float64):
         raise ValueError(f"expected codebook of dtype float32 or float64, for moving averages, got {codebook.dtype}")
     for name, tensor, shape in (
-        ("cluster_size", cluster_size, codebook.shape[:1]),
+        ("cluster_size", cluster_size, codebook.shape[:-1]),
         ("embed_sum", embed_sum, codebook.shape),
     ):
         check_tensor(name, tensor)

@@ -23,36 +23,55 @@ class _GatherCodes(torch.autograd.Function):
         codebook, indices = inputs
         ctx.save_for_backward(indices)
         ctx.save_for_forward(indices)
-        ctx.num_codes, ctx.dtype = codebook.shape[0], codebook.dtype
+        ctx.shape, ctx.dtype = codebook.shape, codebook.dtype
 
     @staticmethod
     @once_differentiable("gather_codes")
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (indices,) = ctx.saved_tensors
-        return torch.ops.dlvae.gather_codes_bwd(grad, indices, ctx.num_codes, 1).to(ctx.dtype), None
+        grad_codebook = torch.ops.dlvae.gather_codes_bwd(grad, indices, ctx.shape[-2], num_heads_of(ctx.shape))
+        return grad_codebook.to(ctx.dtype).view(ctx.shape), None
 
     @staticmethod
     def jvp(ctx: Any, codebook_tangent: Tensor, _: None) -> Tensor:
-        return codebook_tangent[ctx.saved_tensors[0]]
+        return select_codes(codebook_tangent, *ctx.saved_tensors)
+
+
+def num_heads_of(shape: torch.Size) -> int:
+    """The number of heads of a codebook: 1 for the shape [K, D], and H for [H, K, D]."""
+    return shape[0] if len(shape) == 3 else 1
+
+
+def select_codes(codebook: Tensor, indices: Tensor) -> Tensor:
+    """The codes at indices, and zeros for -1, by operations of torch, which every transform supports."""
+    places = indices.clamp(min=0)
+    heads = (torch.arange(len(codebook), device=codebook.device),) if codebook.ndim == 3 else ()
+    return torch.where((indices < 0).unsqueeze(-1), 0, codebook[(*heads, places)])
 
 
 def gather_codes(codebook: Tensor, indices: Tensor) -> Tensor:
     """The codes at `indices`.
 
     Args:
-        codebook: [K, D] float16, bfloat16, float32 or (reference) float64.
-        indices: [...] int64, same device.
+        codebook: [K, D], or [H, K, D] with heads; float16, bfloat16, float32 or (reference) float64.
+        indices: [...], or [..., H] with heads, int64, same device. -1 stands for no code.
     Returns:
-        [..., D] of the codebook's dtype. Its gradient goes to the codebook, summed without float atomics.
+        [..., D], or [..., H, D] with heads, of the codebook's dtype; zeros where the index is -1. Its gradient goes to
+        the codebook, summed without float atomics.
     Raises:
-        ValueError: dtype, rank or device do not fit, or (on the CPU) an index lies outside [0, K).
+        ValueError: dtype, shape or device do not fit, or (on the CPU) an index lies outside [-1, K).
         BackendUnavailable: the forced backend cannot run these inputs.
 
     >>> gather_codes(torch.tensor([[1.0, 2.0], [3.0, 4.0]]), torch.tensor([1, 0, 1])).tolist()
     [[3.0, 4.0], [1.0, 2.0], [3.0, 4.0]]
     """
-    check_codebook("codebook", codebook)
+    check_codebook("codebook", codebook, heads=True)
     check_indices("indices", indices)
+    if codebook.ndim == 3 and (indices.ndim == 0 or indices.shape[-1] != codebook.shape[0]):
+        raise ValueError(
+            f"expected indices of shape [..., {codebook.shape[0]}], with the H of codebook [H, K, D],"
+            f" got {tuple(indices.shape)}"
+        )
     check_same_device("indices", indices, "codebook", codebook)
     if is_differentiated(codebook):
         return differentiable(_GatherCodes, codebook, indices)

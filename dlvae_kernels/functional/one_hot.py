@@ -11,13 +11,13 @@ def one_hot(indices: Tensor, num_codes: int, *, dtype: torch.dtype = torch.float
     """One-hot or k-hot vectors: a one at each index of a vector and zeros elsewhere.
 
     Args:
-        indices: [N] int64 for one-hot vectors, or [N, k] for k-hot vectors.
+        indices: [N] int64 for one-hot vectors, or [N, k] for k-hot vectors; -1 stands for no code, and gives no one.
         num_codes: K, the number of columns.
         dtype: dtype of the result.
     Returns:
         [N, K] of `dtype`. No gradient.
     Raises:
-        ValueError: rank or dtype do not fit, K == 0, or (on the CPU) an index lies outside [0, K).
+        ValueError: rank or dtype do not fit, K == 0, or (on the CPU) an index lies outside [-1, K).
         BackendUnavailable: the forced backend cannot run these inputs.
 
     >>> one_hot(torch.tensor([2, 0]), num_codes=3).tolist()

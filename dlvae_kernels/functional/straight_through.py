@@ -79,8 +79,9 @@ def straight_through(x: Tensor, decoded: Tensor, indices: Tensor) -> StraightThr
     Args:
         x: [..., D] float16, bfloat16, float32 or float64, any strides.
         decoded: [..., D], same shape and device: the reconstruction of x.
-        indices: [...] int64, same device. The kernel of the backward requires one index for each vector of x, but
-            no result depends on their values; pass for example `torch.zeros(x.shape[:-1], dtype=torch.int64)`.
+        indices: [...] int64, same device: one index for each vector of x, which the kernel of the backward requires. A
+            vector with the index -1 (no code) has no gradient; no result depends on other values. Pass for example
+            `torch.zeros(x.shape[:-1], dtype=torch.int64)`.
     Returns:
         decoded: [..., D], a copy of `decoded`; its gradient goes to x unchanged, and not to `decoded`.
         decoded_loss, x_loss: scalars, at least float32: both are the mean of (x - decoded)^2 over all elements. The
