@@ -134,7 +134,7 @@ class CodebookLayer(nn.Module):
         The map has the dtype of the codebook.
 
         Raises:
-            ValueError: not int64, no dimensions, or (on the CPU) an index lies outside [0, K).
+            ValueError: not int64, no dimensions, or (on the CPU) an index lies outside [-1, K).
         """
         check_indices("indices", indices)
         if indices.ndim == 0:
