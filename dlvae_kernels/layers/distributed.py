@@ -59,7 +59,12 @@ def farthest_vectors(x: Tensor, distances: Tensor, count: int, sync: bool) -> Te
     own = found[rank::ranks][: distances.numel()]
     largest, positions = torch.where(distances.isfinite(), distances, 0).flatten().topk(len(own))
     is_valid = (largest > 0)[:, None]
-    own[:, :-1] = torch.where(is_valid, x[torch.unravel_index(positions, distances.shape)], 0)
+    # A flat view of x may need a copy, and torch.unravel_index copies the shape to the device.
+    places: list[Tensor] = []
+    for size in reversed(distances.shape):
+        places.insert(0, positions % size)
+        positions = positions // size
+    own[:, :-1] = torch.where(is_valid, x[tuple(places)], 0)
     own[:, -1:] = is_valid
     return found
 

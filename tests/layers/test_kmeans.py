@@ -10,6 +10,7 @@ import torch.multiprocessing as mp
 from torch import Tensor
 
 from dlvae_kernels import kmeans, use_backend
+from dlvae_kernels.layers.distributed import farthest_vectors
 from dlvae_kernels.testing import assert_same_codes
 from tests.allocations import Allocations
 
@@ -104,6 +105,18 @@ def test_lloyd_empty_clusters_move_to_the_farthest_vectors():
     assert after[1:].tolist() == [[100, 0], [0, 70]]
     # The next iteration takes these vectors out of the mean of the first cluster.
     torch.testing.assert_close(module.lloyd(x, centroids, 2).centroids[0], x[:50].mean(0))
+
+
+def test_farthest_vectors_of_any_strides_are_those_of_the_largest_distances():
+    x = torch.randn(2, 5, 3, 4).permute(0, 2, 3, 1)
+    distances = torch.rand(2, 3, 4)
+    distances[0, 1, 2], distances[1, 2, 3] = torch.nan, 0
+    found = farthest_vectors(x, distances, 30, False)
+    order = distances.nan_to_num(-1).flatten().argsort(descending=True)[:22]
+    assert torch.equal(found[:22, :-1], x.reshape(-1, 5)[order])
+    assert found[:, -1].tolist() == [1] * 22 + [0] * 8
+    assert not found[22:].any()
+    assert torch.equal(farthest_vectors(x[0, 0, 0], torch.tensor(3.0), 1, False)[0, :-1], x[0, 0, 0])
 
 
 def test_kmeans_fewer_different_vectors_than_clusters_gives_no_zero_centroid():
