@@ -130,8 +130,10 @@ class SimVQ(nn.Module):
     def decode(self, indices: Tensor) -> Tensor:
         """The codes at int64 indices [B, *spatial], as a map [B, D, *spatial] ([B, *spatial, D] with channel_last).
 
+        An index of -1 stands for no code and decodes to zeros.
+
         Raises:
-            ValueError: not int64, no dimensions, or (on the CPU) an index lies outside the codebook.
+            ValueError: not int64, no dimensions, or (on the CPU) an index lies outside [-1, K).
         """
         check_indices("indices", indices)
         if indices.ndim == 0:

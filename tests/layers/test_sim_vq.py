@@ -95,6 +95,9 @@ def test_sim_vq_decode_of_encode_is_quantized(x):
     out = layer(x)
     assert torch.equal(layer.encode(x), out.indices)
     assert torch.equal(layer.decode(out.indices), out.quantized)
+    assert layer.decode(torch.tensor([[-1, 3]]))[0].T.equal(torch.stack([torch.zeros(DIM), layer.codebook[3]]))
+    with pytest.raises(ValueError, match=r"expected indices in \[-1, 20\).*, got 20"):
+        layer.decode(torch.tensor([20]))
     moved = last(x.movedim(1, -1))
     assert torch.equal(moved.indices, out.indices)
     assert torch.equal(last.decode(moved.indices), moved.quantized)
