@@ -30,24 +30,34 @@ template <int R, class F>
 DLVAE_INLINE Floats pair_sums(const float* x, int64_t ld, const float* codes, int64_t features, const F& term) {
   constexpr int C = WIDTH / R;
   Floats sums[WIDTH] = {};
-  const auto add = [&](int64_t d, auto is_whole) {
-    Floats values[C];
-    unroll<C>([&](auto c) {
-      const float* from = codes + decltype(c)::value * features + d;
-      values[decltype(c)::value] = decltype(is_whole)::value ? load<Floats>(from) : load_first(from, features - d);
-    });
-    unroll<R>([&](auto r) {
-      constexpr int i = decltype(r)::value;
-      const Floats row = load<Floats>(x + i * ld + d);
+  if constexpr (R == 1) {
+    // The codes are read one after another, as one stream that the processor prefetches.
+    for (int c = 0; c < C; ++c) {
+      const float* code = codes + c * features;
+      int64_t d = 0;
+      for (; d + WIDTH <= features; d += WIDTH) sums[c] = term(sums[c], load<Floats>(x + d), load<Floats>(code + d));
+      if (d < features) sums[c] = term(sums[c], load<Floats>(x + d), load_first(code + d, features - d));
+    }
+  } else {
+    const auto add = [&](int64_t d, auto is_whole) {
+      Floats values[C];
       unroll<C>([&](auto c) {
-        constexpr int j = decltype(c)::value;
-        sums[i * C + j] = term(sums[i * C + j], row, values[j]);
+        const float* from = codes + decltype(c)::value * features + d;
+        values[decltype(c)::value] = decltype(is_whole)::value ? load<Floats>(from) : load_first(from, features - d);
       });
-    });
-  };
-  int64_t d = 0;
-  for (; d + WIDTH <= features; d += WIDTH) add(d, Constant<1>{});
-  if (d < features) add(d, Constant<0>{});
+      unroll<R>([&](auto r) {
+        constexpr int i = decltype(r)::value;
+        const Floats row = load<Floats>(x + i * ld + d);
+        unroll<C>([&](auto c) {
+          constexpr int j = decltype(c)::value;
+          sums[i * C + j] = term(sums[i * C + j], row, values[j]);
+        });
+      });
+    };
+    int64_t d = 0;
+    for (; d + WIDTH <= features; d += WIDTH) add(d, Constant<1>{});
+    if (d < features) add(d, Constant<0>{});
+  }
   return totals(sums);
 }
 
