@@ -1,4 +1,4 @@
-"""Triton `ema_update`: the statistics of a batch, and one pass that updates the averages and the codebook."""
+"""Triton `ema_update`: the statistics of a batch, and two kernels that update the averages and the codebook."""
 
 from __future__ import annotations
 
@@ -44,9 +44,38 @@ def _finite_codes_kernel(x, index_ptr, code_ptr, num_codes, num_heads, BLOCK_N: 
 
 
 @triton.jit
+def _lerp(old, new, weight):
+    """The formula of torch.lerp, which is exact for weights 0 and 1."""
+    return tl.where(weight < 0.5, old + weight * (new - old), new - (new - old) * (1.0 - weight))
+
+
+@triton.jit
+def _load_counts(statistics, k):
+    """The counts of codes k, in the column after the D columns of statistics; 0 where k is out of range."""
+    last = code_offsets(statistics, k) + tl.cast(statistics.num_features, tl.int64) * statistics.stride_d
+    return tl.load(statistics.tensor + last, mask=k < statistics.num_codes, other=0.0)
+
+
+@triton.jit
+def _cluster_sizes_kernel(cluster_size, statistics, total_ptr, weight, BLOCK_K: tl.constexpr):
+    """Move the cluster sizes of a head towards the counts of the batch by `weight`, and write their sum."""
+    head = head_of_program(cluster_size)
+    cluster_size, statistics = codes_of_head(cluster_size, head), codes_of_head(statistics, head)
+    total = tl.zeros([BLOCK_K], tl.float32)
+    for begin in range(0, cluster_size.num_codes, BLOCK_K):
+        k = begin + tl.arange(0, BLOCK_K)
+        at = cluster_size.tensor + code_offsets(cluster_size, k)
+        is_code = k < cluster_size.num_codes
+        size = _lerp(tl.load(at, mask=is_code, other=0.0), _load_counts(statistics, k), weight)
+        tl.store(at, size, mask=is_code)
+        total += tl.where(is_code, size, 0.0)
+    tl.store(total_ptr + head, tl.sum(total, axis=0))
+
+
+@triton.jit
 def _ema_step_kernel(
     codebook,
-    cluster_size_ptr,
+    cluster_size,
     embed_sum,
     statistics,
     total_ptr,
@@ -62,19 +91,15 @@ def _ema_step_kernel(
     """
     head = head_of_program(codebook)
     codebook, embed_sum = codes_of_head(codebook, head), codes_of_head(embed_sum, head)
-    statistics = codes_of_head(statistics, head)
-    cluster_size_ptr += head * codebook.num_codes
-    num_codes, num_features = codebook.num_codes, codebook.num_features
+    statistics, cluster_size = codes_of_head(statistics, head), codes_of_head(cluster_size, head)
+    num_codes = codebook.num_codes
     k = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    last = code_offsets(statistics, k) + tl.cast(num_features, tl.int64) * statistics.stride_d
-    count = tl.load(statistics.tensor + last, mask=k < num_codes, other=0.0)
-    size = tl.load(cluster_size_ptr + k, mask=k < num_codes, other=1.0)
+    count = _load_counts(statistics, k)
+    size = tl.load(cluster_size.tensor + code_offsets(cluster_size, k), mask=k < num_codes, other=1.0)
     total = tl.load(total_ptr + head)
     smoothed = (size + epsilon) / (total + num_codes * epsilon) * total
-    batch, old = load_codes(statistics, k, d), load_codes(embed_sum, k, d)
-    # This is torch.lerp, which is exact for weights 0 and 1.
-    new = tl.where(weight < 0.5, old + weight * (batch - old), batch - (batch - old) * (1.0 - weight))
+    new = _lerp(load_codes(embed_sum, k, d), load_codes(statistics, k, d), weight)
     store_codes(embed_sum, new, k, d)
     # A code without vectors stays where it is; smoothing would move it towards the origin at each step.
     is_used = (count > 0) & (size > 0)
@@ -101,15 +126,18 @@ def ema_step(
     codebook: Tensor, cluster_size: Tensor, embed_sum: Tensor, statistics: Tensor, decay: float, epsilon: float
 ) -> None:
     codes, num_features = as_codes(codebook), codebook.shape[-1]
-    cluster_size.lerp_(statistics[..., -1], 1 - decay)
-    total = cluster_size.sum(-1)
+    # Sizes are codes of one feature, and counts the feature after those of the sums.
+    sizes, batch = as_codes(cluster_size.unsqueeze(-1)), as_codes(statistics)._replace(num_features=num_features)
+    total = torch.empty(codes.heads, dtype=torch.float32, device=codebook.device)
     grid = (triton.cdiv(codes.num_codes, 32), triton.cdiv(num_features, 64), codes.heads)
+    block_k = min(4096, triton.next_power_of_2(codes.num_codes))
     with on_device(codebook):
+        _cluster_sizes_kernel[1, 1, codes.heads](sizes, batch, total, 1 - decay, BLOCK_K=block_k, num_warps=8)
         _ema_step_kernel[grid](
             codes,
-            cluster_size.contiguous(),
+            sizes,
             as_codes(embed_sum),
-            as_codes(statistics)._replace(num_features=num_features),
+            batch,
             total,
             1 - decay,
             epsilon,
@@ -117,4 +145,4 @@ def ema_step(
             BLOCK_D=64,
         )
     # Autograd does not see what a kernel writes.
-    torch.autograd.graph.increment_version((codebook, embed_sum))
+    torch.autograd.graph.increment_version((codebook, cluster_size, embed_sum))

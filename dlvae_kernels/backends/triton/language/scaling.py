@@ -1,7 +1,7 @@
 """Powers of two that scale vectors and codes, and the two float16 terms of a scaled float32.
 
 docs/numerics.md derives the scales (section 3) and the error of the terms (section 4.1). A kernel reads what the scales
-depend on from `extremes` [3] int32, the extremes of all codes: see `search/codebook_terms.py`.
+depend on from `extremes` [4] int32, the extremes of all codes: see `search/codebook_terms.py`.
 """
 
 from __future__ import annotations
@@ -37,6 +37,12 @@ def split_terms(x, scale):
 
 
 @triton.jit
+def shift_to_target(exponent):
+    """The exponent of the scale that brings numbers of an exponent to TARGET_EXPONENT."""
+    return tl.minimum(-exponent + TARGET_EXPONENT, _LARGEST_SHIFT)
+
+
+@triton.jit
 def code_exponent(extremes_ptr):
     """The largest exponent of a feature of a code that has a score."""
     return tl.load(extremes_ptr)
@@ -57,19 +63,19 @@ def bias_exponent(extremes_ptr):
 @triton.jit
 def codebook_shift(extremes_ptr):
     """The exponent of the scale of float32 codes."""
-    return tl.minimum(-code_exponent(extremes_ptr) + TARGET_EXPONENT, _LARGEST_SHIFT)
+    return shift_to_target(code_exponent(extremes_ptr))
 
 
 @triton.jit
 def bias_shift(extremes_ptr):
     """The exponent of the scale of the bias of packed codes."""
-    return tl.minimum(-bias_exponent(extremes_ptr) + TARGET_EXPONENT, _LARGEST_SHIFT)
+    return shift_to_target(bias_exponent(extremes_ptr))
 
 
 @triton.jit
 def vector_shift(largest):
     """The exponent of a scale for each vector by itself, from the largest magnitude of its features."""
-    return tl.minimum(-exponent_of(largest) + TARGET_EXPONENT, _LARGEST_SHIFT)
+    return shift_to_target(exponent_of(largest))
 
 
 @triton.jit
