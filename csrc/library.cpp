@@ -16,8 +16,4 @@ STABLE_TORCH_LIBRARY_IMPL(dlvae_native, CompositeExplicitAutograd, m) {
   m.impl("search_rate", TORCH_BOX(&dlvae::search_rate));
 }
 
-STABLE_TORCH_LIBRARY_IMPL(dlvae_native, CPU, m) {
-  using namespace dlvae;
-  implement_operations(m);
-  DLVAE_CPU_OPERATIONS(DLVAE_IMPLEMENT)
-}
+STABLE_TORCH_LIBRARY_IMPL(dlvae_native, CPU, m) { dlvae::implement_operations(m); }

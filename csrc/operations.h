@@ -64,6 +64,22 @@ using OptionalTensor = std::optional<Tensor>;
       "(Tensor(a!) codebook, Tensor(b!) cluster_size, Tensor(c!) embed_sum, Tensor statistics, float decay," \
       " float epsilon) -> ()") \
   OPERATION( \
+      residual_quantize_fwd, Tensors5, \
+      (const Tensor& x, const Tensor& codebooks, OptionalTensor levels, OptionalTensor mask, std::string precision, \
+       std::string gradient), \
+      "(Tensor x, Tensor codebooks, Tensor? levels, Tensor? mask, str precision, str gradient)" \
+      " -> (Tensor, Tensor, Tensor, Tensor, Tensor)") \
+  OPERATION( \
+      residual_quantize_bwd, Tensors2, \
+      (const Tensor& grad_quantized, const Tensor& grad_codebook_loss, const Tensor& grad_commitment_loss, \
+       const Tensor& x, const Tensor& indices, const Tensor& codebooks, std::string gradient, bool need_x, \
+       bool need_codebooks), \
+      "(Tensor grad_quantized, Tensor grad_codebook_loss, Tensor grad_commitment_loss, Tensor x, Tensor indices," \
+      " Tensor codebooks, str gradient, bool need_x, bool need_codebooks) -> (Tensor, Tensor)") \
+  OPERATION( \
+      residual_statistics, Tensor, (const Tensor& x, const Tensor& indices, const Tensor& codebooks), \
+      "(Tensor x, Tensor indices, Tensor codebooks) -> Tensor") \
+  OPERATION( \
       sparse_decode_fwd, Tensor, (const Tensor& values, const Tensor& indices, const Tensor& dictionary), \
       "(Tensor values, Tensor indices, Tensor dictionary) -> Tensor") \
   OPERATION( \
@@ -82,40 +98,22 @@ using OptionalTensor = std::optional<Tensor>;
       "(Tensor grad, Tensor values, Tensor sums, Tensor x, Tensor weight, Tensor? bias, Tensor indices, bool need_x," \
       " bool need_weight, bool need_bias) -> (Tensor, Tensor, Tensor)")
 
-// The operations that only the CPU library implements.
-#define DLVAE_CPU_OPERATIONS(OPERATION) \
-  OPERATION( \
-      residual_quantize_fwd, Tensors5, \
-      (const Tensor& x, const Tensor& codebooks, OptionalTensor levels, OptionalTensor mask, std::string precision, \
-       std::string gradient), \
-      "(Tensor x, Tensor codebooks, Tensor? levels, Tensor? mask, str precision, str gradient)" \
-      " -> (Tensor, Tensor, Tensor, Tensor, Tensor)") \
-  OPERATION( \
-      residual_quantize_bwd, Tensors2, \
-      (const Tensor& grad_quantized, const Tensor& grad_codebook_loss, const Tensor& grad_commitment_loss, \
-       const Tensor& x, const Tensor& indices, const Tensor& codebooks, std::string gradient, bool need_x, \
-       bool need_codebooks), \
-      "(Tensor grad_quantized, Tensor grad_codebook_loss, Tensor grad_commitment_loss, Tensor x, Tensor indices," \
-      " Tensor codebooks, str gradient, bool need_x, bool need_codebooks) -> (Tensor, Tensor)") \
-  OPERATION( \
-      residual_statistics, Tensor, (const Tensor& x, const Tensor& indices, const Tensor& codebooks), \
-      "(Tensor x, Tensor indices, Tensor codebooks) -> Tensor")
-
 #define DLVAE_DECLARE(name, result, parameters, schema) result name parameters;
 DLVAE_OPERATIONS(DLVAE_DECLARE)
-DLVAE_CPU_OPERATIONS(DLVAE_DECLARE)
 #undef DLVAE_DECLARE
 
 // Defines the schema of each operation in the namespace of a library.
 inline void define_operations(torch::stable::detail::StableLibrary& m) {
 #define DLVAE_DEFINE(name, result, parameters, schema) m.def(#name schema);
   DLVAE_OPERATIONS(DLVAE_DEFINE)
-  DLVAE_CPU_OPERATIONS(DLVAE_DEFINE)
 #undef DLVAE_DEFINE
 }
 
 // Registers the function that implements each operation, for the dispatch key of a library.
+inline void implement_operations(torch::stable::detail::StableLibrary& m) {
 #define DLVAE_IMPLEMENT(name, result, parameters, schema) m.impl(#name, TORCH_BOX(&name));
-inline void implement_operations(torch::stable::detail::StableLibrary& m) { DLVAE_OPERATIONS(DLVAE_IMPLEMENT) }
+  DLVAE_OPERATIONS(DLVAE_IMPLEMENT)
+#undef DLVAE_IMPLEMENT
+}
 
 }  // namespace dlvae

@@ -33,6 +33,12 @@ ORDERED = {
     ),
     "ema_statistics heads": lambda x, codes, i, w: (x.unflatten(0, (-1, 2)), i[:, 0].unflatten(0, (-1, 2)), 150, 2),
     "gather_codes_fwd": lambda x, codes, i, w: (codes, i),
+    "residual_quantize_fwd": lambda x, codes, i, w: (x, levels_of(codes), None, x[:, 0] > -1, "float32", "once"),
+    "residual_quantize_bwd": lambda x, codes, i, w: (
+        *(x, w[0, :2], w[1, :2], x, i[:, :2] % 150, levels_of(codes), "rotation_each"),
+        *(True, True),
+    ),
+    "residual_statistics": lambda x, codes, i, w: (x, i[:, :2] % 150, levels_of(codes)),
     # NaN would hide all else.
     "kept_softmax_fwd": lambda x, codes, i, w: (finite(x), finite(codes), None, i),
     "kept_softmax_bwd": lambda x, codes, i, w: (
@@ -40,6 +46,10 @@ ORDERED = {
         *(True, True, True),
     ),
 }
+
+
+def levels_of(codes: Tensor) -> Tensor:
+    return codes.view(2, 150, 40)
 
 
 def finite(values: Tensor) -> Tensor:
