@@ -35,7 +35,7 @@ _TOOL = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdum
 # Kernels that use the matrix units. A kernel that the compiler replaced by a trap has no matrix instructions.
 _PRODUCTS = (
     *("_search_kernel", "_select_kernel", "_filter_kernel", "_one_hot_sum_kernel", "_chunk_sum_kernel"),
-    *("_dense_decode", "_log_sum_exp_kernel", "_softmax_sum_kernel"),
+    *("_dense_decode", "_log_sum_exp_kernel", "_softmax_sum_kernel", "_residual_search_kernel"),
 )
 _MATRIX = re.compile(r"^(HGMMA|HMMA|IMMA|QGMMA|UTC\w*MMA)")
 _INSTRUCTION = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)([^;]*);")
@@ -140,6 +140,7 @@ def cases() -> dict[str, Callable[[], Any]]:
         codebook, torch.ones(16_384), codebook.clone(), kernels.ema_statistics(x, indices, 16_384, 1), 0.99, 1e-5
     )
     found["ema, few codes"] = lambda: kernels.ema_statistics(x, indices, 512, 1)
+    found["ema, few codes, many vectors"] = lambda: kernels.ema_statistics(many, torch.zeros(65_536).long(), 512, 1)
     found["ema, few codes, bfloat16"] = lambda: kernels.ema_statistics(x.bfloat16(), indices, 512, 1)
     # Four heads, and a mask.
     of_heads, codebooks = torch.zeros(16_384, 4, 64), torch.zeros(4, 512, 64)
@@ -170,6 +171,7 @@ def cases() -> dict[str, Callable[[], Any]]:
         0.99,
         1e-5,
     )
+    found |= _residual_cases()
     # Triton compiles an argument that is 1 into a constant.
     single, first = torch.zeros(1, 1), torch.zeros(1, 1, dtype=torch.int64)
     for name, call in _ALL.items():
@@ -210,6 +212,39 @@ def cases() -> dict[str, Callable[[], Any]]:
     return found
 
 
+def _residual_cases() -> dict[str, Callable[[], Any]]:
+    """Calls of residual quantization with eight levels."""
+    found: dict[str, Callable[[], Any]] = {}
+    for n, d, dtype, precision in (
+        # Few vectors are searched in small blocks.
+        (4_800, 128, torch.float32, "float32"),
+        (4_800, 128, torch.float32, "exact"),
+        (4_800, 128, torch.float32, "tf32"),
+        (4_800, 64, torch.float32, "exact"),
+        (4_800, 8, torch.float32, "float32"),
+        (65_536, 128, torch.float32, "float32"),
+        (65_536, 256, torch.float32, "exact"),
+        (65_536, 128, torch.float16, "float32"),
+        (65_536, 8, torch.float32, "exact"),
+    ):
+        x, codebooks = torch.zeros(n, d, dtype=dtype), torch.zeros(8, 1_024, d, dtype=dtype)
+        flags = (torch.ones(8, dtype=torch.bool), torch.ones(n, dtype=torch.bool)) if n > 4_800 else (None, None)
+        found[f"residual N={n} D={d} {str(dtype)[6:]} {precision}"] = partial(
+            kernels.residual_quantize_fwd, x, codebooks, *flags, precision, "once"
+        )
+    indices, losses = torch.zeros(4_800, 8, dtype=torch.int64), torch.ones(8)
+    for d, gradient in ((128, "once"), (128, "each"), (128, "rotation"), (128, "rotation_each"), (1_000, "rotation")):
+        x, codebooks = torch.zeros(4_800, d), torch.zeros(8, 1_024, d)
+        found[f"residual D={d} {gradient}, backward"] = partial(
+            kernels.residual_quantize_bwd, x, losses, losses, x, indices, codebooks, gradient, True, True
+        )
+    x = torch.zeros(4_800, 128)
+    for num_codes in (1_024, 2_048):
+        codebooks = torch.zeros(8, num_codes, 128)
+        found[f"residual statistics K={num_codes}"] = partial(kernels.residual_statistics, x, indices, codebooks)
+    return found
+
+
 # Calls of every operation on x [1, 1] and indices [1, 1].
 _ALL: dict[str, Callable[[torch.Tensor, torch.Tensor], Any]] = {
     "nearest_code": lambda x, i: kernels.nearest_code(x, x, True, "exact"),
@@ -225,6 +260,11 @@ _ALL: dict[str, Callable[[torch.Tensor, torch.Tensor], Any]] = {
     "gather_codes, heads": lambda x, i: kernels.gather_codes_fwd(x.expand(2, 1, 1), i.expand(1, 2)),
     "one_hot": lambda x, i: kernels.one_hot(i, 1, torch.float32),
     "ema_update": lambda x, i: kernels.ema_step(x, x[0], x, kernels.ema_statistics(x, i[0], 1, 1), 0.9, 1e-5),
+    "residual_quantize": lambda x, i: kernels.residual_quantize_fwd(x, x[None], None, None, "exact", "once"),
+    "residual_quantize, backward": lambda x, i: kernels.residual_quantize_bwd(
+        *(x, x[0], x[0], x, i, x[None], "rotation_each", True, True)
+    ),
+    "residual_statistics": lambda x, i: kernels.residual_statistics(x, i, x[None]),
     "sparse_decode": lambda x, i: kernels.sparse_decode_fwd(x, i, x),
     "sparse_decode, backward": lambda x, i: kernels.sparse_decode_bwd(x, x, i, x, True, True),
     "kept_softmax": lambda x, i: _softmax(x, x),
@@ -330,7 +370,7 @@ def _read(compiled: Any, constants: dict[str, Any], case: str, arch: int) -> Ker
             short = each.split(".")[0]
             matrix[short] = matrix.get(short, 0) + 1
     per_distance = None
-    if name == "_search_kernel":
+    if name.endswith("_search_kernel"):
         distances = constants["BLOCK_N"] * constants["BLOCK_K"] / (32 * compiled.metadata.num_warps)
         per_distance = _per_distance(code, distances)
     return Kernel(

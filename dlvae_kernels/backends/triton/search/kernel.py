@@ -181,20 +181,19 @@ def _store_certificate(found, n, num_vectors, winner, runner_up, bound):
 
 
 @triton.jit
-def _search_kernel(
+def search_block(
     x,
     codes,
     high_terms,
     low_terms,
     bias_ptr,
     extremes_ptr,
-    found,
-    quantized,
-    half_error_ptr,
-    count_ptr,
-    num_tiles,
-    tiles_each,
+    n,
+    first_tile,
+    begin,
+    end,
     distance_weight,
+    CERTIFY: tl.constexpr,
     PADDED: tl.constexpr,
     TWO_TERMS: tl.constexpr,
     PACKED: tl.constexpr,
@@ -207,25 +206,18 @@ def _search_kernel(
     TILE_STAGES: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """Assign a block of vectors to the nearest codes of one partition of `tiles_each` tiles.
+    """The nearest codes of vectors n [BLOCK_N] among tiles [begin, end) of one codebook.
 
-    found: a `Found`, [partitions, N]; `seconds` is None without a certificate.
-    quantized, half_error_ptr, count_ptr: the fields of a `Quantized`, which this kernel writes, or None.
+    Args:
+        codes, bias_ptr, extremes_ptr: those of this codebook.
+        first_tile: the number of its first tile among the terms of all codebooks.
+    Returns:
+        The indices; the squared distances times `distance_weight`; with CERTIFY the best score, the runner-up and the
+        error bound of their difference, else the best score in place of these two.
     """
-    CERTIFY: tl.constexpr = found.seconds is not None
     # Squared differences of float16 cannot overflow float32 with the scale 2^40 or less: their magnitude is not needed.
     MEASURES: tl.constexpr = TWO_TERMS or CERTIFY or x.tensor.dtype.element_ty != tl.float16
     LANES: tl.constexpr = BLOCK_K // GROUP
-    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    # From here on vectors, codes and tiles are those of one head; `place` is that of a vector among all heads.
-    head = head_of_program(codes)
-    place, num_places = vectors_of_head(codes, head, n), x.num_vectors
-    if codes.num_heads is not None:
-        x = Rows(x.tensor + offset_of_head(x, head), x.num_vectors // x.num_heads, *x[2:8])
-    codes = codes_of_head(codes, head)
-    first_tile = head * num_tiles
-    bias_ptr += first_tile * BLOCK_K
-    extremes_ptr += head * NUM_EXTREMES
 
     # Scale the vectors and keep their terms on the chip if they fit.
     scale = 1.0
@@ -249,8 +241,7 @@ def _search_kernel(
     tile_of_best = tl.zeros([BLOCK_N, LANES], tl.int32)
     if CERTIFY:
         second = tl.full([BLOCK_N, LANES], NEVER, tl.float32)
-    begin = tl.program_id(1) * tiles_each
-    for tile in tl.range(begin, tl.minimum(begin + tiles_each, num_tiles), num_stages=TILE_STAGES):
+    for tile in tl.range(begin, end, num_stages=TILE_STAGES):
         score = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
         if BLOCK_D == PADDED:
             score = _resident_scores(high_terms, low_terms, first_tile + tile, high, low, score, PRECISION, BLOCK_K)
@@ -283,18 +274,88 @@ def _search_kernel(
     # Compare the codes of the best groups by exact differences.
     winner = tl.max(best, axis=1)
     first_codes = _first_codes(best, winner, tile_of_best, BLOCK_K, GROUP)
+    runner_up, bound = winner, winner
     if CERTIFY:
         runner_up = _runner_up(best, second, first_codes)
+        bound = error_bound(largest, squares, scale, extremes_ptr, x.num_features, TWO_TERMS)
     difference_shift = tl.minimum(difference_shift, codebook_shift(extremes_ptr))
     index, distance = _compare_exactly(x, codes, bias_ptr, n, first_codes, difference_shift, BLOCK_K, GROUP, COMPARE_D)
     is_lost = distance == float("inf")
     unit = power_of_two(-difference_shift)
     distance = distance * distance_weight * unit * unit
     index, distance = _assign_non_finite(x, codes, extremes_ptr, n, index, distance, is_lost, PADDED, BLOCK_D)
+    return index, distance, winner, runner_up, bound
 
+
+@triton.jit
+def _search_kernel(
+    x,
+    codes,
+    high_terms,
+    low_terms,
+    bias_ptr,
+    extremes_ptr,
+    found,
+    quantized,
+    half_error_ptr,
+    count_ptr,
+    num_tiles,
+    tiles_each,
+    distance_weight,
+    PADDED: tl.constexpr,
+    TWO_TERMS: tl.constexpr,
+    PACKED: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    GROUP: tl.constexpr,
+    COMPARE_D: tl.constexpr,
+    TILE_STAGES: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """Assign a block of vectors to the nearest codes of one partition of `tiles_each` tiles.
+
+    found: a `Found`, [partitions, N]; `seconds` is None without a certificate.
+    quantized, half_error_ptr, count_ptr: the fields of a `Quantized`, which this kernel writes, or None.
+    """
+    CERTIFY: tl.constexpr = found.seconds is not None
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    # From here on vectors, codes and tiles are those of one head; `place` is that of a vector among all heads.
+    head = head_of_program(codes)
+    place, num_places = vectors_of_head(codes, head, n), x.num_vectors
+    if codes.num_heads is not None:
+        x = Rows(x.tensor + offset_of_head(x, head), x.num_vectors // x.num_heads, *x[2:8])
+    codes = codes_of_head(codes, head)
+    first_tile = head * num_tiles
+    begin = tl.program_id(1) * tiles_each
+    index, distance, winner, runner_up, bound = search_block(
+        x,
+        codes,
+        high_terms,
+        low_terms,
+        bias_ptr + first_tile * BLOCK_K,
+        extremes_ptr + head * NUM_EXTREMES,
+        n,
+        first_tile,
+        begin,
+        tl.minimum(begin + tiles_each, num_tiles),
+        distance_weight,
+        CERTIFY,
+        PADDED,
+        TWO_TERMS,
+        PACKED,
+        PRECISION,
+        BLOCK_N,
+        BLOCK_K,
+        BLOCK_D,
+        GROUP,
+        COMPARE_D,
+        TILE_STAGES,
+        STAGES,
+    )
     _store_found(found, place, num_places, index, distance)
     if CERTIFY:
-        bound = error_bound(largest, squares, scale, extremes_ptr, x.num_features, TWO_TERMS)
         _store_certificate(found, place, num_places, winner, runner_up, bound)
     if count_ptr is not None:
         quantize_rows(x, codes, quantized, half_error_ptr, count_ptr, head, n, index, False, 16)

@@ -52,6 +52,40 @@ def _load_features(x, start, d):
 
 
 @triton.jit
+def _nearest_of_all(x, codes, extremes_ptr, n, distance_weight, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr):
+    """The nearest code of vector n, by differences with all codes of its codebook, -1 if no distance is finite.
+
+    The second result is the squared distance times `distance_weight`.
+    """
+    start = row_offsets(x, n)
+    # The scale keeps the squares of codes and of the vector in the range of float32.
+    largest = tl.zeros([], tl.float32)
+    for begin in range(0, x.num_features, BLOCK_D):
+        y = _load_features(x, start, begin + tl.arange(0, BLOCK_D))
+        largest = tl.maximum(largest, tl.max(tl.abs(y), axis=0))
+    shift = tl.minimum(codebook_shift(extremes_ptr), vector_shift(largest))
+    scale = power_of_two(shift)
+    best = tl.full([], float("inf"), tl.float32)
+    index = tl.full([], -1, tl.int32)
+    for first in range(0, codes.num_codes, BLOCK_K):
+        k = first + tl.arange(0, BLOCK_K)
+        is_code = k < codes.num_codes
+        distance = tl.zeros([BLOCK_K], tl.float32)
+        for begin in range(0, x.num_features, BLOCK_D):
+            d = begin + tl.arange(0, BLOCK_D)
+            y = _load_features(x, start, d)
+            difference = (y[None, :] - load_codes_where(codes, k, is_code, d).to(tl.float32)) * scale
+            distance += tl.sum(difference * difference, axis=1)
+        distance = tl.where(is_code & (distance == distance), distance, float("inf"))
+        smallest = tl.min(distance, axis=0)
+        if smallest < best:
+            best = smallest
+            index = tl.min(tl.where(distance == smallest, k, _NO_CODE), axis=0)
+    unit = power_of_two(-shift)
+    return index, best * distance_weight * unit * unit
+
+
+@triton.jit
 def _rescan_kernel(
     x,
     codes,
@@ -68,38 +102,38 @@ def _rescan_kernel(
     count = tl.load(count_ptr)
     for place in range(tl.program_id(0), count, tl.num_programs(0)):
         n = tl.load(worklist_ptr + place)
-        start = row_offsets(x, n)
         head = 0
         if codes.num_heads is not None:
             head = n % codes.num_heads
-        of_head = codes_of_head(codes, head)
-        # The scale keeps the squares of codes and of the vector in the range of float32.
-        largest = tl.zeros([], tl.float32)
-        for begin in range(0, x.num_features, BLOCK_D):
-            y = _load_features(x, start, begin + tl.arange(0, BLOCK_D))
-            largest = tl.maximum(largest, tl.max(tl.abs(y), axis=0))
-        shift = tl.minimum(codebook_shift(extremes_ptr + head * NUM_EXTREMES), vector_shift(largest))
-        best = tl.full([], float("inf"), tl.float32)
-        index = tl.zeros([], tl.int32)
-        for first in range(0, codes.num_codes, BLOCK_K):
-            k = first + tl.arange(0, BLOCK_K)
-            is_code = k < codes.num_codes
-            distance = tl.zeros([BLOCK_K], tl.float32)
-            for begin in range(0, x.num_features, BLOCK_D):
-                d = begin + tl.arange(0, BLOCK_D)
-                y = _load_features(x, start, d)
-                c = load_codes_where(of_head, k, is_code, d).to(tl.float32)
-                difference = (y[None, :] - c) * power_of_two(shift)
-                distance += tl.sum(difference * difference, axis=1)
-            distance = tl.where(is_code & (distance == distance), distance, float("inf"))
-            smallest = tl.min(distance, axis=0)
-            if smallest < best:
-                best = smallest
-                index = tl.min(tl.where(distance == smallest, k, _NO_CODE), axis=0)
+        of_head, extremes_of_head = codes_of_head(codes, head), extremes_ptr + head * NUM_EXTREMES
+        index, distance = _nearest_of_all(x, of_head, extremes_of_head, n, distance_weight, BLOCK_K, BLOCK_D)
         # A vector without a finite distance keeps the code and the distance that it has.
-        unit = power_of_two(-shift)
-        tl.store(index_ptr + n, index.to(tl.int64), mask=best < float("inf"))
-        tl.store(distance_ptr + n, best * distance_weight * unit * unit, mask=best < float("inf"))
+        tl.store(index_ptr + n, index.to(tl.int64), mask=index >= 0)
+        tl.store(distance_ptr + n, distance, mask=index >= 0)
+
+
+@triton.jit
+def search_again(
+    x,
+    codes,
+    extremes_ptr,
+    n,
+    index,
+    distance,
+    is_uncertain,
+    distance_weight,
+    BLOCK_K: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Indices and distances of vectors n [BLOCK_N], after a search of the uncertain ones by differences."""
+    while tl.max(is_uncertain.to(tl.int32), axis=0) > 0:
+        vector = tl.min(tl.where(is_uncertain, n, 2147483647), axis=0)
+        nearest, least = _nearest_of_all(x, codes, extremes_ptr, vector, distance_weight, BLOCK_K, BLOCK_D)
+        found = tl.where(n == vector, nearest, -1)
+        index = tl.where(found >= 0, found, index)
+        distance = tl.where(found >= 0, least, distance)
+        is_uncertain = is_uncertain & (n != vector)
+    return index, distance
 
 
 def rescan(
