@@ -9,10 +9,13 @@ import sys
 from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
 from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from triton.runtime.jit import JITFunction
 
 from dlvae_kernels.backends import unavailable_reason
 from dlvae_kernels.backends.triton import operations
@@ -205,6 +208,34 @@ assert not torch.equal(fast.indices, expected.indices)
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-2000:]
+
+
+class TorchKernels(TorchDispatchMode):
+    """While active, list the operations of torch that launch a kernel."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if not func.is_view and not func.__name__.startswith(("empty", "new_empty")):
+            self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("precision", ["float32", "exact"])
+def test_residual_quantize_statistics_and_step_launch_at_most_eight_kernels(precision):
+    x, codebooks, sizes = torch.randn(4_800, 128), torch.randn(8, 1_024, 128), torch.ones(8, 1_024)
+    levels, mask = torch.ones(8, dtype=torch.bool), torch.ones(4_800, dtype=torch.bool)
+    with (
+        offline.driver_of(90),
+        mock.patch.object(JITFunction, "run", return_value=None) as run,
+        TorchKernels() as others,
+    ):
+        _, indices, *_ = operations.residual_quantize_fwd(x, codebooks, levels, mask, precision, "once")
+        statistics = operations.residual_statistics(x, indices, codebooks)
+        operations.ema_step(codebooks, sizes, torch.empty_like(codebooks), statistics, 0.99, 1e-5)
+    assert run.call_count + len(others.names) <= 8, others.names
 
 
 def test_topk_stream_candidate_lists_are_short():
