@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from dlvae_kernels.layers.codebook_layer import Init
+from dlvae_kernels.layers.codebook import Init
 from dlvae_kernels.layers.dictionary_learning import Gradient
 
 from .autoencoder import Autoencoder

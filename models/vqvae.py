@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from dlvae_kernels import VectorQuantizer, VectorQuantizerEMA
-from dlvae_kernels.layers.codebook_layer import Init
+from dlvae_kernels.layers.codebook import Init
 
 from .autoencoder import Autoencoder, Coding
 

@@ -1,4 +1,4 @@
-"""Sums over the ranks of torch.distributed."""
+"""Sums over the ranks of torch.distributed, and random vectors of the batch of all ranks."""
 
 from __future__ import annotations
 
@@ -27,24 +27,63 @@ def all_reduce_sum(tensor: Tensor, sync: bool) -> Tensor:
     return tensor
 
 
-def sample_vectors(x: Tensor, count: int, sync: bool, generator: torch.Generator | None = None) -> Tensor:
-    """`count` random vectors of x [..., D], each followed by a one, to be summed over the ranks: [count, D + 1].
+def all_reduce_sums(tensors: list[Tensor], sync: bool) -> list[Tensor]:
+    """The sums of tensors of one dtype over all ranks, by one all-reduce."""
+    if num_ranks(sync) == 1:
+        return tensors
+    packed = torch.cat([tensor.flatten() for tensor in tensors])
+    dist.all_reduce(packed)
+    sums = packed.split([tensor.numel() for tensor in tensors])
+    return [flat.view_as(tensor) for flat, tensor in zip(sums, tensors, strict=True)]
+
+
+def random_places(jitter: Tensor, num_vectors: int, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Places of random vectors of a batch without repeats, [..., M], and whether each is valid.
+
+    The batch is divided into M strata of equal size, up to one, and each gives one vector. With fewer vectors than M
+    some strata are empty, and their places are not valid.
+
+    Args:
+        jitter: [..., M] in [0, 1): the place within each stratum.
+        num_vectors: N > 0.
+        mask: [N] bool, True for the vectors to draw from; never read by the host.
+    """
+    count = jitter.shape[-1]
+    rank = None if mask is None else mask.flatten().cumsum(0)
+    total = num_vectors if rank is None else rank[-1]
+    starts = torch.arange(count + 1, device=jitter.device) * total // count
+    size = starts[1:] - starts[:-1]
+    places = starts[:-1] + (jitter.double() * size).long()
+    if rank is not None:
+        # The vector number p of those to draw from is the first one with a rank of p + 1.
+        places = torch.searchsorted(rank, places + 1)
+    return places.clamp(max=num_vectors - 1), (size > 0).expand_as(places)
+
+
+def sample_vectors(x: Tensor, jitter: Tensor, sync: bool, mask: Tensor | None = None) -> Tensor:
+    """Random vectors of x [..., D], each followed by a one, to be summed over the ranks: [M, D + 1].
 
     Vector i comes from rank i modulo the number of ranks and is zero on the others, so that all ranks hold the same
-    vectors after the sum. Where that rank has no vectors, or the vector is not finite, all D + 1 elements are zero.
-    The vectors are drawn by the generator or torch's random stream, without repeats while there are enough; float32 or
-    wider.
+    vectors after the sum. Where that rank has too few vectors, or the vector is not finite, all D + 1 elements are
+    zero. With heads, x [..., H, D] and jitter [H, M] give [H, M, D + 1]. The result is float32 or wider.
+
+    Args:
+        jitter: [M] or [H, M], random numbers in [0, 1).
+        mask: [...] bool without the heads: True for the vectors to draw from.
     """
-    vectors = x.detach().reshape(-1, x.shape[-1])
+    heads = jitter.shape[:-1]
+    vectors = x.detach().reshape(-1, *heads, x.shape[-1])
     rank, ranks = _world(sync)
-    sampled = torch.zeros(count, x.shape[-1] + 1, dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
-    if len(vectors) > 0:
-        own = sampled[rank::ranks]
-        order = torch.randperm(len(vectors), generator=generator, device=x.device)
-        selected = vectors[order[torch.arange(len(own), device=x.device) % len(vectors)]]
-        is_finite = selected.isfinite().all(1, keepdim=True)
-        own[:, :-1] = torch.where(is_finite, selected, 0)
-        own[:, -1:] = is_finite
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    sampled = torch.zeros(*jitter.shape, x.shape[-1] + 1, dtype=dtype, device=x.device)
+    own = sampled[..., rank::ranks, :]
+    if vectors.shape[0] > 0 and own.shape[-2] > 0:
+        places, is_valid = random_places(jitter[..., rank::ranks], vectors.shape[0], mask)
+        head = torch.arange(heads[0], device=x.device)[:, None] if heads else None
+        selected = vectors[places] if head is None else vectors[places, head]
+        is_valid = is_valid[..., None] & selected.isfinite().all(-1, keepdim=True)
+        own[..., :-1] = torch.where(is_valid, selected, 0)
+        own[..., -1:] = is_valid
     return sampled
 
 

@@ -94,7 +94,8 @@ def initial_centroids(x: Tensor, num_clusters: int, init: KMeansInit, seed: int,
     count = num_clusters if init == "random" else max(_SAMPLES_PER_CLUSTER * num_clusters, _FEWEST_SAMPLES)
     if init == "k-means++" and num_ranks(sync) == 1:
         count = max(num_clusters, min(count, x[..., 0].numel()))
-    sampled = all_reduce_sum(sample_vectors(x, count, sync, for_sample), sync)
+    jitter = torch.rand(count, generator=for_sample, device=x.device)
+    sampled = all_reduce_sum(sample_vectors(x, jitter, sync), sync)
     sample, is_valid = sampled[:, :-1], sampled[:, -1]
     if init == "k-means++":
         return sample[_plus_plus(sample, is_valid, num_clusters, for_selection)]

@@ -7,12 +7,19 @@ import inspect
 import pytest
 import torch
 
-from dlvae_kernels import DictionaryLearning, SparseAutoencoder, VectorQuantizer, VectorQuantizerEMA
+from dlvae_kernels import (
+    DictionaryLearning,
+    ResidualVectorQuantizer,
+    SparseAutoencoder,
+    VectorQuantizer,
+    VectorQuantizerEMA,
+)
 
 K, D = 8, 4
 LAYERS = {
     "vector_quantizer": lambda **options: VectorQuantizer(K, D, 0.25, **options),
     "vector_quantizer_ema": lambda **options: VectorQuantizerEMA(K, D, 0.25, 0.9, **options),
+    "residual_vector_quantizer": lambda **options: ResidualVectorQuantizer(3, K, D, **options),
     "dictionary_learning": lambda **options: DictionaryLearning(D, K, 0.1, 3, **options),
 }
 

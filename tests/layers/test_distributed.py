@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from dlvae_kernels import VectorQuantizer, VectorQuantizerEMA
+from dlvae_kernels import ResidualVectorQuantizer, VectorQuantizer, VectorQuantizerEMA
 from dlvae_kernels.layers import distributed
 
 K, D, STEPS = 16, 4, 5
@@ -19,7 +19,9 @@ K, D, STEPS = 16, 4, 5
 def _layer(kind: str, **options) -> torch.nn.Module:
     torch.manual_seed(5)
     if kind == "ema":
-        return VectorQuantizerEMA(K, D, 0.25, 0.8, **options)
+        return VectorQuantizerEMA(K, D, 0.25, 0.8, **{"dead_code_threshold": 0} | options)
+    if kind == "residual":
+        return ResidualVectorQuantizer(3, K, D, decay=0.8, **{"init": "normal", "dead_code_threshold": 0} | options)
     return VectorQuantizer(K, D, 0.25, **options)
 
 
@@ -58,6 +60,17 @@ CASES = {
     "ema, not synchronised": ("ema", {"sync": False}, (4, 4), False),
     "ema, data and dead codes": ("ema", {"init": "data", "dead_code_threshold": 1.0}, (4, 4), False),
     "ema, kmeans": ("ema", {"init": "kmeans"}, (4, 4), False),
+    "ema, heads": ("ema", {"num_heads": 2}, (4, 4), False),
+    "ema, heads, data and dead codes": (
+        "ema",
+        {"num_heads": 2, "init": "data", "dead_code_threshold": "auto"},
+        (4, 4),
+        False,
+    ),
+    "residual": ("residual", {}, (4, 4), False),
+    "residual, uneven": ("residual", {}, (1, 7), False),
+    "residual, kmeans and dead codes": ("residual", {"init": "kmeans", "dead_code_threshold": 1.0}, (4, 4), False),
+    "residual, an empty rank": ("residual", {"init": "data", "dead_code_threshold": "auto"}, (4, 0), False),
     "ema, an empty rank": ("ema", {"init": "data", "dead_code_threshold": 1.0}, (4, 0), False),
     "gradient, revival": ("gradient", {"init": "kmeans", "dead_code_threshold": 2.0}, (4, 4), False),
     "gradient, an empty rank": ("gradient", {"init": "data", "dead_code_threshold": 2.0}, (0, 4), False),
@@ -73,7 +86,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[dict, dic
     return {name: pair for name, *pair in zip(CASES, first, second, strict=True)}
 
 
-@pytest.mark.parametrize("case", ["ema", "ema, uneven", "ema, compiled"])
+@pytest.mark.parametrize("case", ["ema", "ema, uneven", "ema, compiled", "ema, heads", "residual", "residual, uneven"])
 def test_two_ranks_equal_one_process_on_the_full_batch(ranks, case):
     kind, options, sizes, _ = CASES[case]
     single = _train(_layer(kind, **options), [[torch.cat(step)] for step in _batches(sizes)], 0)
@@ -144,6 +157,6 @@ def test_sample_vectors_two_ranks_draw_from_all_without_repeats(monkeypatch):
     sampled = torch.zeros(16, 2)
     for rank in range(2):
         monkeypatch.setattr(distributed, "_world", lambda sync, rank=rank: (rank, 2))
-        sampled += distributed.sample_vectors(rows[rank], 16, True)
+        sampled += distributed.sample_vectors(rows[rank], torch.rand(16), True)
     assert sorted(sampled[:, 0].tolist()) == list(range(16))
     assert (sampled[:, 1] == 1).all()

@@ -6,7 +6,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dlvae_kernels import DictionaryLearning, SparseAutoencoder, VectorQuantizer, VectorQuantizerEMA
+from dlvae_kernels import (
+    DictionaryLearning,
+    GroupedResidualVectorQuantizer,
+    ResidualVectorQuantizer,
+    SparseAutoencoder,
+    VectorQuantizer,
+    VectorQuantizerEMA,
+)
 
 K, D = 32, 8
 
@@ -14,6 +21,9 @@ LAYERS = {
     "vector_quantizer": lambda: VectorQuantizer(K, D, 0.25),
     "vector_quantizer_ema": lambda: VectorQuantizerEMA(K, D, 0.25, 0.9),
     "vector_quantizer_ema_dead_codes": lambda: VectorQuantizerEMA(K, D, 0.25, 0.9, dead_code_threshold=0.1),
+    "residual_vector_quantizer": lambda: ResidualVectorQuantizer(3, K, D, init="normal"),
+    "residual_vector_quantizer_gradient": lambda: ResidualVectorQuantizer(3, K, D, decay=None, init="normal"),
+    "grouped_residual_vector_quantizer": lambda: GroupedResidualVectorQuantizer(2, 3, K, D, init="normal"),
     "dictionary_learning": lambda: DictionaryLearning(D, K, 0.1, 4),
     "dictionary_learning_direct": lambda: DictionaryLearning(D, K, 0.1, 4, gradient="direct"),
     "sparse_autoencoder": lambda: SparseAutoencoder(D, K, 4),
@@ -90,6 +100,6 @@ def test_export_train_mode_while_the_codebook_is_uninitialised_raises(layer):
 
 
 def test_export_train_mode_while_ranks_all_reduce_raises(monkeypatch):
-    monkeypatch.setattr("dlvae_kernels.layers.codebook_layer.num_ranks", lambda sync: 2 if sync else 1)
+    monkeypatch.setattr("dlvae_kernels.layers.codebook.num_ranks", lambda sync: 2 if sync else 1)
     with pytest.raises(ValueError, match="cannot be exported in train mode while ranks all-reduce"):
         torch.export.export(Model(LAYERS["vector_quantizer_ema"]()), (torch.randn(2, 3, 4, 4),), strict=False)

@@ -8,13 +8,14 @@ import pytest
 import torch
 from torch import nn
 
-from dlvae_kernels import DictionaryLearning, VectorQuantizer, VectorQuantizerEMA
+from dlvae_kernels import DictionaryLearning, ResidualVectorQuantizer, VectorQuantizer, VectorQuantizerEMA
 
 K, D = 32, 8
 
 LAYERS = {
     "vector_quantizer": lambda: VectorQuantizer(K, D, 0.25),
     "vector_quantizer_ema": lambda: VectorQuantizerEMA(K, D, 0.25, 0.9),
+    "residual_vector_quantizer": lambda: ResidualVectorQuantizer(3, K, D, init="normal"),
     "dictionary_learning": lambda: DictionaryLearning(D, K, 0.1, 4),
     "dictionary_learning_direct": lambda: DictionaryLearning(D, K, 0.1, 4, gradient="direct"),
 }

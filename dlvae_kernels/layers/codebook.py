@@ -1,0 +1,370 @@
+"""The module that holds a codebook and its statistics, and learns, initialises, revives and all-reduces it.
+
+Every layer with a codebook is one or has one: a vector quantizer one codebook [K, D] or one a head [H, K, D], a
+residual quantizer one a level [L, K, D].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import normalize
+
+from ..functional.checks import check_at_least, check_between, check_choice
+from ..functional.ema_update import ema_step
+from .distributed import all_reduce_sum, all_reduce_sums, num_ranks, sample_vectors
+from .initialisation import codes_from
+from .usage import CodebookUsage, CollapseWarning, usage_of
+
+Init = Literal["uniform", "normal", "data", "kmeans"]
+INITS = ("uniform", "normal", "data", "kmeans")
+Threshold = float | Literal["auto"]
+
+# Weight of the past in the counts of a codebook that learns by gradient.
+_USE_DECAY = 0.99
+# With threshold "auto": a code is dead if its count is below this share of the mean count, and the largest share of the
+# codebook that one step revives.
+_DEAD_SHARE = 0.1
+_REVIVED_SHARE = 0.03
+
+
+class StateNames(NamedTuple):
+    """The names under which a module keeps its state; a dot leads to a child module."""
+
+    codes: str = "codes"
+    cluster_size: str = "cluster_size"
+    embed_sum: str = "embed_sum"
+
+
+class Codebook(nn.Module):
+    """A codebook [K, D], or several [H, K, D], with the statistics of its codes.
+
+    The codes follow exponential moving averages of the vectors assigned to them (`decay` given), or learn by gradient
+    (`decay` None). Statistics are float32 (float64 where that is the default dtype) and stay so after
+    `module.to(torch.bfloat16)`; so are the codes if they follow averages.
+
+    Activation checkpointing recomputes a forward inside the backward; only the first forward updates the state. Do not
+    compile a layer by itself inside a checkpointed region: compiled code cannot detect the recomputation.
+
+    Args:
+        num_codes: K.
+        num_features: D.
+        num_heads: H, or None for one codebook [K, D].
+        decay: weight of the past in the averages, in [0, 1]; None for a codebook that learns by gradient.
+        epsilon: Laplace smoothing of the cluster sizes, >= 0.
+        init: "normal", "uniform" in [-1/K, 1/K], or from the first training batch: "data" (random vectors), "kmeans".
+        dead_code_threshold: reinitialise (revive) a code from the batch if its moving average of assigned vectors a
+            batch is below this; 0 disables it. "auto": below a tenth of the mean over the codes, and in one step at
+            most 3 % of the codes, those with the smallest averages. A revived code starts with the mean.
+        sync: all-reduce statistics over the ranks of torch.distributed whenever it is initialised.
+        unit_length: keep every code at length 1, for vectors of length 1.
+        names: the names of the state.
+    Raises:
+        ValueError: an argument is out of its range.
+
+    >>> codebook = Codebook(8, 4, decay=0.99)
+    >>> list(codebook.state_dict())
+    ['codes', 'cluster_size', 'embed_sum']
+    """
+
+    def __init__(
+        self,
+        num_codes: int,
+        num_features: int,
+        num_heads: int | None = None,
+        *,
+        decay: float | None,
+        epsilon: float = 1e-5,
+        init: Init = "normal",
+        dead_code_threshold: Threshold = "auto",
+        sync: bool = True,
+        unit_length: bool = False,
+        names: StateNames | None = None,
+    ) -> None:
+        super().__init__()
+        check_choice("init", init, INITS)
+        if dead_code_threshold != "auto":
+            check_at_least("dead_code_threshold", dead_code_threshold, 0)
+        check_at_least("epsilon", epsilon, 0)
+        if decay is not None:
+            check_between("decay", decay, 0, 1)
+        self._num_codes = num_codes
+        self._num_features = num_features
+        self._num_heads = num_heads
+        self._decay = decay
+        self._epsilon = epsilon
+        self._init = init
+        self._dead_code_threshold = dead_code_threshold
+        self._sync = sync
+        self._unit_length = unit_length
+        self._names = names = names or StateNames()
+        # True until the first training batch has initialised the codebook, or it has been set otherwise.
+        self._is_uninitialised = init in ("data", "kmeans")
+        # Recomputation under activation checkpointing must consume the same random numbers as the step did.
+        self._initialised_in_last_step = False
+        self._warning = CollapseWarning()
+
+        default = torch.get_default_dtype()
+        wide = torch.promote_types(default, torch.float32)
+        heads = () if num_heads is None else (num_heads,)
+        codes = torch.empty(*heads, num_codes, num_features, dtype=default if decay is None else wide)
+        self._register(names.codes, nn.Parameter(codes) if decay is None else codes)
+        # Counts and sums start as those of one vector at each code, and so reproduce the codebook.
+        is_saved = decay is not None or dead_code_threshold != 0
+        self._register(names.cluster_size, torch.empty(*heads, num_codes, dtype=wide), persistent=is_saved)
+        if decay is not None:
+            self._register(names.embed_sum, torch.empty_like(codes))
+        self._num_revived: Tensor
+        self.register_buffer("_num_revived", torch.zeros((), dtype=torch.int64), persistent=False)
+        self.reset_parameters()
+
+    def _register(self, name: str, tensor: Tensor, persistent: bool = True) -> None:
+        path, _, leaf = name.rpartition(".")
+        if path and path not in self._modules:
+            self.add_module(path, _State())
+        owner = self.get_submodule(path)
+        if isinstance(tensor, nn.Parameter):
+            owner.register_parameter(leaf, tensor)
+        else:
+            owner.register_buffer(leaf, tensor, persistent)
+
+    def _state(self, name: str) -> Tensor:
+        value: Any = self
+        for part in name.split("."):
+            value = getattr(value, part)
+        return value
+
+    @property
+    def codebook(self) -> Tensor:
+        """The codes, [K, D] or [H, K, D]."""
+        return self._state(self._names.codes)
+
+    @property
+    def _sizes(self) -> Tensor:
+        """The moving average of the number of vectors assigned to each code in a batch, [K] or [H, K]."""
+        return self._state(self._names.cluster_size)
+
+    @property
+    def _sums(self) -> Tensor:
+        """The moving average of the sum of the vectors assigned to each code, of the shape of the codebook."""
+        return self._state(self._names.embed_sum)
+
+    @property
+    def is_averaged(self) -> bool:
+        """Whether the codes follow moving averages; otherwise they learn by gradient."""
+        return self._decay is not None
+
+    @property
+    def writes_codes(self) -> bool:
+        """Whether `update` writes into the codebook."""
+        return self.is_averaged or self._dead_code_threshold != 0
+
+    def arguments(self) -> dict[str, Any]:
+        """The arguments of the constructor that concern learning, by name."""
+        return {
+            "decay": self._decay,
+            "epsilon": self._epsilon,
+            "init": self._init,
+            "dead_code_threshold": self._dead_code_threshold,
+            "sync": self._sync,
+        }
+
+    @property
+    def usage(self) -> CodebookUsage:
+        """How evenly the codes are used, from the moving averages of their counts."""
+        return usage_of(self._sizes, _DEAD_SHARE, self._num_revived)
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Initialise codes and statistics anew, as the constructor does; call it after `to_empty`."""
+        self._is_uninitialised = self._init in ("data", "kmeans")
+        self._initialised_in_last_step = False
+        self._num_revived.zero_()
+        codes = torch.empty_like(self.codebook)
+        bound = 1 / self._num_codes
+        if self._is_uninitialised:
+            # Zero until the first training batch, also in a checkpoint.
+            codes.zero_()
+        else:
+            codes = codes.normal_() if self._init == "normal" else codes.uniform_(-bound, bound)
+        self.set_codes(normalize(codes, dim=-1) if self._unit_length else codes)
+
+    @torch.no_grad()
+    def set_codes(self, codes: Tensor) -> None:
+        """Copy `codes` into the codebook, and reset all statistics to one vector at each code."""
+        self.codebook.copy_(codes)
+        self._sizes.fill_(1)
+        if self._decay is not None:
+            self._sums.copy_(codes)
+
+    def begin(self, num_vectors: int, initial_codes: Callable[[], Tensor]) -> bool:
+        """Begin a forward; initialise an uninitialised codebook. Returns whether this forward updates the state.
+
+        Only a forward in training mode does, and not its recomputation under activation checkpointing, which repeats
+        the random numbers.
+
+        Args:
+            num_vectors: the number of vectors of the batch.
+            initial_codes: returns the initial codes; see `initial_codes` below.
+        Raises:
+            ValueError: the layer is exported in train mode while its codebook is uninitialised or ranks all-reduce.
+        """
+        if not self.training:
+            return False
+        if torch.compiler.is_exporting():
+            self._check_exportable()
+        if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
+            if self._initialised_in_last_step:
+                self._jitter(self._num_codes)
+            if self._dead_code_threshold != 0:
+                self._jitter(self._num_revivable)
+            return False
+        self._initialise(num_vectors, initial_codes)
+        return True
+
+    @torch.no_grad()
+    def _initialise(self, num_vectors: int, initial_codes: Callable[[], Tensor]) -> None:
+        self._initialised_in_last_step = False
+        # The codebook may have been set in place, as torch.distributed.checkpoint does: then it is not all zeros.
+        # Compiled code cannot branch on values; torch.where below restores a codebook that was set.
+        if self._is_uninitialised and not torch.compiler.is_compiling() and self.codebook.any():
+            self._is_uninitialised = False
+        # A rank with no vectors still joins the all-reduce.
+        if not self._is_uninitialised or (num_vectors == 0 and num_ranks(self._sync) == 1):
+            return
+        codes = initial_codes()
+        before = [(tensor, tensor.clone()) for tensor in (*self.parameters(), *self.buffers())]
+        is_set = self.codebook.any()
+        self.set_codes(codes)
+        for tensor, old in before:
+            tensor.copy_(torch.where(is_set, old, tensor))
+        self._initialised_in_last_step = True
+        self._is_uninitialised = False
+
+    def _check_exportable(self) -> None:
+        """Refuse to export a graph that would repeat what happens in one training step only."""
+        if self._is_uninitialised:
+            raise ValueError(
+                f"{type(self).__name__} cannot be exported in train mode before a training batch has initialised its"
+                f" codebook (init={self._init!r}): run one training step first, or call .eval()"
+            )
+        if num_ranks(self._sync) > 1:
+            raise ValueError(
+                f"{type(self).__name__} cannot be exported in train mode while ranks all-reduce its statistics: export"
+                " it in one process, construct it with sync=False, or call .eval()"
+            )
+
+    def initial_codes(self, vectors: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Random vectors of the batch over all ranks, or their k-means: of the shape of the codebook.
+
+        Args:
+            vectors: [..., D] or [..., H, D].
+            mask: [...] bool without the heads: True for a valid vector.
+        """
+        sampled = sample_vectors(vectors, self._jitter(self._num_codes), self._sync, mask)
+        return codes_from(all_reduce_sum(sampled, self._sync), vectors, self._init == "kmeans", self._sync, mask)
+
+    @torch.no_grad()
+    def update(self, statistics: Tensor, candidates: Callable[[Tensor], Tensor]) -> None:
+        """Update the state by the statistics of a training batch.
+
+        Args:
+            statistics: this rank's [K, D + 1] or [H, K, D + 1] of `ema_statistics`; [..., K, 1], the counts alone, for
+                a codebook that learns by gradient.
+            candidates: returns for jitter [M] or [H, M] what `sample_vectors` returns for the vectors of the batch.
+        """
+        # One all-reduce adds statistics and candidates. Counts that decide nothing stay those of this rank.
+        sync = self._sync and (self._decay is not None or self._dead_code_threshold != 0)
+        parts = [statistics]
+        if self._dead_code_threshold != 0:
+            parts.append(candidates(self._jitter(self._num_revivable)).to(statistics.dtype))
+        parts = all_reduce_sums(parts, sync)
+        if self._decay is None:
+            self._sizes.lerp_(parts[0].squeeze(-1).to(self._sizes.dtype), 1 - _USE_DECAY)
+        else:
+            state = self.codebook, self._sizes, self._sums
+            ema_step(*state, parts[0], decay=self._decay, epsilon=self._epsilon)
+            if self._unit_length:
+                self.codebook.copy_(normalize(self.codebook, dim=-1))
+        if self._dead_code_threshold != 0:
+            self._revive(*parts[1].split([self._num_features, 1], dim=-1))
+        self._warning.after_step(self._sizes)
+
+    @property
+    def _num_revivable(self) -> int:
+        """The most codes that one step revives."""
+        return max(1, int(_REVIVED_SHARE * self._num_codes)) if self._dead_code_threshold == "auto" else self._num_codes
+
+    def _revive(self, candidates: Tensor, is_valid: Tensor) -> None:
+        """Replace dead codes, their sums and their counts by valid candidates, so that the next update keeps them."""
+        sizes = self._sizes
+        least, which = (part[..., : self._num_revivable] for part in sizes.sort(dim=-1, stable=True))
+        mean = sizes.mean(-1, keepdim=True)
+        if self._dead_code_threshold == "auto":
+            is_dead, size = least < _DEAD_SHARE * mean, mean.expand_as(least)
+        else:
+            is_dead, size = least < self._dead_code_threshold, torch.full_like(least, self._dead_code_threshold)
+        is_dead = is_dead & (is_valid.squeeze(-1) > 0)
+        # Valid candidates first would be fairer to the deadest codes; candidates are random, so any order will do.
+        codes = normalize(candidates, dim=-1) if self._unit_length else candidates
+        sizes.scatter_(-1, which, torch.where(is_dead, size, least))
+        _replace(self.codebook, which, is_dead, codes)
+        if self._decay is not None:
+            _replace(self._sums, which, is_dead, codes * size[..., None])
+        self._num_revived.add_(is_dead.sum())
+
+    def _jitter(self, count: int) -> Tensor:
+        """Random numbers in [0, 1) to sample vectors: [count] or [H, count]."""
+        heads = self.codebook.shape[:-2]
+        return torch.rand(*heads, count, device=self.codebook.device)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Codebook:
+        """Move or cast as any module does, but keep buffers in float32 or wider: half precision would lose counts."""
+        before = dict(self.named_buffers())
+        super()._apply(fn, recurse)
+        for name, buffer in self.named_buffers():
+            if buffer.dtype in (torch.float16, torch.bfloat16):
+                owner, _, leaf = name.rpartition(".")
+                setattr(self.get_submodule(owner), leaf, before[name].to(buffer.device, torch.float32))
+        return self
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        names = self._names
+        averages = (names.codes, names.embed_sum) if self._decay is not None else ()
+        # Moving averages stay float32 buffers of this module, even where load_state_dict assigns the caller's tensors.
+        for name in (*averages, names.cluster_size):
+            if (value := state_dict.get(prefix + name)) is not None:
+                dtype = torch.promote_types(value.dtype, torch.float32)
+                state_dict[prefix + name] = value.detach().to(dtype, copy=True)
+        size, total = (state_dict.get(prefix + name) for name in (names.cluster_size, names.embed_sum))
+        if averages and size is not None and total is not None and total.shape[:-1] == size.shape:
+            # The layer of the VQ-VAE notebook starts with counts of 0 and random sums; a sum without vectors is 0.
+            total.masked_fill_(size[..., None] == 0, 0)
+        if self._decay is None:
+            # A codebook that saves its counts loads the checkpoint of one that does not, and the reverse.
+            if self._dead_code_threshold != 0:
+                state_dict.setdefault(prefix + names.cluster_size, self._sizes)
+            else:
+                state_dict.pop(prefix + names.cluster_size, None)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        codes = state_dict.get(prefix + names.codes)
+        if codes is not None and codes.shape == self.codebook.shape:
+            is_zero = codes.is_meta or not codes.any()
+            self._is_uninitialised = self._init in ("data", "kmeans") and is_zero
+
+
+class _State(nn.Module):
+    """Holds a tensor under a name with a dot."""
+
+    def reset_parameters(self) -> None:
+        """Do nothing: the enclosing codebook initialises it, and a model may reset its modules in any order."""
+
+
+def _replace(state: Tensor, which: Tensor, is_dead: Tensor, values: Tensor) -> None:
+    """Write values [..., M, D] over the rows `which` [..., M] of state [..., K, D] that are dead."""
+    rows = which[..., None].expand_as(values)
+    kept = state.gather(-2, rows)
+    state.scatter_(-2, rows, torch.where(is_dead[..., None], values.to(state.dtype), kept))

@@ -1,0 +1,68 @@
+"""The codebooks of a residual quantizer, one a level."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..functional.gather_codes import gather_codes
+from ..functional.nearest_code import nearest_code
+from ..functional.residual_quantize import ResidualQuantizeOutput, residual_statistics
+from .codebook import Codebook
+from .distributed import all_reduce_sum, sample_vectors
+from .initialisation import codes_from
+
+
+class LevelCodebook(Codebook):
+    """The codebooks [L, K, D] of a residual quantizer, whose statistics are those of the residuals of each level."""
+
+    def initial_codes(self, vectors: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Random residuals of the batch over all ranks, or their k-means, level by level: [L, K, D]."""
+        residual = vectors.detach().to(torch.promote_types(vectors.dtype, torch.float32))
+        levels = []
+        for jitter in self._jitter(self._num_codes):
+            sampled = all_reduce_sum(sample_vectors(residual, jitter, self._sync, mask), self._sync)
+            codes = codes_from(sampled, residual, self._init == "kmeans", self._sync, mask)
+            residual = residual - gather_codes(codes, nearest_code(residual, codes))
+            levels.append(codes)
+        return torch.stack(levels)
+
+    @torch.no_grad()
+    def update_levels(
+        self,
+        vectors: Tensor,
+        out: ResidualQuantizeOutput,
+        codebooks: Tensor,
+        levels: int | Tensor | None,
+        mask: Tensor | None,
+    ) -> None:
+        """Update the levels that ran by a training batch that `codebooks` quantized."""
+        if self._decay is None:
+            statistics = out.counts[..., None].to(self._sizes.dtype)
+        else:
+            statistics = residual_statistics(vectors, out.indices, codebooks)
+        state = [self.codebook, self._sizes] + ([self._sums] if self.is_averaged else [])
+        before = [tensor.clone() for tensor in state] if levels is not None else []
+        self.update(statistics, lambda jitter: self._candidates(vectors, out.indices, codebooks, jitter[0], mask))
+        if levels is not None:
+            ran = levels if isinstance(levels, Tensor) else torch.arange(len(codebooks), device=vectors.device) < levels
+            for tensor, old in zip(state, before, strict=True):
+                tensor.copy_(torch.where(ran.view(-1, *[1] * (tensor.ndim - 1)), tensor, old))
+
+    def _candidates(
+        self, vectors: Tensor, indices: Tensor, codebooks: Tensor, jitter: Tensor, mask: Tensor | None
+    ) -> Tensor:
+        """The residuals of random vectors of the batch at every level, each followed by a one: [L, M, D + 1].
+
+        All levels use the same vectors. A level that does not run has the residual of the level after it.
+        """
+        num_levels, _, num_features = codebooks.shape
+        dtype = torch.promote_types(vectors.dtype, torch.float32)
+        packed = torch.cat([vectors.flatten(0, -2).to(dtype), indices.flatten(0, -2).to(dtype)], dim=1)
+        sampled = sample_vectors(packed, jitter, self._sync, mask)
+        x, index, is_valid = sampled.split([num_features, num_levels, 1], dim=1)
+        codes = gather_codes(codebooks, index.long())
+        # Level l has lost the codes of the levels before it.
+        lost = (codes.cumsum(1) - codes).to(x.dtype)
+        residuals = (x[:, None] - lost).movedim(1, 0) * is_valid
+        return torch.cat([residuals, is_valid.expand(num_levels, -1, -1)], dim=-1)
