@@ -16,7 +16,7 @@ from typing import Any
 from dlvae_kernels.functional.checks import check_size
 from models.training.device import pick_device
 
-from . import gpu, latency, plot, readme, results, run, targets, training, verify
+from . import collapse, gpu, latency, plot, readme, results, run, targets, training, verify
 from .registry import ENTRIES
 
 _RECIPES = f"default: all; one of {', '.join(map(repr, training.RECIPES))}"
@@ -111,6 +111,15 @@ def _parser() -> argparse.ArgumentParser:
     add("--seed", nargs="+", type=int, default=[0, 1, 2], help="seeds of the runs")
     add("--most", type=int, default=1000, help="maximum number of updates of a run")
     add("--csv", type=Path, default=results.FOLDER / "recipes.csv", help="file that the rows are appended to")
+    add = command(
+        "collapse",
+        lambda given: collapse.write(given.study, given.csv),
+        "train with each rule that revives dead codes, and measure how evenly the codebook is used",
+    )
+    add("--study", nargs="+", choices=collapse.STUDIES, default=list(collapse.STUDIES), help="studies to run")
+    add(
+        "--csv", type=Path, default=collapse.PATH, help="file of the rows; default: benchmarks/results/collapse-cpu.csv"
+    )
     add = command(
         "train",
         lambda given: results.write_training(given.runs, results.FOLDER / "training-cpu.csv", pick_device("cpu")),

@@ -1,0 +1,148 @@
+"""How evenly a codebook with moving averages is used in training, by the rule that revives dead codes.
+
+Each run trains the VQ-VAE of models/ with a quantizer that has the constructor arguments of the VQ-VAE notebooks
+(init="normal", decay 0.99) and nothing else, but for the rule. Rows:
+
+- perplexity, dead_percent, nmse: on held-out images at the end. dead_percent: codes that no token is assigned to.
+- revived_percent, most_revived_percent: codes that a step revives, mean and maximum over all steps.
+- churn_percent: held-out tokens that one step assigns to another code, mean over the last steps.
+
+Functions import models/ when they run, as in training.py.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from . import baselines, results
+from .results import Row
+from .training import _run
+
+PATH = results.FOLDER / "collapse-cpu.csv"
+_CHURN_STEPS = 20
+_HELD_OUT = 500  # images
+_LIBRARY = "dlvae_kernels"
+_VQP = "vector-quantize-pytorch"
+
+
+class Study(NamedTuple):
+    """Runs with a codebook of one size on batches of one size, for some rules, image sets and seeds."""
+
+    num_codes: int
+    images: int  # in a batch; each gives 64 vectors
+    updates: int
+    rules: dict[str, Any]  # the dead_code_threshold by name, or None for the defaults of vector-quantize-pytorch
+    data: tuple[str, ...] = ("patches", "fashion-mnist")
+    seeds: tuple[int, ...] = (0, 1, 2)
+
+
+STUDIES = {
+    "notebook": Study(256, 32, 200, {"auto": "auto", "0": 0.0, "1.0": 1.0, _VQP: None}),
+    "large": Study(
+        4096, 16, 600, {"auto": "auto", "0": 0.0, "0.01": 0.01, "0.05": 0.05, "0.2": 0.2, "1.0": 1.0, _VQP: None},
+        data=("patches",),
+    ),
+}  # fmt: skip
+
+
+class _Baseline(nn.Module):
+    """VectorQuantize of vector-quantize-pytorch with its defaults, with the interface of `VectorQuantizerEMA`."""
+
+    def __init__(self, num_codes: int, dim: int) -> None:
+        super().__init__()
+        layer = baselines.library("vector_quantize_pytorch").VectorQuantize
+        self.layer = layer(dim, num_codes, commitment_weight=0.25, accept_image_fmap=True)
+
+    @property
+    def codebook(self) -> Tensor:
+        return self.layer.codebook
+
+    def encode(self, latents: Tensor) -> Tensor:
+        return self.layer(latents)[1]
+
+    def forward(self, latents: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        quantized, indices, loss = self.layer(latents)
+        return loss, quantized, loss.detach(), indices
+
+
+def _trained(study: Study, data: str, rule: str, seed: int) -> Row:
+    """Train once and return the row."""
+    from models.report.evaluate import evaluate
+
+    threshold = study.rules[rule]
+    flags = {"data": data, "seed": seed, "updates": study.updates, "batch-size": study.images, "precision": "float32"}
+    flags |= {"num-embeddings": study.num_codes, "hiddens": 64, "decay": 0.99, "device": "cpu"}
+    run = _run(flags, [])
+    layer = run.model._vq_vae
+    if threshold is None:
+        run.model._vq_vae = quantizer = _Baseline(study.num_codes, layer.embedding_dim)
+    else:
+        run.model._vq_vae = quantizer = type(layer)(
+            study.num_codes, layer.embedding_dim, 0.25, 0.99, encodings="indices", dead_code_threshold=threshold
+        )
+    held_out = run.images.held_out[:_HELD_OUT]
+    revived, churn, tokens, total = [], [], None, 0
+    begin = time.perf_counter()
+    for step in range(study.updates):
+        run.step()
+        if threshold is not None:
+            before, total = total, int(quantizer.usage.revived)
+            revived.append(100 * (total - before) / study.num_codes)
+        if step >= study.updates - _CHURN_STEPS - 1:
+            before, tokens = tokens, _tokens(run.model, quantizer, held_out)
+            churn += [] if before is None else [100 * float((tokens != before).double().mean())]
+    seconds = time.perf_counter() - begin
+    found = evaluate(run.model, held_out, run.variance, run.device)
+    return {
+        "data": data,
+        "num_codes": study.num_codes,
+        "vectors": study.images * 64,
+        "implementation": _VQP if threshold is None else _LIBRARY,
+        "dead_code_threshold": "" if threshold is None else rule,
+        "seed": seed,
+        "updates": study.updates,
+        "perplexity": f"{found.perplexity:.1f}",
+        "dead_percent": f"{100 * (1 - found.utilisation):.1f}",
+        "revived_percent": f"{statistics.mean(revived):.2f}" if revived else "",
+        "most_revived_percent": f"{max(revived):.2f}" if revived else "",
+        "churn_percent": f"{statistics.mean(churn):.2f}",
+        "nmse": f"{found.nmse:.4f}",
+        "seconds": f"{seconds:.1f}",
+        **results.environment(run.device),
+    }
+
+
+@torch.no_grad()
+def _tokens(model: nn.Module, quantizer: nn.Module, images: Tensor) -> Tensor:
+    """The indices of all positions of uint8 images."""
+    model.eval()
+    parts = [quantizer.encode(model.encode(part.float() / 255)) for part in images.split(250)]
+    model.train()
+    return torch.cat(parts)
+
+
+def _rows(names: list[str]) -> Iterator[Row]:
+    for study in map(STUDIES.__getitem__, names):
+        for data in study.data:
+            for rule in study.rules:
+                for seed in study.seeds:
+                    row = _trained(study, data, rule, seed)
+                    print(", ".join(f"{key} {value}" for key, value in list(row.items())[:-4]), flush=True)
+                    yield row
+
+
+def write(names: list[str], path: Path) -> None:
+    """Run the studies and write their rows to a CSV file."""
+    rows = _rows(names)
+    first = next(rows)
+    with results.writing(path, first) as add:
+        add([first])
+        for row in rows:
+            add([row])
