@@ -13,7 +13,7 @@ from ..functional.ema_update import ema_statistics
 from ..functional.gather_codes import gather_codes
 from ..functional.nearest_code import nearest_code
 from ..functional.one_hot import one_hot
-from ..functional.vector_quantize import VectorQuantizeOutput, vector_quantize
+from ..functional.vector_quantize import GRADIENTS, Gradient, VectorQuantizeOutput, vector_quantize
 from .codebook import Codebook, Init, StateNames, Threshold
 from .distributed import sample_vectors
 from .maps import (
@@ -65,6 +65,7 @@ class Quantizer(Codebook):
         shared_codebook: bool,
         codebook_dim: int | None,
         metric: Metric,
+        gradient: Gradient,
         index_dtype: torch.dtype,
         names: StateNames,
     ) -> None:
@@ -83,6 +84,7 @@ class Quantizer(Codebook):
         check_at_least("commitment_cost", commitment_cost, 0)
         check_choice("encodings", encodings, ("one_hot", "indices"))
         check_choice("metric", metric, ("euclidean", "cosine"))
+        check_choice("gradient", gradient, GRADIENTS)
         check_index_dtype(index_dtype, num_embeddings)
         has_codebooks = num_heads > 1 and not shared_codebook
         super().__init__(
@@ -105,6 +107,7 @@ class Quantizer(Codebook):
         self._shared_codebook = shared_codebook
         self._codebook_dim = codebook_dim
         self._metric = metric
+        self._gradient: Gradient = gradient
         self._index_dtype = index_dtype
         width = num_features * num_heads
         self.project_in = nn.Linear(embedding_dim, width) if width != embedding_dim else None
@@ -151,7 +154,7 @@ class Quantizer(Codebook):
         # Heads with a shared codebook are vectors like any other.
         valid = of_heads if self._num_heads is None else valid
         updates = self.begin(vectors.numel(), lambda: self.initial_codes(vectors, valid))
-        out = vector_quantize(vectors, self._search_codebook(), mask=of_heads)
+        out = vector_quantize(vectors, self._search_codebook(), mask=of_heads, gradient=self._gradient)
         if updates:
             self._update(vectors, out, valid)
         perplexity = perplexity_of(out.counts)
@@ -249,5 +252,6 @@ class Quantizer(Codebook):
             "shared_codebook": self._shared_codebook,
             "codebook_dim": self._codebook_dim,
             "metric": self._metric,
+            "gradient": self._gradient,
             "index_dtype": self._index_dtype,
         }

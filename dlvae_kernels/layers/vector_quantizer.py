@@ -3,7 +3,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..functional.vector_quantize import VectorQuantizeOutput
+from ..functional.vector_quantize import Gradient, VectorQuantizeOutput
 from .codebook import Init, StateNames, Threshold
 from .quantizer import Encodings, Metric, Quantizer
 
@@ -31,6 +31,7 @@ class VectorQuantizer(Quantizer):
         shared_codebook: all heads use one codebook; otherwise each has its own.
         codebook_dim: the features of a code, where linear layers project D to H * codebook_dim and back; None: D / H.
         metric: "euclidean", or "cosine": vectors and codes have length 1, and so has the (unprojected) output.
+        gradient: of quantized to the inputs: "straight_through", or "rotation" (`rotation_trick`).
         index_dtype: of the indices: torch.int64, torch.int32 or torch.uint16.
     Raises:
         ValueError: an argument is out of its range.
@@ -62,6 +63,7 @@ class VectorQuantizer(Quantizer):
         shared_codebook: bool = False,
         codebook_dim: int | None = None,
         metric: Metric = "euclidean",
+        gradient: Gradient = "straight_through",
         index_dtype: torch.dtype = torch.int64,
     ) -> None:
         super().__init__(
@@ -79,6 +81,7 @@ class VectorQuantizer(Quantizer):
             shared_codebook=shared_codebook,
             codebook_dim=codebook_dim,
             metric=metric,
+            gradient=gradient,
             index_dtype=index_dtype,
             names=_NAMES,
         )

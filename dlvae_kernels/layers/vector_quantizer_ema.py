@@ -3,7 +3,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..functional.vector_quantize import VectorQuantizeOutput
+from ..functional.vector_quantize import Gradient, VectorQuantizeOutput
 from .codebook import Init, StateNames, Threshold
 from .quantizer import Encodings, Metric, Quantizer
 
@@ -30,8 +30,8 @@ class VectorQuantizerEMA(Quantizer):
         dead_code_threshold: reinitialise (revive) from the batch, with its sum and count, a code whose moving average
             of assigned vectors per batch, over all ranks, is below this; 0 disables it. "auto": below a tenth of the
             mean over the codes, at most 3 % of the codes in one step, those with the smallest averages.
-        encodings, sync, channel_last, num_heads, shared_codebook, codebook_dim, metric, index_dtype: as in
-            `VectorQuantizer`.
+        encodings, sync, channel_last, num_heads, shared_codebook, codebook_dim, metric, gradient, index_dtype: as
+            in `VectorQuantizer`.
     Raises:
         ValueError: an argument is out of its range.
 
@@ -64,6 +64,7 @@ class VectorQuantizerEMA(Quantizer):
         shared_codebook: bool = False,
         codebook_dim: int | None = None,
         metric: Metric = "euclidean",
+        gradient: Gradient = "straight_through",
         index_dtype: torch.dtype = torch.int64,
     ) -> None:
         super().__init__(
@@ -81,6 +82,7 @@ class VectorQuantizerEMA(Quantizer):
             shared_codebook=shared_codebook,
             codebook_dim=codebook_dim,
             metric=metric,
+            gradient=gradient,
             index_dtype=index_dtype,
             names=_NAMES,
         )

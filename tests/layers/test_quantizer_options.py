@@ -87,6 +87,19 @@ def test_cosine_quantizes_directions_by_codes_of_length_one(kind):
 
 
 @both
+def test_rotation_passes_the_rotated_gradient(kind):
+    layer, x, weights = make(kind, gradient="rotation"), torch.randn(4, D, 5), torch.randn(4, D, 5)
+    straight = make(kind)
+    straight.load_state_dict(layer.state_dict())
+    codes = layer.decode(layer.encode(x))
+    gradient, unchanged = gradient_of(layer, x, weights, 0), gradient_of(straight, x, weights, 0)
+    # A rotation keeps the length, and the scale is |q| / |x|.
+    scale = codes.norm(dim=1) / x.norm(dim=1)
+    torch.testing.assert_close(gradient.norm(dim=1), scale * unchanged.norm(dim=1))
+    assert not torch.allclose(gradient, unchanged)
+
+
+@both
 @pytest.mark.parametrize("heads", [1, H])
 def test_codebook_dim_projects_to_the_codes_and_back(kind, heads):
     layer = make(kind, num_heads=heads, codebook_dim=4)
