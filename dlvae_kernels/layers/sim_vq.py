@@ -10,7 +10,8 @@ from ..functional.checks import check_at_least, check_choice, check_indices, che
 from ..functional.gather_codes import gather_codes
 from ..functional.nearest_code import nearest_code
 from ..functional.vector_quantize import GRADIENTS, Gradient, vector_quantize
-from .maps import codes_to_map, map_to_vectors, vectors_to_map
+from .maps import codes_to_map, map_to_vectors, spatial_shape, vectors_to_map
+from .usage import perplexity_of
 
 
 class SimVQOutput(NamedTuple):
@@ -117,7 +118,7 @@ class SimVQ(nn.Module):
         return SimVQOutput(
             out.codebook_loss + self._commitment_cost * out.commitment_loss,
             vectors_to_map(out.quantized, inputs, self._channel_last),
-            _perplexity(out.counts),
+            perplexity_of(out.counts),
             self._index_map(out.indices, inputs),
         )
 
@@ -160,11 +161,4 @@ class SimVQ(nn.Module):
         return codebook
 
     def _index_map(self, indices: Tensor, inputs: Tensor) -> Tensor:
-        spatial = inputs.shape[1:-1] if self._channel_last else inputs.shape[2:]
-        return indices.view(inputs.shape[0], *spatial)
-
-
-def _perplexity(counts: Tensor) -> Tensor:
-    """exp of the entropy of the frequencies of the codes; 1 for an empty batch."""
-    frequency = counts.float() / counts.sum().clamp(min=1)
-    return torch.exp(-torch.special.xlogy(frequency, frequency).sum())
+        return indices.view(spatial_shape(inputs, self._channel_last))
