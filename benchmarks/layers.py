@@ -19,7 +19,7 @@ from .entry import LIBRARY, Entry, Implementation, Signature, Tolerance, Verdict
 from .inputs import Inputs, Size, to_map, to_vectors
 
 NOTEBOOK = "VQ-VAE notebook"
-_LUCIDRAINS = "vector-quantize-pytorch"
+LUCIDRAINS = "vector-quantize-pytorch"
 _EMA = 0.25, 0.99, 1e-5  # commitment cost, decay and epsilon
 
 
@@ -77,7 +77,7 @@ def _lucidrains(training: bool = True, **options: Any) -> Prepare:
     return prepare
 
 
-def _in_eval(prepare: Prepare) -> Prepare:
+def in_eval(prepare: Prepare) -> Prepare:
     """The forward pass alone, in inference mode."""
 
     def prepare_eval(inputs: Inputs) -> Call:
@@ -98,9 +98,9 @@ VECTOR_QUANTIZER = Entry(
         Implementation(LIBRARY, _library(dlvae.VectorQuantizer, 1.0)),
         Implementation(NOTEBOOK, _notebook(notebook.VectorQuantizer, 1.0)),
         Implementation(
-            _LUCIDRAINS,
+            LUCIDRAINS,
             _lucidrains(learnable_codebook=True, ema_update=False, commitment_weight=1.0),
-            package=_LUCIDRAINS,
+            package=LUCIDRAINS,
         ),
     ),
     judge.quantized,
@@ -119,11 +119,11 @@ VECTOR_QUANTIZER_EMA = Entry(
     (
         Implementation(LIBRARY, _library(dlvae.VectorQuantizerEMA, *_EMA)),
         Implementation(NOTEBOOK, _notebook(notebook.VectorQuantizerEMA, *_EMA)),
-        Implementation(_LUCIDRAINS, _lucidrains(commitment_weight=_EMA[0]), package=_LUCIDRAINS),
+        Implementation(LUCIDRAINS, _lucidrains(commitment_weight=_EMA[0]), package=LUCIDRAINS),
         Implementation(
-            f"{_LUCIDRAINS}, cosine",
+            f"{LUCIDRAINS}, cosine",
             _lucidrains(commitment_weight=_EMA[0], use_cosine_sim=True),
-            package=_LUCIDRAINS,
+            package=LUCIDRAINS,
             judge=partial(judge.quantized, commitment_cost=_EMA[0], normalizes=True),
         ),
     ),
@@ -140,8 +140,8 @@ VECTOR_QUANTIZER_EMA_EVAL = Entry(
     ("vector_quantize_fwd",),
     {"cpu": (sizes.CIFAR, sizes.FINE), "cuda": (sizes.CIFAR, sizes.VQGAN)},
     (
-        Implementation(LIBRARY, _in_eval(_library(dlvae.VectorQuantizerEMA, *_EMA, training=False))),
-        Implementation(_LUCIDRAINS, _in_eval(_lucidrains(training=False)), package=_LUCIDRAINS),
+        Implementation(LIBRARY, in_eval(_library(dlvae.VectorQuantizerEMA, *_EMA, training=False))),
+        Implementation(LUCIDRAINS, in_eval(_lucidrains(training=False)), package=LUCIDRAINS),
     ),
     judge.quantized,
     _QUANTIZE,

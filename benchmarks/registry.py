@@ -19,6 +19,7 @@ from .entry import LIBRARY, Entry, Implementation, Signature, Tolerance, Verdict
 from .inputs import Inputs
 from .layers import LAYERS
 from .lookup_free import LOOKUP_FREE_QUANTIZER
+from .residual import SEVERAL_CODEBOOKS
 from .sizes import half
 from .training import TRAINING
 
@@ -360,6 +361,6 @@ ENTRIES: dict[str, Entry] = {
         *(NEAREST_CODE, TOPK_CODES, TOPK_PRODUCTS, ONE_HOT, GATHER_CODES),
         *(RESIDUAL_QUANTIZE, RESIDUAL_QUANTIZE_EVAL, RESIDUAL_STATISTICS),
         *(VECTOR_QUANTIZE, ROTATION_TRICK, EMA_UPDATE, SPARSE_DECODE, KEPT_SOFTMAX, KMEANS),
-        *(*LAYERS, LOOKUP_FREE_QUANTIZER, *TRAINING),
+        *(*LAYERS, *SEVERAL_CODEBOOKS, LOOKUP_FREE_QUANTIZER, *TRAINING),
     )
 }

@@ -23,6 +23,8 @@ MIMI = Size("Mimi, streaming", 1, 2_048, 256)
 # k is the number of levels.
 ENCODEC_LEVELS = Size("EnCodec, 8 levels", 4_800, 1_024, 128, 8)
 MIMI_LEVELS = Size("Mimi, streaming, 32 levels", 1, 2_048, 256, 32)
+# k is the number of heads.
+HEADS = Size("8 heads", 4_800, 1_024, 128, 8)
 SEMANTIC = Size("semantic ids", 640, 256, 32)
 LASER = Size("LASER", 2_048, 2_048, 256, 2)
 SAE = Size("sparse autoencoder", 16_384, 32_768, 768, 32)
