@@ -15,17 +15,21 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+import dlvae_kernels as dlvae
+
 from . import baselines, results
 from .results import Row
 from .training import _run
 
 PATH = results.FOLDER / "collapse-cpu.csv"
+_DIM, _DECAY = 64, 0.99
 _CHURN_STEPS = 20
 _HELD_OUT = 500  # images
 _LIBRARY = "dlvae_kernels"
@@ -72,33 +76,35 @@ class _Baseline(nn.Module):
         return loss, quantized, loss.detach(), indices
 
 
+def _quantizer(num_codes: int, threshold: Any) -> Any:
+    if threshold is None:
+        return _Baseline(num_codes, _DIM)
+    return dlvae.VectorQuantizerEMA(num_codes, _DIM, 0.25, _DECAY, encodings="indices", dead_code_threshold=threshold)
+
+
 def _trained(study: Study, data: str, rule: str, seed: int) -> Row:
     """Train once and return the row."""
     from models.report.evaluate import evaluate
 
     threshold = study.rules[rule]
     flags = {"data": data, "seed": seed, "updates": study.updates, "batch-size": study.images, "precision": "float32"}
-    flags |= {"num-embeddings": study.num_codes, "hiddens": 64, "decay": 0.99, "device": "cpu"}
+    flags |= {"num-embeddings": study.num_codes, "embedding-dim": _DIM, "hiddens": 64, "decay": _DECAY, "device": "cpu"}
     run = _run(flags, [])
-    layer = run.model._vq_vae
-    if threshold is None:
-        run.model._vq_vae = quantizer = _Baseline(study.num_codes, layer.embedding_dim)
-    else:
-        run.model._vq_vae = quantizer = type(layer)(
-            study.num_codes, layer.embedding_dim, 0.25, 0.99, encodings="indices", dead_code_threshold=threshold
-        )
+    quantizer = _quantizer(study.num_codes, threshold)
+    run.model._vq_vae = quantizer
     held_out = run.images.held_out[:_HELD_OUT]
-    revived, churn, tokens, total = [], [], None, 0
+    revived: list[int] = [0]
+    tokens: list[Tensor] = []
     begin = time.perf_counter()
     for step in range(study.updates):
         run.step()
         if threshold is not None:
-            before, total = total, int(quantizer.usage.revived)
-            revived.append(100 * (total - before) / study.num_codes)
+            revived.append(int(quantizer.usage.revived))
         if step >= study.updates - _CHURN_STEPS - 1:
-            before, tokens = tokens, _tokens(run.model, quantizer, held_out)
-            churn += [] if before is None else [100 * float((tokens != before).double().mean())]
+            tokens.append(_tokens(run.model, quantizer, held_out))
     seconds = time.perf_counter() - begin
+    in_step = [100 * (after - before) / study.num_codes for before, after in pairwise(revived)]
+    churn = [100 * float((after != before).double().mean()) for before, after in pairwise(tokens)]
     found = evaluate(run.model, held_out, run.variance, run.device)
     return {
         "data": data,
@@ -110,8 +116,8 @@ def _trained(study: Study, data: str, rule: str, seed: int) -> Row:
         "updates": study.updates,
         "perplexity": f"{found.perplexity:.1f}",
         "dead_percent": f"{100 * (1 - found.utilisation):.1f}",
-        "revived_percent": f"{statistics.mean(revived):.2f}" if revived else "",
-        "most_revived_percent": f"{max(revived):.2f}" if revived else "",
+        "revived_percent": f"{statistics.mean(in_step):.2f}" if in_step else "",
+        "most_revived_percent": f"{max(in_step):.2f}" if in_step else "",
         "churn_percent": f"{statistics.mean(churn):.2f}",
         "nmse": f"{found.nmse:.4f}",
         "seconds": f"{seconds:.1f}",
@@ -120,7 +126,7 @@ def _trained(study: Study, data: str, rule: str, seed: int) -> Row:
 
 
 @torch.no_grad()
-def _tokens(model: nn.Module, quantizer: nn.Module, images: Tensor) -> Tensor:
+def _tokens(model: Any, quantizer: Any, images: Tensor) -> Tensor:
     """The indices of all positions of uint8 images."""
     model.eval()
     parts = [quantizer.encode(model.encode(part.float() / 255)) for part in images.split(250)]

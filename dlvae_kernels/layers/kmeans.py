@@ -96,12 +96,13 @@ def initial_centroids(x: Tensor, num_clusters: int, init: KMeansInit, seed: int,
         count = max(num_clusters, min(count, x[..., 0].numel()))
     jitter = torch.rand(count, generator=for_sample, device=x.device)
     sampled = all_reduce_sum(sample_vectors(x, jitter, sync), sync)
-    sample, is_valid = sampled[:, :-1], sampled[:, -1]
-    if init == "k-means++":
-        return sample[_plus_plus(sample, is_valid, num_clusters, for_selection)]
     # Valid vectors are repeated if there are fewer than clusters.
-    valid_first = is_valid.argsort(descending=True, stable=True)
-    return sample[valid_first[torch.arange(num_clusters, device=x.device) % is_valid.sum().clamp(min=1).long()]]
+    valid_first = sampled[:, -1].argsort(descending=True, stable=True)
+    place = torch.arange(count, device=x.device) % sampled[:, -1].sum().clamp(min=1).long()
+    sample, is_valid = sampled[valid_first[place]].split([x.shape[-1], 1], dim=1)
+    if init == "random":
+        return sample[:num_clusters]
+    return sample[_plus_plus(sample, is_valid.squeeze(1), num_clusters, for_selection)]
 
 
 def _plus_plus(sample: Tensor, is_valid: Tensor, num_clusters: int, generator: torch.Generator) -> Tensor:
