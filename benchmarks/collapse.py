@@ -52,6 +52,7 @@ STUDIES = {
     "large": Study(
         4096, 16, 600, {"auto": "auto", "0": 0.0, "0.01": 0.01, "0.05": 0.05, "0.2": 0.2, "1.0": 1.0, _VQP: None},
         data=("patches",),
+        seeds=(0,),
     ),
 }  # fmt: skip
 

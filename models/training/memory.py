@@ -45,11 +45,11 @@ def needed_bytes(config: Config, metrics_rows: int | None = None) -> int | None:
             model = build_model(config, in_channels=3)
     except RuntimeError:
         return None
-    buffers = sum(each.numel() for each in model.buffers())
+    buffers = sum(each.nbytes for each in model.buffers())
     parameters = sum(each.numel() for each in model.parameters())
     if metrics_rows is None:
-        return _FLOAT_BYTES * (buffers + parameters)
-    return _FLOAT_BYTES * (buffers + _COPIES_IN_TRAINING * parameters + metrics_rows * (2 + config.num_embeddings))
+        return buffers + _FLOAT_BYTES * parameters
+    return buffers + _FLOAT_BYTES * (_COPIES_IN_TRAINING * parameters + metrics_rows * (2 + config.num_embeddings))
 
 
 def available_bytes(device: torch.device) -> int:

@@ -17,7 +17,7 @@ from dlvae_kernels.backends.reference import __all__ as ALL_OPS
 
 CPU = torch.device("cpu")
 # 128 vectors are the positions of two images.
-SMALL = Size("small", 128, 40, 8, 3)
+SMALL = Size("small", 128, 40, 12, 3)
 CASES = [
     pytest.param(entry, implementation, id=f"{entry.name}-{implementation.name}")
     for entry in ENTRIES.values()
@@ -68,7 +68,7 @@ def test_inputs_have_their_size_and_repeat_with_the_seed():
     assert torch.equal(one.x, same.x)
     assert not torch.equal(one.x, other.x)
     assert one.x.dtype == torch.bfloat16
-    assert one.map.shape == (2, 8, 8, 8)
+    assert one.map.shape == (2, 12, 8, 8)
     assert torch.equal(one.map[0, :, 0, 1], one.x[1])
     torch.testing.assert_close(draw(SMALL, CPU, unit=True).codes.norm(dim=1), torch.ones(SMALL.k))
 
