@@ -250,6 +250,14 @@ def softmax_at(x: Tensor, weight: Tensor, bias: Tensor, indices: Tensor) -> Tens
     return torch.softmax(torch.nn.functional.linear(x, weight, bias), dim=1).gather(1, indices)
 
 
+def entropies(x: Tensor, codes: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """The mean entropy of the soft assignments, and the entropy of their mean, by N x K matrices."""
+    logits = -torch.cdist(x, codes).square() / temperature
+    p = logits.softmax(1)
+    mean = p.mean(0)
+    return -(p * logits.log_softmax(1)).sum(1).mean(), -(mean * mean.clamp(min=1e-30).log()).sum()
+
+
 def decode_densely(values: Tensor, indices: Tensor, dictionary: Tensor) -> Tensor:
     coefficients = values.new_zeros(len(values), len(dictionary)).scatter_add(1, indices, values)
     return coefficients @ dictionary

@@ -355,12 +355,38 @@ KEPT_SOFTMAX = Entry(
     Work(pairs=2, vectors=2, codes=2, indices=1, float32_values=2),
 )
 
+# --- code_entropy: the temperature makes logits of about 1 ---
+
+_ENTROPY = Signature(lambda inputs: (inputs.x, inputs.codes, 2.0 * inputs.size.d), learned=(0, 1), outputs=(0, 1))
+
+
+def _code_entropy(x: Tensor, codes: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    out = dlvae.code_entropy(x, codes, temperature=temperature)
+    return out.per_sample, out.batch
+
+
+CODE_ENTROPY = Entry(
+    "code_entropy",
+    "tests/functional/test_code_entropy.py",
+    ("code_entropy_fwd", "code_entropy_bwd"),
+    {"cpu": (sizes.SOFT,), "cuda": (sizes.SOFT, sizes.VQGAN)},
+    (
+        *_ENTROPY.library(_code_entropy),
+        _ENTROPY.plain("plain PyTorch", baselines.entropies),
+        _ENTROPY.compiled(baselines.entropies),
+    ),
+    judge.equals(_ENTROPY(baselines.entropies)),
+    Work(pairs=1, vectors=1, codes=1),
+    # The logits that the backward pass recomputes do not count.
+    Work(pairs=2, vectors=2, codes=2),
+)
+
 ENTRIES: dict[str, Entry] = {
     entry.name: entry
     for entry in (
         *(NEAREST_CODE, TOPK_CODES, TOPK_PRODUCTS, ONE_HOT, GATHER_CODES),
         *(RESIDUAL_QUANTIZE, RESIDUAL_QUANTIZE_EVAL, RESIDUAL_STATISTICS),
-        *(VECTOR_QUANTIZE, ROTATION_TRICK, EMA_UPDATE, SPARSE_DECODE, KEPT_SOFTMAX, KMEANS),
+        *(VECTOR_QUANTIZE, ROTATION_TRICK, EMA_UPDATE, SPARSE_DECODE, KEPT_SOFTMAX, KMEANS, CODE_ENTROPY),
         *(*LAYERS, *SEVERAL_CODEBOOKS, LOOKUP_FREE_QUANTIZER, *TRAINING),
     )
 }

@@ -96,7 +96,17 @@ using OptionalTensor = std::optional<Tensor>;
       (const Tensor& grad, const Tensor& values, const Tensor& sums, const Tensor& x, const Tensor& weight, \
        OptionalTensor bias, const Tensor& indices, bool need_x, bool need_weight, bool need_bias), \
       "(Tensor grad, Tensor values, Tensor sums, Tensor x, Tensor weight, Tensor? bias, Tensor indices, bool need_x," \
-      " bool need_weight, bool need_bias) -> (Tensor, Tensor, Tensor)")
+      " bool need_weight, bool need_bias) -> (Tensor, Tensor, Tensor)") \
+  OPERATION( \
+      code_entropy_fwd, Tensors3, (const Tensor& x, const Tensor& codebook, double temperature, OptionalTensor mask), \
+      "(Tensor x, Tensor codebook, float temperature, Tensor? mask) -> (Tensor, Tensor, Tensor)") \
+  OPERATION( \
+      code_entropy_bwd, Tensors2, \
+      (const Tensor& grad_entropies, const Tensor& grad_mean_probabilities, const Tensor& x, const Tensor& codebook, \
+       const Tensor& sums, const Tensor& entropies, double temperature, OptionalTensor mask, bool need_x, \
+       bool need_codebook), \
+      "(Tensor grad_entropies, Tensor grad_mean_probabilities, Tensor x, Tensor codebook, Tensor sums," \
+      " Tensor entropies, float temperature, Tensor? mask, bool need_x, bool need_codebook) -> (Tensor, Tensor)")
 
 #define DLVAE_DECLARE(name, result, parameters, schema) result name parameters;
 DLVAE_OPERATIONS(DLVAE_DECLARE)

@@ -3,10 +3,13 @@
 from .backends import BackendUnavailable, backend_info, use_backend
 from .functional import (
     BitEntropyOutput,
+    CodeEntropyOutput,
     ResidualQuantizeOutput,
     VectorQuantizeOutput,
     bit_entropy,
+    code_entropy,
     ema_update,
+    entropy,
     gather_codes,
     kept_softmax,
     nearest_code,
@@ -44,6 +47,7 @@ __version__ = "0.1.0"
 __all__ = [
     "BackendUnavailable",
     "BitEntropyOutput",
+    "CodeEntropyOutput",
     "DictionaryLearning",
     "FiniteScalarQuantizer",
     "FiniteScalarQuantizerOutput",
@@ -65,7 +69,9 @@ __all__ = [
     "VectorQuantizerOutput",
     "backend_info",
     "bit_entropy",
+    "code_entropy",
     "ema_update",
+    "entropy",
     "gather_codes",
     "kept_softmax",
     "kmeans",

@@ -145,6 +145,22 @@ def _kept_softmax_bwd(grad: Tensor, values: Tensor, sums: Tensor, *args: Any) ->
     return x_like, weight_like, bias_like
 
 
+def _code_entropy_fwd(
+    x: Tensor, codebook: Tensor, temperature: float, mask: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    entropies = x.new_empty(x.shape[:-1], dtype=_sum_dtype(x.dtype))
+    return entropies, entropies.new_empty((*x.shape[:-1], 2)), entropies.new_empty(codebook.shape[:1])
+
+
+def _code_entropy_bwd(
+    grad_entropies: Tensor, grad_mean_probabilities: Tensor, x: Tensor, codebook: Tensor, *args: Any
+) -> tuple[Tensor, Tensor]:
+    *_, need_x, need_codebook = args
+    empty = x.new_empty(0, dtype=_sum_dtype(x.dtype))
+    grad_x = empty.new_empty(x.shape) if need_x else empty
+    return grad_x, empty.new_empty(codebook.shape) if need_codebook else torch.empty_like(empty)
+
+
 OPERATIONS = (
     Operation(
         "nearest_code(Tensor x, Tensor codebook, bool return_distance, str precision) -> (Tensor, Tensor)",
@@ -226,6 +242,16 @@ OPERATIONS = (
         "kept_softmax_bwd(Tensor grad, Tensor values, Tensor sums, Tensor x, Tensor weight, Tensor? bias,"
         " Tensor indices, bool need_x, bool need_weight, bool need_bias) -> (Tensor, Tensor, Tensor)",
         _kept_softmax_bwd,
+    ),
+    Operation(
+        "code_entropy_fwd(Tensor x, Tensor codebook, float temperature, Tensor? mask) -> (Tensor, Tensor, Tensor)",
+        _code_entropy_fwd,
+    ),
+    Operation(
+        "code_entropy_bwd(Tensor grad_entropies, Tensor grad_mean_probabilities, Tensor x, Tensor codebook,"
+        " Tensor sums, Tensor entropies, float temperature, Tensor? mask, bool need_x, bool need_codebook)"
+        " -> (Tensor, Tensor)",
+        _code_entropy_bwd,
     ),
 )
 

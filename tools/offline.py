@@ -36,6 +36,7 @@ _TOOL = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdum
 _PRODUCTS = (
     *("_search_kernel", "_select_kernel", "_filter_kernel", "_one_hot_sum_kernel", "_chunk_sum_kernel"),
     *("_dense_decode", "_log_sum_exp_kernel", "_softmax_sum_kernel", "_residual_search_kernel"),
+    *("_entropy_sums_kernel", "_entropy_sum_kernel"),
 )
 _MATRIX = re.compile(r"^(HGMMA|HMMA|IMMA|QGMMA|UTC\w*MMA)")
 _INSTRUCTION = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)([^;]*);")
@@ -195,6 +196,10 @@ def cases() -> dict[str, Callable[[], Any]]:
         found[name] = partial(_softmax, torch.zeros(16_384, d, dtype=dtype), torch.zeros(num_codes, d, dtype=dtype))
     # The features of a vector of a channel-first map are not contiguous.
     found["kept softmax, map"] = lambda: _softmax(torch.zeros(64, 256, 256).transpose(1, 2), torch.zeros(512, 256))
+    for d, num_codes, dtype in ((32, 4_096, torch.float32), (256, 16_384, torch.float32), (64, 4_096, torch.bfloat16)):
+        name = f"code entropy D={d} K={num_codes} {str(dtype)[6:]}"
+        found[name] = partial(_entropy, torch.zeros(16_384, d, dtype=dtype), torch.zeros(num_codes, d, dtype=dtype))
+    found["code entropy, map"] = lambda: _entropy(torch.zeros(64, 256, 256).transpose(1, 2), torch.zeros(512, 256))
     # Small codebooks keep all scores on the chip; large codebooks stream tiles of scores.
     for n, num_codes, d, k, metric, dtype in (
         (16_384, 512, 256, 100, "l2", torch.float32),
@@ -268,6 +273,7 @@ _ALL: dict[str, Callable[[torch.Tensor, torch.Tensor], Any]] = {
     "sparse_decode": lambda x, i: kernels.sparse_decode_fwd(x, i, x),
     "sparse_decode, backward": lambda x, i: kernels.sparse_decode_bwd(x, x, i, x, True, True),
     "kept_softmax": lambda x, i: _softmax(x, x),
+    "code_entropy": lambda x, i: _entropy(x, x),
 }
 
 
@@ -280,6 +286,12 @@ def _softmax(x: torch.Tensor, weight: torch.Tensor) -> None:
     indices = torch.zeros(*x.shape[:-1], 1, dtype=torch.int64)
     values, sums = kernels.kept_softmax_fwd(x, weight, None, indices)
     kernels.kept_softmax_bwd(values, values, sums, x, weight, None, indices, True, True, True)
+
+
+def _entropy(x: torch.Tensor, codebook: torch.Tensor) -> None:
+    """Call the forward and the backward pass."""
+    entropies, sums, means = kernels.code_entropy_fwd(x, codebook, 1.0, None)
+    kernels.code_entropy_bwd(entropies, means, x, codebook, sums, entropies, 1.0, None, True, True)
 
 
 def compile_case(arch: int, case: str) -> list[Kernel]:

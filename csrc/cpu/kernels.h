@@ -5,6 +5,7 @@
 
 #include "../rows.h"
 #include "codebook.h"
+#include "entropy.h"
 #include "residual.h"
 #include "segments.h"
 #include "softmax.h"
@@ -88,6 +89,8 @@ struct Kernels {
   void (*kept_softmax_grad_rows)(const KeptSoftmaxBackward& backward, int64_t origin, int64_t begin, int64_t end);
   void (*kept_softmax_grad_codes)(const KeptSoftmaxBackward& backward, int64_t count, int64_t begin, int64_t end);
   void (*unpack_weight)(const KeptSoftmaxBackward& backward, int64_t begin, int64_t end, float* weight);
+  void (*code_entropy_rows)(const CodeEntropy& entropy, int64_t begin, int64_t end, float* totals);
+  void (*code_entropy_grad_rows)(const CodeEntropyBackward& backward, int64_t origin, int64_t begin, int64_t end);
 };
 
 // Returns the kernels in use: the fastest that this machine supports, or those that DLVAE_CPU names. Throws if

@@ -134,5 +134,6 @@ void test_residual(const Kernels& kernels);
 void test_sums(const Kernels& kernels);
 void test_topk(const Kernels& kernels);
 void test_softmax(const Kernels& kernels);
+void test_entropy(const Kernels& kernels);
 
 }  // namespace dlvae

@@ -19,6 +19,7 @@ int main() {
     dlvae::test_sums(kernels);
     dlvae::test_topk(kernels);
     dlvae::test_softmax(kernels);
+    dlvae::test_entropy(kernels);
     std::printf("%s: ok\n", sets[i].name);
   }
   return 0;

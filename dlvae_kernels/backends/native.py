@@ -21,7 +21,7 @@ _MOST_SELECTED = 1024
 CHECKS_INDICES = ("gather_codes_fwd", "one_hot", "ema_statistics", "residual_statistics", "sparse_decode_fwd")
 _TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.int64)
 # Operations with kernels for masks.
-_MASKED = ("residual_quantize_fwd", "vector_quantize_fwd")
+_MASKED = ("code_entropy_bwd", "code_entropy_fwd", "residual_quantize_fwd", "vector_quantize_fwd")
 
 
 @functools.cache

@@ -1,6 +1,7 @@
 """The public functions, one file an operation: checks, docstring, and the `torch.autograd.Function` if it has one."""
 
 from .bit_entropy import BitEntropyOutput, bit_entropy
+from .code_entropy import CodeEntropyOutput, code_entropy, entropy
 from .ema_update import ema_statistics, ema_step, ema_update
 from .gather_codes import gather_codes
 from .kept_softmax import kept_softmax
@@ -15,12 +16,15 @@ from .vector_quantize import VectorQuantizeOutput, vector_quantize
 
 __all__ = [
     "BitEntropyOutput",
+    "CodeEntropyOutput",
     "ResidualQuantizeOutput",
     "VectorQuantizeOutput",
     "bit_entropy",
+    "code_entropy",
     "ema_statistics",
     "ema_step",
     "ema_update",
+    "entropy",
     "gather_codes",
     "kept_softmax",
     "nearest_code",

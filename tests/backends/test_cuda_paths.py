@@ -41,6 +41,11 @@ ORDERED = {
     "residual_statistics": lambda x, codes, i, w: (x, i[:, :2] % 150, levels_of(codes)),
     # NaN would hide all else.
     "kept_softmax_fwd": lambda x, codes, i, w: (finite(x), finite(codes), None, i),
+    "code_entropy_fwd": lambda x, codes, i, w: (finite(x), finite(codes), 9.0, w[:, 0] > 0),
+    "code_entropy_bwd": lambda x, codes, i, w: (
+        *(w[:, 0].contiguous(), codes[:, 0].contiguous(), finite(x), finite(codes), 1 + w[:, :2].abs()),
+        *(w[:, 1].contiguous(), 9.0, None, True, True),
+    ),
     "kept_softmax_bwd": lambda x, codes, i, w: (
         *(w, w.sigmoid(), 1 + w[:, :2].abs(), finite(x), finite(codes), None, i),
         *(True, True, True),

@@ -434,6 +434,7 @@ THREADED = {
     "sparse_decode_fwd": lambda x, codes, i, w: (w, i, codes),
     "sparse_decode_bwd": lambda x, codes, i, w: (x, w, i, codes, True, True),
     "kept_softmax_fwd": lambda x, codes, i, w: (x, codes, None, i),
+    "code_entropy_fwd": lambda x, codes, i, w: (x, codes, 1.0, None),
 }
 
 

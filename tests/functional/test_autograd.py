@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from dlvae_kernels import (
+    code_entropy,
     ema_update,
     gather_codes,
     kept_softmax,
@@ -89,6 +90,10 @@ def _topk_codes() -> tuple[list[Tensor], Callable[..., Tensor]]:
     return tensors((N, D), (K, D), (K,)), function
 
 
+def _code_entropy() -> tuple[list[Tensor], Callable[..., tuple[Tensor, ...]]]:
+    return tensors((N, D), (K, D)), lambda x, codebook: tuple(code_entropy(x, codebook))
+
+
 def _kept_softmax() -> tuple[list[Tensor], Callable[..., Tensor]]:
     indices = selected_indices()
     return tensors((N, D), (K, D), (K,)), lambda x, weight, bias: kept_softmax(x, weight, bias, indices)
@@ -112,7 +117,7 @@ FORWARD_MODE = {
     "sparse_decode": _sparse_decode,
     "topk_codes": _topk_codes,
 }
-REVERSE_MODE = {"kept_softmax": _kept_softmax, "residual_quantize": _residual_quantize}
+REVERSE_MODE = {"code_entropy": _code_entropy, "kept_softmax": _kept_softmax, "residual_quantize": _residual_quantize}
 DIFFERENTIABLE = {**FORWARD_MODE, **REVERSE_MODE}
 
 

@@ -102,27 +102,26 @@ inline void kept_softmax_rows(const KeptSoftmax& s, int64_t begin, int64_t end) 
   }
 }
 
-// Processes rows [begin, end) of the superblock that begins at row `origin`.
-inline void kept_softmax_grad_rows(const KeptSoftmaxBackward& b, int64_t origin, int64_t begin, int64_t end) {
+// Computes the gradient of the logits of rows [begin, end) of the superblock that begins at row `origin`, and the
+// gradient of x. load(block, first, count) loads a block of rows; gradient(row, row in block, first code, number of
+// codes, logits) replaces logits of a row by their gradients.
+template <class Load, class Gradient>
+inline void softmax_grad_rows(
+    const KeptSoftmaxBackward& b, int64_t origin, int64_t begin, int64_t end, const Load& load_block,
+    const Gradient& gradient) {
   const KeptSoftmax& s = b.forward;
   LogitBlock block(s);
   const int64_t panels = panels_of(s.features), ld = panels * PANEL;
   const bool needs_x = b.grad_x.data != nullptr;
-  Buffer<float> grad_x(needs_x ? block.block * ld : 0), slopes(block.block);
+  Buffer<float> grad_x(needs_x ? block.block * ld : 0);
   for (int64_t first = begin; first < end; first += block.block) {
     const int64_t count = first + block.block < end ? block.block : end - first;
-    block.load(first, count);
+    load_block(block, first, count);
     if (b.needs_weight) {
       for (int64_t p = 0; p < panels; ++p) {
         const int64_t n = s.features - p * PANEL < PANEL ? s.features - p * PANEL : PANEL;
         pack_columns(block.x + p * PANEL, s.features, count, n, b.rows + (p * b.room + first - origin) * PANEL);
       }
-    }
-    for (int64_t r = 0; r < count; ++r) {
-      const int64_t at = (first + r) * s.k;
-      double slope = 0;
-      for (int64_t j = 0; j < s.k; ++j) slope += b.grad[at + j] * s.values[at + j];
-      slopes[r] = (float)slope;
     }
     for (int64_t c = 0; c < s.codes; c += LOGITS) {
       const int64_t n = c + LOGITS < s.codes ? LOGITS : s.codes - c;
@@ -130,11 +129,7 @@ inline void kept_softmax_grad_rows(const KeptSoftmaxBackward& b, int64_t origin,
       for (int64_t r = 0; r < count; ++r) {
         const int64_t row = first + r;
         float* logits = block.logits + r * LOGITS;
-        const float m = s.sums[2 * row], scale = 1 / s.sums[2 * row + 1], slope = slopes[r];
-        for (int64_t i = 0; i < n; i += WIDTH)
-          store(logits + i, exponential(load<Floats>(logits + i) - m) * scale * -slope);
-        for (int64_t j = row * s.k; j < (row + 1) * s.k; ++j)
-          if ((uint64_t)(s.indices[j] - c) < (uint64_t)n) logits[s.indices[j] - c] += b.grad[j] * s.values[j];
+        gradient(row, r, c, n, logits);
         if (!b.needs_weight && !b.needs_bias) continue;
         // The codes of the last tile beyond K may hold anything: nothing else depends on them.
         float* to = b.logits + (c * b.room + (row - origin) * ROWS);
@@ -147,6 +142,29 @@ inline void kept_softmax_grad_rows(const KeptSoftmaxBackward& b, int64_t origin,
     }
     if (needs_x) store_rows(b.grad_x, first, first + count, grad_x, ld);
   }
+}
+
+inline void kept_softmax_grad_rows(const KeptSoftmaxBackward& b, int64_t origin, int64_t begin, int64_t end) {
+  const KeptSoftmax& s = b.forward;
+  Buffer<float> slopes(softmax_block(s.features));
+  softmax_grad_rows(
+      b, origin, begin, end,
+      [&](LogitBlock& block, int64_t first, int64_t count) {
+        block.load(first, count);
+        for (int64_t r = 0; r < count; ++r) {
+          const int64_t at = (first + r) * s.k;
+          double slope = 0;
+          for (int64_t j = 0; j < s.k; ++j) slope += b.grad[at + j] * s.values[at + j];
+          slopes[r] = (float)slope;
+        }
+      },
+      [&](int64_t row, int64_t r, int64_t c, int64_t n, float* logits) {
+        const float m = s.sums[2 * row], scale = 1 / s.sums[2 * row + 1], slope = slopes[r];
+        for (int64_t i = 0; i < n; i += WIDTH)
+          store(logits + i, exponential(load<Floats>(logits + i) - m) * scale * -slope);
+        for (int64_t j = row * s.k; j < (row + 1) * s.k; ++j)
+          if ((uint64_t)(s.indices[j] - c) < (uint64_t)n) logits[s.indices[j] - c] += b.grad[j] * s.values[j];
+      });
 }
 
 // Adds the superblock of `count` rows to the gradients of tiles [begin, end) of codes.

@@ -3,6 +3,7 @@
 
 #include "../kernels.h"
 #include "elementwise.h"
+#include "entropy_kernel.h"
 #include "quantize.h"
 #include "residual_kernel.h"
 #include "rotation_kernel.h"
@@ -48,6 +49,8 @@ dlvae::Kernels make_table(const char* name) {
   table.kept_softmax_grad_rows = kept_softmax_grad_rows;
   table.kept_softmax_grad_codes = kept_softmax_grad_codes;
   table.unpack_weight = unpack_weight;
+  table.code_entropy_rows = code_entropy_rows;
+  table.code_entropy_grad_rows = code_entropy_grad_rows;
   return table;
 }
 

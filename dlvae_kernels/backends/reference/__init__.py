@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from .code_entropy import code_entropy_bwd, code_entropy_fwd
 from .ema_update import ema_statistics, ema_step
 from .gather_codes import gather_codes_bwd, gather_codes_fwd
 from .kept_softmax import kept_softmax_bwd, kept_softmax_fwd
@@ -16,6 +17,8 @@ from .topk_codes import topk_codes
 from .vector_quantize import vector_quantize_bwd, vector_quantize_fwd
 
 __all__ = [
+    "code_entropy_bwd",
+    "code_entropy_fwd",
     "ema_statistics",
     "ema_step",
     "gather_codes_bwd",

@@ -33,6 +33,8 @@ _FILES = {
     "sparse_decode_bwd": "sparse_decode",
     "kept_softmax_fwd": "kept_softmax",
     "kept_softmax_bwd": "kept_softmax",
+    "code_entropy_fwd": "code_entropy",
+    "code_entropy_bwd": "code_entropy",
 }
 # Operations with limits beside those of dtype and device: a function that returns the reason, or None.
 _LIMITS = {"topk_codes": limits.unavailable_reason}

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..architectures import on_device, partition
 from ..language.rows import Rows
 from .config import log_sum_exp_config
-from .logits import inner_products, is_wide
+from .logits import LEAST_LOGARITHM, inner_products, is_wide
 
 _LOWEST = tl.constexpr(-3.4028234e38)
 
@@ -114,3 +114,71 @@ def log_sum_exp(x: Rows, codes: Rows, bias: Tensor, indices: Tensor) -> tuple[Te
         return selected, largest[0], totals[0]
     most = largest.amax(0)
     return selected, most, (totals * (largest - most).exp_()).sum(0)
+
+
+@triton.jit
+def _entropy_sums_kernel(
+    x,
+    codes,
+    bias_ptr,
+    out_ptr,
+    tiles_each,
+    WIDE: tl.constexpr,
+    BLOCK_A: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Write for each partition the largest logit m and the sums of w and of w (logit - m), w = exp(logit - m)."""
+    n = tl.program_id(0).to(tl.int64) * BLOCK_A + tl.arange(0, BLOCK_A)
+    largest = tl.full([BLOCK_A], _LOWEST, tl.float32)
+    total = tl.zeros([BLOCK_A], tl.float32)
+    weighted = tl.zeros([BLOCK_A], tl.float32)
+    begin = tl.program_id(1) * tiles_each * BLOCK_B
+    for first in range(begin, tl.minimum(begin + tiles_each * BLOCK_B, codes.num_vectors), BLOCK_B):
+        k = first + tl.arange(0, BLOCK_B)
+        logits = inner_products(x, codes, n, k, WIDE, BLOCK_D)
+        logits += tl.load(bias_ptr + k, mask=k < codes.num_vectors, other=float("-inf"))[None, :]
+        most = tl.maximum(largest, tl.max(logits, axis=1))
+        scale = tl.exp(largest - most)
+        weighted = (weighted + total * tl.maximum(largest - most, LEAST_LOGARITHM)) * scale
+        shifted = logits - most[:, None]
+        weights = tl.exp(shifted)
+        total = total * scale + tl.sum(weights, axis=1)
+        weighted += tl.sum(weights * tl.maximum(shifted, LEAST_LOGARITHM), axis=1)
+        largest = most
+    at = out_ptr + tl.program_id(1).to(tl.int64) * 3 * x.num_vectors + n
+    tl.store(at, largest, mask=n < x.num_vectors)
+    tl.store(at + x.num_vectors, total, mask=n < x.num_vectors)
+    tl.store(at + 2 * x.num_vectors, weighted, mask=n < x.num_vectors)
+
+
+def entropy_sums(x: Rows, codes: Rows, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """For each vector the largest logit m, the sum of exp(logit - m), and the entropy of the softmax; float32.
+
+    Args:
+        bias: [K] float32, added to x . c.
+    """
+    wide = is_wide(x, codes)
+    with on_device(bias):
+        config = log_sum_exp_config(wide)
+        blocks = triton.cdiv(x.num_vectors, config.block_a)
+        partitions, tiles_each = partition(blocks, triton.cdiv(codes.num_vectors, config.block_b))
+        out = torch.empty(partitions, 3, x.num_vectors, dtype=torch.float32, device=bias.device)
+        if blocks > 0:
+            _entropy_sums_kernel[(blocks, partitions)](
+                x,
+                codes,
+                bias,
+                out,
+                tiles_each,
+                WIDE=wide,
+                BLOCK_A=config.block_a,
+                BLOCK_B=config.block_b,
+                BLOCK_D=config.block_d,
+                num_warps=config.num_warps,
+            )
+    largest, totals, weighted = out.unbind(1)  # [partitions, N]
+    most = largest.amax(0)
+    scales, shifts = (largest - most).exp(), (largest - most).clamp(min=LEAST_LOGARITHM.value)
+    total = (totals * scales).sum(0)
+    return most, total, total.log() - ((weighted + totals * shifts) * scales).sum(0) / total

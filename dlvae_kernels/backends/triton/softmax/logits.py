@@ -9,6 +9,9 @@ import triton.language as tl
 from ..architectures import INTERPRETED
 from ..language.rows import Rows, load_rows
 
+# exp of a lower logarithm is 0, which minus infinity would turn into NaN in p log p.
+LEAST_LOGARITHM = tl.constexpr(-104.0)
+
 
 @triton.jit
 def inner_products(a, b, i, j, WIDE: tl.constexpr, BLOCK_D: tl.constexpr):

@@ -26,6 +26,7 @@ def _softmax_sum_kernel(
     out_ptr,
     scale_sum_ptr,
     tiles_each,
+    BIAS_IN_A: tl.constexpr,
     WIDE: tl.constexpr,
     BLOCK_A: tl.constexpr,
     BLOCK_B: tl.constexpr,
@@ -34,7 +35,8 @@ def _softmax_sum_kernel(
 ):
     """Write the sums of w b over one partition of b, [partitions, A, D], and with a scale the sums of w.
 
-    w = scale_b exp(a . b + a_shift + b_shift); scale_ptr is None for 1.
+    w = scale_b exp(a . b + a_shift + b_shift). scale_ptr is None for 1, and out_ptr if only the sums of w are wanted.
+    BIAS_IN_A: a are the codes.
     """
     SCALED: tl.constexpr = scale_ptr is not None
     i = tl.program_id(0).to(tl.int64) * BLOCK_A + tl.arange(0, BLOCK_A)
@@ -49,7 +51,7 @@ def _softmax_sum_kernel(
         weights = inner_products(a, b, i, j, WIDE, BLOCK_D)
         b_shift = tl.load(b_shift_ptr + j, mask=j < b.num_vectors, other=float("-inf"))
         # The bias of a code is added first, as when the largest logit was found.
-        if SCALED:
+        if BIAS_IN_A:
             weights = (weights + a_shift[:, None]) + b_shift[None, :]
         else:
             weights = (weights + b_shift[None, :]) + a_shift[:, None]
@@ -57,12 +59,13 @@ def _softmax_sum_kernel(
         if SCALED:
             weights *= tl.load(scale_ptr + j, mask=j < b.num_vectors, other=0.0)[None, :]
             scale_sum += tl.sum(weights, axis=1)
-        # Weights of half precision would round the sum.
-        total = tl.dot(weights, load_rows(b, j, d).to(tl.float32), acc=total, input_precision="tf32x3")
+        if out_ptr is not None:
+            # Weights of half precision would round the sum.
+            total = tl.dot(weights, load_rows(b, j, d).to(tl.float32), acc=total, input_precision="tf32x3")
     at = tl.program_id(2).to(tl.int64) * a.num_vectors + i
-    tl.store(
-        out_ptr + at[:, None] * a.num_features + d[None, :], total, mask=is_a[:, None] & (d < a.num_features)[None, :]
-    )
+    if out_ptr is not None:
+        out_mask = is_a[:, None] & (d < a.num_features)[None, :]
+        tl.store(out_ptr + at[:, None] * a.num_features + d[None, :], total, mask=out_mask)
     if SCALED:
         tl.store(scale_sum_ptr + at, scale_sum, mask=is_a & (tl.program_id(1) == 0))
 
@@ -89,6 +92,7 @@ def softmax_sum(a: Rows, b: Rows, a_shift: Tensor, b_shift: Tensor, scale: Tenso
                 out,
                 scales,
                 tiles_each,
+                BIAS_IN_A=scale is not None,
                 WIDE=wide,
                 BLOCK_A=config.block_a,
                 BLOCK_B=config.block_b,
@@ -97,3 +101,32 @@ def softmax_sum(a: Rows, b: Rows, a_shift: Tensor, b_shift: Tensor, scale: Tenso
                 num_warps=config.num_warps,
             )
     return (out[0], scales[0]) if partitions == 1 else (out.sum(0), scales.sum(0))
+
+
+def weight_sum(a: Rows, b: Rows, a_shift: Tensor, b_shift: Tensor, scale: Tensor, *, bias_in_a: bool) -> Tensor:
+    """For each a the sum over all b of scale_b exp(a . b + shifts), [A] float32. bias_in_a: a are the codes."""
+    wide = is_wide(a, b)
+    with on_device(a_shift):
+        config = softmax_sum_config(a.num_features, wide)
+        blocks = triton.cdiv(a.num_vectors, config.block_a)
+        partitions, tiles_each = partition(blocks, triton.cdiv(b.num_vectors, config.block_b))
+        sums = torch.zeros(max(1, partitions), a.num_vectors, dtype=torch.float32, device=a_shift.device)
+        if blocks > 0 and b.num_vectors > 0:
+            _softmax_sum_kernel[(blocks, 1, partitions)](
+                a,
+                b,
+                a_shift,
+                b_shift,
+                scale,
+                None,
+                sums,
+                tiles_each,
+                BIAS_IN_A=bias_in_a,
+                WIDE=wide,
+                BLOCK_A=config.block_a,
+                BLOCK_B=config.block_b,
+                BLOCK_D=config.block_d,
+                BLOCK_OUT=16,
+                num_warps=config.num_warps,
+            )
+    return sums[0] if len(sums) == 1 else sums.sum(0)
