@@ -79,10 +79,9 @@ struct Assigned {
     const int64_t index = indices[row * levels + level];
     return index >= 0 && index < num_codes ? level * num_codes + index : -1;
   }
-  // Returns feature d of a code; 0 for -1.
-  __device__ float element(int64_t code, int64_t d) const {
-    return code < 0 ? 0 : load_element(codebooks, row_offset(codebooks, code) + d * codebooks.stride);
-  }
+  // Returns the offset of a code; feature d of the code at an offset.
+  __device__ int64_t offset(int64_t code) const { return row_offset(codebooks, code); }
+  __device__ float element(int64_t at, int64_t d) const { return load_element(codebooks, at + d * codebooks.stride); }
 };
 
 // Writes for each level what it quantizes, [L, N, D], and the code [L, N] of each row, -1 also for one that is not
@@ -95,10 +94,11 @@ __global__ void __launch_bounds__(THREADS) levels_kernel(
   float* const residual = residuals + row * features;
   for (int64_t level = 0; level < assigned.levels; ++level) {
     const int64_t code = assigned.code(row, level), place = level * rows + row;
+    const int64_t at = code < 0 ? 0 : assigned.offset(code);
     const float factor = weights == nullptr ? 1 : weights[level] * slope;
     int is_left_out = 0;
     for (int64_t d = lane_index(); d < features; d += WARP) {
-      const float value = residual[d], rest = value - assigned.element(code, d);
+      const float value = residual[d], rest = code < 0 ? value : value - assigned.element(at, d);
       out[place * features + d] = weights == nullptr ? value : -rest * factor;
       is_left_out |= weights == nullptr && !(value - value == 0);
       residual[d] = rest;
@@ -128,68 +128,78 @@ void sum_levels(
 
 enum class Gradient { once, each, rotation, rotation_each };
 
-// Adds the gradient of the rotation trick for one row. source(d) and target(d) are the features of x and q.
-template <class Source, class Target>
-__device__ void add_rotated(
-    const float* grad, int64_t features, const Source& source, const Target& target, float* total) {
-  const auto for_features = [&](const auto& f) {
-    for (int64_t d = lane_index(); d < features; d += WARP) f(d);
-  };
+// Calls write(d, value) with the gradient of the rotation trick for each feature of one row. source(d) and target(d) are
+// the features of x and q.
+template <class Source, class Target, class Write>
+__device__ void rotate(
+    const float* grad, int64_t features, const Source& source, const Target& target, const Write& write) {
   const auto sum = [](float value) { return warp_reduce(value, Sum{}); };
   float x_squares = 0, q_squares = 0, s_squares = 0, grad_s = 0, grad_t = 0;
-  for_features([&](int64_t d) {
+  for (int64_t d = lane_index(); d < features; d += WARP) {
     x_squares += source(d) * source(d);
     q_squares += target(d) * target(d);
-  });
+  }
   Rotation rotation(sum(x_squares), sum(q_squares));
-  for_features([&](int64_t d) {
-    const float s = rotation.s(source(d), target(d));
+  for (int64_t d = lane_index(); d < features; d += WARP) {
+    const float t = target(d), s = rotation.s(source(d), t);
     s_squares += s * s;
     grad_s += grad[d] * s;
-    grad_t += grad[d] * (target(d) * rotation.per_q);
-  });
+    grad_t += grad[d] * (t * rotation.per_q);
+  }
   rotation.set_products(sum(s_squares), sum(grad_s), sum(grad_t));
-  for_features([&](int64_t d) { total[d] += rotation(grad[d], source(d), target(d)); });
+  for (int64_t d = lane_index(); d < features; d += WARP) write(d, rotation(grad[d], source(d), target(d)));
 }
 
-// Adds the gradient of x to `totals` [N, D], zeros at the start. residuals: [N, D], x at the start; weights: the
+// Writes the gradient of x to `totals` [N, D], zeros at the start. residuals: [N, D], x at the start; weights: the
 // gradients of the commitment losses.
-__global__ void __launch_bounds__(THREADS) grad_x_kernel(
-    const float* grads, Assigned assigned, int64_t rows, Gradient gradient, const float* weights, float slope,
-    float* residuals, float* totals) {
+template <Gradient GRADIENT>
+__global__ void __launch_bounds__(THREADS, 2) grad_x_kernel(
+    const float* grads, Assigned assigned, int64_t rows, const float* weights, float slope, float* residuals,
+    float* totals) {
   const int64_t row = row_of_warp(), features = assigned.codebooks.features;
   if (row >= rows) return;
   const float* const grad = grads + row * features;
   float *const residual = residuals + row * features, *const total = totals + row * features;
   const auto source = [&](int64_t d) { return residual[d]; };
-  int ran = 0;
-  for (int64_t level = 0; level < assigned.levels; ++level) ran += assigned.code(row, level) >= 0;
-  if (gradient == Gradient::rotation && ran > 0) {
-    const auto quantized = [&](int64_t d) {
-      float sum = 0;
-      for (int64_t level = 0; level < assigned.levels; ++level) sum += assigned.element(assigned.code(row, level), d);
-      return sum;
-    };
-    add_rotated(grad, features, source, quantized, total);
-  }
-  const float times = (float)(gradient == Gradient::each ? ran : gradient == Gradient::once && ran > 0);
-  for (int64_t level = 0; level < assigned.levels; ++level) {
-    const int64_t code = assigned.code(row, level);
-    if (code < 0) continue;
-    const auto target = [&](int64_t d) { return assigned.element(code, d); };
-    if (gradient == Gradient::rotation_each) add_rotated(grad, features, source, target, total);
-    for (int64_t d = lane_index(); d < features; d += WARP) {
-      residual[d] -= target(d);
-      total[d] += residual[d] * (weights[level] * slope);
+  // Calls f(level, offset of the code) for each level that has a code.
+  const auto for_levels = [&](const auto& f) {
+    for (int64_t level = 0; level < assigned.levels; ++level) {
+      const int64_t code = assigned.code(row, level);
+      if (code >= 0) f(level, assigned.offset(code));
     }
+  };
+  if (GRADIENT == Gradient::rotation) {
+    int ran = 0;
+    for_levels([&](int64_t, int64_t at) {
+      ++ran;
+      for (int64_t d = lane_index(); d < features; d += WARP) total[d] += assigned.element(at, d);
+    });
+    const auto quantized = [&](int64_t d) { return total[d]; };
+    if (ran > 0) rotate(grad, features, source, quantized, [&](int64_t d, float value) { total[d] = value; });
   }
-  for (int64_t d = lane_index(); times > 0 && d < features; d += WARP) total[d] += grad[d] * times;
+  int times = 0;
+  for_levels([&](int64_t level, int64_t at) {
+    if (GRADIENT == Gradient::each || (GRADIENT == Gradient::once && times == 0)) ++times;
+    if (GRADIENT == Gradient::rotation_each) {
+      const auto code = [&](int64_t d) { return assigned.element(at, d); };
+      rotate(grad, features, source, code, [&](int64_t d, float value) { total[d] += value; });
+    }
+    const float factor = weights[level] * slope;
+    for (int64_t d = lane_index(); d < features; d += WARP) {
+      residual[d] -= assigned.element(at, d);
+      total[d] += residual[d] * factor;
+    }
+  });
+  for (int64_t d = lane_index(); times > 0 && d < features; d += WARP) total[d] += grad[d] * (float)times;
 }
 
-Gradient gradient_of(const std::string& name) {
-  if (name == "each") return Gradient::each;
-  if (name == "rotation") return Gradient::rotation;
-  return name == "rotation_each" ? Gradient::rotation_each : Gradient::once;
+// Calls f with the gradient of a name as a constant.
+template <class F>
+void with_gradient(const std::string& name, const F& f) {
+  if (name == "each") return f(std::integral_constant<Gradient, Gradient::each>{});
+  if (name == "rotation") return f(std::integral_constant<Gradient, Gradient::rotation>{});
+  if (name == "rotation_each") return f(std::integral_constant<Gradient, Gradient::rotation_each>{});
+  f(std::integral_constant<Gradient, Gradient::once>{});
 }
 
 void check_codebooks(const Tensor& codebooks, const Rows& x) {
@@ -288,10 +298,12 @@ std::tuple<Tensor, Tensor> residual_quantize_bwd(
     const Tensor residuals = rows_in_float32(x, rows, 0, rows.count, device);
     const Tensor totals = new_zeroed(x, {rows.count, rows.features});
     const Tensor weights = weights_of("grad_commitment_loss", grad_commitment_loss, assigned.levels);
-    launch(
-        "grad_x", grad_x_kernel, blocks_of(rows.count), THREADS, 0, device.stream, data_of<float>(grads), assigned,
-        rows.count, gradient_of(gradient), data_of<float>(weights), slope, data_of<float>(residuals),
-        data_of<float>(totals));
+    with_gradient(gradient, [&](auto constant) {
+      launch(
+          "grad_x", grad_x_kernel<decltype(constant)::value>, blocks_of(rows.count), THREADS, 0, device.stream,
+          data_of<float>(grads), assigned, rows.count, data_of<float>(weights), slope, data_of<float>(residuals),
+          data_of<float>(totals));
+    });
     launch(
         "store", store_kernel, RowBlock::blocks_of(rows.count), RowBlock::THREADS, 0, device.stream,
         rows_of("totals", totals), rows_of("grad_x", grad_x));
