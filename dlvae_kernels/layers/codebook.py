@@ -152,6 +152,10 @@ class Codebook(nn.Module):
         """The moving average of the sum of the vectors assigned to each code, of the shape of the codebook."""
         return self._state(self._names.embed_sum)
 
+    def _tensors(self) -> list[Tensor]:
+        """Codes and statistics."""
+        return [self.codebook, self._sizes] + ([self._sums] if self.is_averaged else [])
+
     @property
     def is_averaged(self) -> bool:
         """Whether the codes follow moving averages; otherwise they learn by gradient."""
@@ -190,11 +194,12 @@ class Codebook(nn.Module):
             codes.zero_()
         else:
             codes = codes.normal_() if self._init == "normal" else codes.uniform_(-bound, bound)
-        self.set_codes(normalize(codes, dim=-1) if self._unit_length else codes)
+        self.set_codes(codes)
 
     @torch.no_grad()
     def set_codes(self, codes: Tensor) -> None:
         """Copy `codes` into the codebook, and reset all statistics to one vector at each code."""
+        codes = normalize(codes, dim=-1) if self._unit_length else codes
         self.codebook.copy_(codes)
         self._sizes.fill_(1)
         if self._decay is not None:
@@ -236,7 +241,7 @@ class Codebook(nn.Module):
         if not self._is_uninitialised or (num_vectors == 0 and num_ranks(self._sync) == 1):
             return
         codes = initial_codes()
-        before = [(tensor, tensor.clone()) for tensor in (*self.parameters(), *self.buffers())]
+        before = [(tensor, tensor.clone()) for tensor in self._tensors()]
         is_set = self.codebook.any()
         self.set_codes(codes)
         for tensor, old in before:
@@ -308,7 +313,6 @@ class Codebook(nn.Module):
         else:
             is_dead, size = least < self._dead_code_threshold, torch.full_like(least, self._dead_code_threshold)
         is_dead = is_dead & (is_valid.squeeze(-1) > 0)
-        # Valid candidates first would be fairer to the deadest codes; candidates are random, so any order will do.
         codes = normalize(candidates, dim=-1) if self._unit_length else candidates
         sizes.scatter_(-1, which, torch.where(is_dead, size, least))
         _replace(self.codebook, which, is_dead, codes)

@@ -41,12 +41,11 @@ class LevelCodebook(Codebook):
             statistics = out.counts[..., None].to(self._sizes.dtype)
         else:
             statistics = residual_statistics(vectors, out.indices, codebooks)
-        state = [self.codebook, self._sizes] + ([self._sums] if self.is_averaged else [])
-        before = [tensor.clone() for tensor in state] if levels is not None else []
+        before = [tensor.clone() for tensor in self._tensors()] if levels is not None else []
         self.update(statistics, lambda jitter: self._candidates(vectors, out.indices, codebooks, jitter[0], mask))
         if levels is not None:
             ran = levels if isinstance(levels, Tensor) else torch.arange(len(codebooks), device=vectors.device) < levels
-            for tensor, old in zip(state, before, strict=True):
+            for tensor, old in zip(self._tensors(), before, strict=True):
                 tensor.copy_(torch.where(ran.view(-1, *[1] * (tensor.ndim - 1)), tensor, old))
 
     def _candidates(

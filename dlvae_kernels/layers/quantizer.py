@@ -203,7 +203,8 @@ class Quantizer(Codebook):
     def _search_codebook(self) -> Tensor:
         """The codebook that vectors are compared with: its codes, of length 1 for the cosine."""
         if self._metric == "cosine" and self._decay is None:
-            return normalize(self.codebook, dim=-1)
+            # The backward of the lengths needs the codes as they were.
+            return normalize(self.codebook.clone() if self.writes_codes else self.codebook, dim=-1)
         return self.codebook
 
     def _as_vectors(self, inputs: Tensor) -> Tensor:

@@ -146,6 +146,21 @@ def test_masked_positions_neither_initialise_nor_revive(kind, init, options):
 
 
 @both
+@pytest.mark.parametrize(
+    "options", [{"metric": "cosine"}, {"codebook_dim": 4}, {"num_heads": H, "gradient": "rotation"}]
+)
+@pytest.mark.parametrize("init", ["normal", "kmeans"])
+def test_first_steps_with_revival_have_gradients(kind, init, options):
+    layer = make(kind, init=init, dead_code_threshold=1.0, **options)
+    x = torch.randn(2, D, 30, requires_grad=True)
+    outs = [layer(x), layer(x)]
+    sum(out.loss + out.quantized.sum() for out in outs).backward()
+    assert x.grad.isfinite().all()
+    if options == {"metric": "cosine"} and kind == "ema":
+        torch.testing.assert_close(layer.codebook.norm(dim=-1), torch.ones(K))
+
+
+@both
 def test_index_dtypes_decode_alike(kind):
     x = torch.randn(2, D, 20)
     layers = {dtype: make(kind, index_dtype=dtype).eval() for dtype in (torch.int64, torch.int32, torch.uint16)}
