@@ -25,10 +25,12 @@ Threshold = float | Literal["auto"]
 
 # Weight of the past in the counts of a codebook that learns by gradient.
 _USE_DECAY = 0.99
-# With threshold "auto": a code is dead if its count is below this share of the mean count, and the largest share of the
-# codebook that one step revives.
+# With threshold "auto": a code is dead if its count is below this share of the mean count; the largest share of the
+# codebook that one step revives; and the steps without a vector after which a revived code is dead again. A code with
+# few vectors follows them fast, and a code without any is soon replaced, which the first steps of training need.
 _DEAD_SHARE = 0.1
 _REVIVED_SHARE = 0.03
+_GRACE_STEPS = 10
 
 
 class StateNames(NamedTuple):
@@ -58,7 +60,7 @@ class Codebook(nn.Module):
         init: "normal", "uniform" in [-1/K, 1/K], or from the first training batch: "data" (random vectors), "kmeans".
         dead_code_threshold: reinitialise (revive) a code from the batch if its moving average of assigned vectors a
             batch is below this; 0 disables it. "auto": below a tenth of the mean over the codes, and in one step at
-            most 3 % of the codes, those with the smallest averages. A revived code starts with the mean.
+            most 3 % of the codes, those with the smallest averages. A revived code stays for at least ten steps.
         sync: all-reduce statistics over the ranks of torch.distributed whenever it is initialised.
         unit_length: keep every code at length 1, for vectors of length 1.
         names: the names of the state.
@@ -307,12 +309,14 @@ class Codebook(nn.Module):
         """Replace dead codes, their sums and their counts by valid candidates, so that the next update keeps them."""
         sizes = self._sizes
         least, which = (part[..., : self._num_revivable] for part in sizes.sort(dim=-1, stable=True))
-        mean = sizes.mean(-1, keepdim=True)
         if self._dead_code_threshold == "auto":
-            is_dead, size = least < _DEAD_SHARE * mean, mean.expand_as(least)
+            mean = sizes.mean(-1, keepdim=True)
+            threshold = (_DEAD_SHARE * mean).expand_as(least)
+            decay = _USE_DECAY if self._decay is None else self._decay
+            size = torch.minimum(threshold / max(decay, _DEAD_SHARE) ** _GRACE_STEPS, mean)
         else:
-            is_dead, size = least < self._dead_code_threshold, torch.full_like(least, self._dead_code_threshold)
-        is_dead = is_dead & (is_valid.squeeze(-1) > 0)
+            size = threshold = torch.full_like(least, self._dead_code_threshold)
+        is_dead = (least < threshold) & (is_valid.squeeze(-1) > 0)
         codes = normalize(candidates, dim=-1) if self._unit_length else candidates
         sizes.scatter_(-1, which, torch.where(is_dead, size, least))
         _replace(self.codebook, which, is_dead, codes)

@@ -78,22 +78,23 @@ def test_revival_auto_replaces_few_codes_a_step_and_gives_them_time(heads):
         assert int(changed.sum(-1).max()) <= max(1, int(0.03 * K))
         assert not changed[..., : K // 2].any()
         for code in changed.nonzero().tolist():
-            # A code that stays unused is dead again when its count has fallen from the mean to a tenth of it.
-            assert step - revived_at.get(tuple(code), -100) > 20
+            # A code that stays without vectors is dead again after ten steps.
+            assert step - revived_at.get(tuple(code), -100) > 10
             revived_at[tuple(code)] = step
     assert len(revived_at) == (1 if heads is None else heads) * K // 2
     assert int(codebook.usage.revived) >= len(revived_at)
 
 
-def test_revival_a_revived_code_has_the_mean_count_and_its_own_sum():
-    codebook = Codebook(K, D, decay=0.5, dead_code_threshold="auto")
+@pytest.mark.parametrize(("decay", "share"), [(0.99, 0.1 / 0.99**10), (0.5, 1.0)])
+def test_revival_a_revived_code_has_a_count_for_ten_steps_and_its_own_sum(decay, share):
+    codebook = Codebook(K, D, decay=decay, dead_code_threshold="auto")
     codebook.cluster_size.fill_(8)
     codebook.cluster_size[5] = 0.01
     vector = torch.full((9, D), 7.0)
     codebook.update(torch.zeros(K, D + 1), lambda jitter: sample_vectors(vector, jitter, False))
     size = codebook.cluster_size[5]
-    # All counts were halved by the step; the mean includes the dead code.
-    torch.testing.assert_close(size, torch.tensor((4.0 * (K - 1) + 0.005) / K))
+    # The mean includes the dead code; no revived code starts above it.
+    torch.testing.assert_close(size, torch.tensor(share * decay * (8.0 * (K - 1) + 0.01) / K))
     torch.testing.assert_close(codebook.codes[5], vector[0])
     torch.testing.assert_close(codebook.embed_sum[5], vector[0] * size)
 
