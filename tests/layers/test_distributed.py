@@ -10,7 +10,12 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from dlvae_kernels import ResidualVectorQuantizer, VectorQuantizer, VectorQuantizerEMA
+from dlvae_kernels import (
+    GroupedResidualVectorQuantizer,
+    ResidualVectorQuantizer,
+    VectorQuantizer,
+    VectorQuantizerEMA,
+)
 from dlvae_kernels.layers import distributed
 
 K, D, STEPS = 16, 4, 5
@@ -22,6 +27,9 @@ def _layer(kind: str, **options) -> torch.nn.Module:
         return VectorQuantizerEMA(K, D, 0.25, 0.8, **{"dead_code_threshold": 0} | options)
     if kind == "residual":
         return ResidualVectorQuantizer(3, K, D, decay=0.8, **{"init": "normal", "dead_code_threshold": 0} | options)
+    if kind == "grouped":
+        options = {"init": "normal", "dead_code_threshold": 0} | options
+        return GroupedResidualVectorQuantizer(2, 3, K, D, decay=0.8, **options)
     return VectorQuantizer(K, D, 0.25, **options)
 
 
@@ -68,6 +76,7 @@ CASES = {
         False,
     ),
     "residual": ("residual", {}, (4, 4), False),
+    "grouped": ("grouped", {}, (4, 4), False),
     "residual, uneven": ("residual", {}, (1, 7), False),
     "residual, kmeans and dead codes": ("residual", {"init": "kmeans", "dead_code_threshold": 1.0}, (4, 4), False),
     "residual, an empty rank": ("residual", {"init": "data", "dead_code_threshold": "auto"}, (4, 0), False),
@@ -86,7 +95,9 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[dict, dic
     return {name: pair for name, *pair in zip(CASES, first, second, strict=True)}
 
 
-@pytest.mark.parametrize("case", ["ema", "ema, uneven", "ema, compiled", "ema, heads", "residual", "residual, uneven"])
+@pytest.mark.parametrize(
+    "case", ["ema", "ema, uneven", "ema, compiled", "ema, heads", "residual", "residual, uneven", "grouped"]
+)
 def test_two_ranks_equal_one_process_on_the_full_batch(ranks, case):
     kind, options, sizes, _ = CASES[case]
     single = _train(_layer(kind, **options), [[torch.cat(step)] for step in _batches(sizes)], 0)
