@@ -104,6 +104,13 @@ _CPU: tuple[Target, ...] = (
     *_speeds("VectorQuantizerEMA", {_LUCIDRAINS: 50}, sizes.FINE),
     *_speeds("VectorQuantizerEMA eval", {_LUCIDRAINS: 12}, sizes.CIFAR, sizes.FINE),
     *_speeds("DictionaryLearning", {NOTEBOOK: 3}, sizes.DICTIONARY),
+    *_speeds("ResidualVectorQuantizer", {_LUCIDRAINS: 8}, sizes.ENCODEC_LEVELS),
+    *_speeds("ResidualVectorQuantizer eval", {_LUCIDRAINS: 5}, sizes.ENCODEC_LEVELS),
+    *_speeds("ResidualVectorQuantizer eval", {_LUCIDRAINS: 10}, sizes.MIMI_LEVELS),
+    *_speeds("VectorQuantizerEMA heads", {_LUCIDRAINS: 40}, sizes.HEADS),
+    *_speeds("VectorQuantizerEMA heads eval", {_LUCIDRAINS: 40}, sizes.HEADS),
+    Most("VectorQuantizerEMA heads", sizes.HEADS, "peak_mb", 40, "MB beyond the inputs"),
+    Most("LookupFreeQuantizer", sizes.BITS_14, "peak_mb", 100, "MB beyond the inputs"),
 )
 _LATENCY: tuple[Target, ...] = (
     Most("nearest_code", sizes.ONE_VECTOR, "over_us", 12, "us longer than the native operation"),
