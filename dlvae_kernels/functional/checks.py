@@ -6,6 +6,7 @@ All checks look only at shapes and types, so that `torch.compile` evaluates them
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -178,16 +179,24 @@ def check_size(name: str, value: int, low: int, high: int | None = None) -> int:
     return size
 
 
+def _is_true(comparison: Callable[[], bool]) -> bool:
+    """Whether a comparison holds; it does not for a value that cannot be compared with numbers."""
+    try:
+        return bool(comparison())
+    except TypeError:
+        return False
+
+
 def check_at_least(name: str, value: float, least: float) -> None:
     """Check that a number is at least `least`; NaN is not."""
-    if not value >= least:
-        raise ValueError(f"expected {name} to be at least {least}, got {value}")
+    if not _is_true(lambda: value >= least):
+        raise ValueError(f"expected {name} to be at least {least}, got {value!r}")
 
 
 def check_between(name: str, value: float, low: float, high: float) -> None:
     """Check that a number lies in [low, high]; NaN does not."""
-    if not low <= value <= high:
-        raise ValueError(f"expected {name} to lie in [{low}, {high}], got {value}")
+    if not _is_true(lambda: low <= value <= high):
+        raise ValueError(f"expected {name} to lie in [{low}, {high}], got {value!r}")
 
 
 def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:

@@ -7,16 +7,17 @@ residual quantizer one a level [L, K, D].
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import normalize
 
 from ..functional.checks import check_at_least, check_between, check_choice
 from ..functional.ema_update import ema_step
 from .distributed import all_reduce_sum, all_reduce_sums, num_ranks, sample_vectors
 from .initialisation import codes_from
+from .projection import to_unit_length
+from .state import StateNames, lookup, register
 from .usage import CodebookUsage, CollapseWarning, usage_of
 
 Init = Literal["uniform", "normal", "data", "kmeans"]
@@ -31,14 +32,6 @@ _USE_DECAY = 0.99
 _DEAD_SHARE = 0.1
 _REVIVED_SHARE = 0.03
 _GRACE_STEPS = 10
-
-
-class StateNames(NamedTuple):
-    """The names under which a module keeps its state; a dot leads to a child module."""
-
-    codes: str = "codes"
-    cluster_size: str = "cluster_size"
-    embed_sum: str = "embed_sum"
 
 
 class Codebook(nn.Module):
@@ -60,7 +53,8 @@ class Codebook(nn.Module):
         init: "normal", "uniform" in [-1/K, 1/K], or from the first training batch: "data" (random vectors), "kmeans".
         dead_code_threshold: reinitialise (revive) a code from the batch if its moving average of assigned vectors a
             batch is below this; 0 disables it. "auto": below a tenth of the mean over the codes, and in one step at
-            most 3 % of the codes, those with the smallest averages. A revived code stays for at least ten steps.
+            most 3 % of the codes (at least one), those with the smallest averages. A revived code starts with a count
+            that lasts ten steps without a vector.
         sync: all-reduce statistics over the ranks of torch.distributed whenever it is initialised.
         unit_length: keep every code at length 1, for vectors of length 1.
         names: the names of the state.
@@ -113,46 +107,31 @@ class Codebook(nn.Module):
         wide = torch.promote_types(default, torch.float32)
         heads = () if num_heads is None else (num_heads,)
         codes = torch.empty(*heads, num_codes, num_features, dtype=default if decay is None else wide)
-        self._register(names.codes, nn.Parameter(codes) if decay is None else codes)
+        register(self, names.codes, nn.Parameter(codes) if decay is None else codes)
         # Counts and sums start as those of one vector at each code, and so reproduce the codebook.
         is_saved = decay is not None or dead_code_threshold != 0
-        self._register(names.cluster_size, torch.empty(*heads, num_codes, dtype=wide), persistent=is_saved)
+        register(self, names.cluster_size, torch.empty(*heads, num_codes, dtype=wide), persistent=is_saved)
         if decay is not None:
-            self._register(names.embed_sum, torch.empty_like(codes))
+            register(self, names.embed_sum, torch.empty_like(codes))
         self._num_revived: Tensor
         self.register_buffer("_num_revived", torch.zeros((), dtype=torch.int64), persistent=False)
+        self.register_load_state_dict_post_hook(_leave_meta)
         self.reset_parameters()
-
-    def _register(self, name: str, tensor: Tensor, persistent: bool = True) -> None:
-        path, _, leaf = name.rpartition(".")
-        if path and path not in self._modules:
-            self.add_module(path, _State())
-        owner = self.get_submodule(path)
-        if isinstance(tensor, nn.Parameter):
-            owner.register_parameter(leaf, tensor)
-        else:
-            owner.register_buffer(leaf, tensor, persistent)
-
-    def _state(self, name: str) -> Tensor:
-        value: Any = self
-        for part in name.split("."):
-            value = getattr(value, part)
-        return value
 
     @property
     def codebook(self) -> Tensor:
         """The codes, [K, D] or [H, K, D]."""
-        return self._state(self._names.codes)
+        return lookup(self, self._names.codes)
 
     @property
     def _sizes(self) -> Tensor:
         """The moving average of the number of vectors assigned to each code in a batch, [K] or [H, K]."""
-        return self._state(self._names.cluster_size)
+        return lookup(self, self._names.cluster_size)
 
     @property
     def _sums(self) -> Tensor:
         """The moving average of the sum of the vectors assigned to each code, of the shape of the codebook."""
-        return self._state(self._names.embed_sum)
+        return lookup(self, self._names.embed_sum)
 
     def _tensors(self) -> list[Tensor]:
         """Codes and statistics."""
@@ -201,7 +180,7 @@ class Codebook(nn.Module):
     @torch.no_grad()
     def set_codes(self, codes: Tensor) -> None:
         """Copy `codes` into the codebook, and reset all statistics to one vector at each code."""
-        codes = normalize(codes, dim=-1) if self._unit_length else codes
+        codes = to_unit_length(codes) if self._unit_length else codes
         self.codebook.copy_(codes)
         self._sizes.fill_(1)
         if self._decay is not None:
@@ -249,7 +228,8 @@ class Codebook(nn.Module):
         for tensor, old in before:
             tensor.copy_(torch.where(is_set, old, tensor))
         self._initialised_in_last_step = True
-        self._is_uninitialised = False
+        # A batch without a valid vector initialises nothing; compiled code cannot see it.
+        self._is_uninitialised = not torch.compiler.is_compiling() and not bool(self.codebook.any())
 
     def _check_exportable(self) -> None:
         """Refuse to export a graph that would repeat what happens in one training step only."""
@@ -275,29 +255,39 @@ class Codebook(nn.Module):
         return codes_from(all_reduce_sum(sampled, self._sync), vectors, self._init == "kmeans", self._sync, mask)
 
     @torch.no_grad()
-    def update(self, statistics: Tensor, candidates: Callable[[Tensor], Tensor]) -> None:
+    def update(self, statistics: Tensor, candidates: Callable[[Tensor], Tensor], ran: Tensor | None = None) -> None:
         """Update the state by the statistics of a training batch.
 
         Args:
             statistics: this rank's [K, D + 1] or [H, K, D + 1] of `ema_statistics`; [..., K, 1], the counts alone, for
                 a codebook that learns by gradient.
             candidates: returns for jitter [M] or [H, M] what `sample_vectors` returns for the vectors of the batch.
+            ran: [H] bool, the codebooks that this rank used; those that no rank used keep their state. None: all.
         """
         # One all-reduce adds statistics and candidates. Counts that decide nothing stay those of this rank.
         sync = self._sync and (self._decay is not None or self._dead_code_threshold != 0)
         parts = [statistics]
         if self._dead_code_threshold != 0:
             parts.append(candidates(self._jitter(self._num_revivable)).to(statistics.dtype))
+        if ran is not None:
+            parts.append(ran.to(statistics.dtype))
         parts = all_reduce_sums(parts, sync)
+        ran = None if ran is None else parts[-1] > 0
+        averages = [self._sizes] if self._decay is None else [self.codebook, self._sizes, self._sums]
+        before = [] if ran is None else [tensor.clone() for tensor in averages]
         if self._decay is None:
             self._sizes.lerp_(parts[0].squeeze(-1).to(self._sizes.dtype), 1 - _USE_DECAY)
         else:
             state = self.codebook, self._sizes, self._sums
             ema_step(*state, parts[0], decay=self._decay, epsilon=self._epsilon)
             if self._unit_length:
-                self.codebook.copy_(normalize(self.codebook, dim=-1))
+                self.codebook.copy_(to_unit_length(self.codebook))
+        if ran is not None:
+            for tensor, old in zip(averages, before, strict=True):
+                tensor.copy_(torch.where(ran.view(-1, *[1] * (tensor.ndim - 1)), tensor, old))
         if self._dead_code_threshold != 0:
-            self._revive(*parts[1].split([self._num_features, 1], dim=-1))
+            found, is_valid = parts[1].split([self._num_features, 1], dim=-1)
+            self._revive(found, is_valid, ran)
         self._warning.after_step(self._sizes)
 
     @property
@@ -305,7 +295,7 @@ class Codebook(nn.Module):
         """The most codes that one step revives."""
         return max(1, int(_REVIVED_SHARE * self._num_codes)) if self._dead_code_threshold == "auto" else self._num_codes
 
-    def _revive(self, candidates: Tensor, is_valid: Tensor) -> None:
+    def _revive(self, candidates: Tensor, is_valid: Tensor, ran: Tensor | None) -> None:
         """Replace dead codes, their sums and their counts by valid candidates, so that the next update keeps them."""
         sizes = self._sizes
         least, which = (part[..., : self._num_revivable] for part in sizes.sort(dim=-1, stable=True))
@@ -317,7 +307,9 @@ class Codebook(nn.Module):
         else:
             size = threshold = torch.full_like(least, self._dead_code_threshold)
         is_dead = (least < threshold) & (is_valid.squeeze(-1) > 0)
-        codes = normalize(candidates, dim=-1) if self._unit_length else candidates
+        if ran is not None:
+            is_dead &= ran[:, None]
+        codes = to_unit_length(candidates) if self._unit_length else candidates
         sizes.scatter_(-1, which, torch.where(is_dead, size, least))
         _replace(self.codebook, which, is_dead, codes)
         if self._decay is not None:
@@ -364,15 +356,18 @@ class Codebook(nn.Module):
             self._is_uninitialised = self._init in ("data", "kmeans") and is_zero
 
 
-class _State(nn.Module):
-    """Holds a tensor under a name with a dot."""
-
-    def reset_parameters(self) -> None:
-        """Do nothing: the enclosing codebook initialises it, and a model may reset its modules in any order."""
-
-
 def _replace(state: Tensor, which: Tensor, is_dead: Tensor, values: Tensor) -> None:
     """Write values [..., M, D] over the rows `which` [..., M] of state [..., K, D] that are dead."""
     rows = which[..., None].expand_as(values)
     kept = state.gather(-2, rows)
     state.scatter_(-2, rows, torch.where(is_dead[..., None], values.to(state.dtype), kept))
+
+
+def _leave_meta(module: Codebook, incompatible_keys: object) -> None:
+    """Make anew the buffers that no checkpoint holds, if load_state_dict has assigned tensors to a meta module."""
+    if module.codebook.is_meta:
+        return
+    for name, value in ((module._names.cluster_size, 1), ("_num_revived", 0)):
+        owner, _, leaf = name.rpartition(".")
+        if (buffer := lookup(module, name)).is_meta:
+            setattr(module.get_submodule(owner), leaf, torch.full_like(buffer, value, device=module.codebook.device))

@@ -94,6 +94,7 @@ class FiniteScalarQuantizer(ImplicitCodebookLayer):
         self._index_dtype = index_dtype
         self.register_buffer("_levels", torch.empty(len(self.levels), dtype=torch.int64), persistent=False)
         self.register_buffer("_places", torch.empty(len(self.levels), dtype=torch.int64), persistent=False)
+        self.register_load_state_dict_post_hook(_leave_meta)
         self._fill_buffers()
 
     @property
@@ -171,3 +172,12 @@ class FiniteScalarQuantizer(ImplicitCodebookLayer):
             "index_dtype": self._index_dtype,
             "channel_last": self._channel_last,
         }
+
+
+def _leave_meta(module: FiniteScalarQuantizer, incompatible_keys: object) -> None:
+    """Make the buffers anew, which no checkpoint holds, if load_state_dict has assigned tensors to a meta module."""
+    weight = next(module.parameters(), None)
+    if module._levels.is_meta and weight is not None and not weight.is_meta:
+        for name in ("_levels", "_places"):
+            setattr(module, name, torch.empty_like(getattr(module, name), device=weight.device))
+        module._fill_buffers()

@@ -1,12 +1,15 @@
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..functional.checks import check_size
+from ..functional.checks import check_size, check_tensor
+from .maps import features_last
 from .residual_vector_quantizer import ResidualVectorQuantizer, ResidualVectorQuantizerOutput
+from .usage import CodebookUsage
 
 
 class GroupedResidualVectorQuantizer(nn.Module):
@@ -55,6 +58,24 @@ class GroupedResidualVectorQuantizer(nn.Module):
             for _ in range(num_groups)
         )
 
+    @property
+    def codebooks(self) -> Tensor:
+        """The codes of all groups and levels, a copy [G, L, K, D / G]."""
+        return torch.stack([group.codebooks for group in self._quantizers()])
+
+    @property
+    def usage(self) -> CodebookUsage:
+        """How evenly the codes of each group and level are used, [G, L]."""
+        return CodebookUsage(*map(torch.stack, zip(*(group.usage for group in self._quantizers()), strict=True)))
+
+    def reset_parameters(self) -> None:
+        """Initialise all groups anew, as the constructor does; call it after `to_empty`."""
+        for group in self._quantizers():
+            group.reset_parameters()
+
+    def _quantizers(self) -> Iterator[ResidualVectorQuantizer]:
+        return iter(self.groups)  # type: ignore[arg-type]
+
     def forward(
         self, inputs: Tensor, mask: Tensor | None = None, *, num_levels: int | None = None
     ) -> ResidualVectorQuantizerOutput:
@@ -67,7 +88,9 @@ class GroupedResidualVectorQuantizer(nn.Module):
             indices: [B, *spatial, G, L].
         """
         parts = self._divide(inputs)
-        outputs = [group(part, mask, num_levels=num_levels) for group, part in zip(self.groups, parts, strict=True)]
+        # Quantizer dropout runs the same levels in all groups.
+        levels = next(self._quantizers()).levels_to_run(num_levels)
+        outputs = [group.quantize(part, mask, levels) for group, part in zip(self._quantizers(), parts, strict=True)]
         loss, quantized, perplexity, indices = zip(*outputs, strict=True)
         return ResidualVectorQuantizerOutput(
             torch.stack(loss).mean(),
@@ -78,23 +101,22 @@ class GroupedResidualVectorQuantizer(nn.Module):
 
     def encode(self, inputs: Tensor, *, num_levels: int | None = None) -> Tensor:
         """Indices of the first `num_levels` levels (None: all), [B, *spatial, G, num_levels]."""
-        parts = zip(self.groups, self._divide(inputs), strict=True)
-        return torch.stack([group.encode(part, num_levels=num_levels) for group, part in parts], dim=-2)  # type: ignore[operator]
+        parts = zip(self._quantizers(), self._divide(inputs), strict=True)
+        return torch.stack([group.encode(part, num_levels=num_levels) for group, part in parts], dim=-2)
 
     def decode(self, indices: Tensor) -> Tensor:
         """The map of the codes at indices [B, *spatial, G, n]; see `ResidualVectorQuantizer.decode`."""
+        check_tensor("indices", indices)
         if indices.ndim < 3 or indices.shape[-2] != len(self.groups):
             raise ValueError(
                 f"expected indices of shape [B, *spatial, {len(self.groups)}, n], got {tuple(indices.shape)}"
             )
-        parts = zip(self.groups, indices.unbind(-2), strict=True)
-        codes = [group.decode(part) for group, part in parts]  # type: ignore[operator]
+        parts = zip(self._quantizers(), indices.unbind(-2), strict=True)
+        codes = [group.decode(part) for group, part in parts]
         return torch.cat(codes, dim=-1 if self._channel_last else 1)
 
     def _divide(self, inputs: Tensor) -> tuple[Tensor, ...]:
-        dim = -1 if self._channel_last else 1
-        expected = sum(group.embedding_dim for group in self.groups)  # type: ignore[misc]
-        if inputs.ndim < 2 or inputs.shape[dim] != expected:
-            shape = f"[B, ..., {expected}]" if self._channel_last else f"[B, {expected}, ...]"
-            raise ValueError(f"expected inputs of shape {shape}, got {tuple(inputs.shape)}")
-        return inputs.chunk(len(self.groups), dim)
+        """The maps of the groups."""
+        num_features = sum(group.embedding_dim for group in self._quantizers())
+        features_last("inputs", inputs, num_features, self._channel_last)
+        return inputs.chunk(len(self.groups), -1 if self._channel_last else 1)

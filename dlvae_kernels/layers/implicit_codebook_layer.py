@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear
 
-from ..functional.autocast import without_autocast
 from ..functional.checks import check_floating, check_layer_dtype, check_same_device, check_size, check_tensor
 from .maps import codes_to_map, features_last, vectors_to_map
+from .projection import project
 
 _INDEX_DTYPES = (torch.uint16, torch.int32, torch.int64)
 
@@ -72,7 +71,7 @@ class ImplicitCodebookLayer(nn.Module):
         _check_range(indices, self.codebook_size)
         is_code = indices >= 0
         codes = torch.where(is_code[..., None], self._codes_at(indices), 0)
-        decoded = _project(self.project_out, codes.flatten(-2))
+        decoded = project(self.project_out, codes.flatten(-2))
         decoded = torch.where(is_code.any(-1, keepdim=True), decoded, 0)
         if isinstance(self.project_out, nn.Linear):
             decoded = decoded.to(self.project_out.weight.dtype)
@@ -105,11 +104,11 @@ class ImplicitCodebookLayer(nn.Module):
     def _split(self, vectors: Tensor) -> Tensor:
         """Project vectors [..., dim] to those of each codebook, in float32 or wider: [..., C, code_dim]."""
         dtype = torch.promote_types(vectors.dtype, torch.float32)
-        return _project(self.project_in, vectors.to(dtype)).unflatten(-1, (self.num_codebooks, self.code_dim))
+        return project(self.project_in, vectors.to(dtype)).unflatten(-1, (self.num_codebooks, self.code_dim))
 
     def _merge(self, codes: Tensor, inputs: Tensor, mask: Tensor | None = None) -> Tensor:
         """Project codes [..., C, code_dim] back, to a map with the shape and dtype of `inputs`; what is masked is 0."""
-        vectors = _project(self.project_out, codes.flatten(-2)).to(inputs.dtype)
+        vectors = project(self.project_out, codes.flatten(-2)).to(inputs.dtype)
         if mask is not None:
             vectors = torch.where(mask[..., None], vectors, 0)
         return vectors_to_map(vectors, inputs, self._channel_last)
@@ -119,16 +118,6 @@ class ImplicitCodebookLayer(nn.Module):
         spatial = inputs.shape[1:-1] if self._channel_last else inputs.shape[2:]
         trailing = () if self.num_codebooks == 1 else (self.num_codebooks,)
         return indices.reshape(inputs.shape[0], *spatial, *trailing)
-
-
-def _project(projection: nn.Module, x: Tensor) -> Tensor:
-    """Apply a projection in the dtype of x or a wider one, whatever autocast or the dtype of the module."""
-    if not isinstance(projection, nn.Linear):
-        return x
-    weight, bias = projection.weight, projection.bias
-    dtype = torch.promote_types(x.dtype, weight.dtype)
-    with without_autocast(x):
-        return linear(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
 
 
 def _check_range(indices: Tensor, num_codes: int) -> None:

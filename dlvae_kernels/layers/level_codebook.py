@@ -41,12 +41,8 @@ class LevelCodebook(Codebook):
             statistics = out.counts[..., None].to(self._sizes.dtype)
         else:
             statistics = residual_statistics(vectors, out.indices, codebooks)
-        before = [tensor.clone() for tensor in self._tensors()] if levels is not None else []
-        self.update(statistics, lambda jitter: self._candidates(vectors, out.indices, codebooks, jitter[0], mask))
-        if levels is not None:
-            ran = levels if isinstance(levels, Tensor) else torch.arange(len(codebooks), device=vectors.device) < levels
-            for tensor, old in zip(self._tensors(), before, strict=True):
-                tensor.copy_(torch.where(ran.view(-1, *[1] * (tensor.ndim - 1)), tensor, old))
+        ran = torch.arange(len(codebooks), device=vectors.device) < levels if isinstance(levels, int) else levels
+        self.update(statistics, lambda jitter: self._candidates(vectors, out.indices, codebooks, jitter[0], mask), ran)
 
     def _candidates(
         self, vectors: Tensor, indices: Tensor, codebooks: Tensor, jitter: Tensor, mask: Tensor | None

@@ -4,12 +4,12 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize
 
 from ..functional.bit_entropy import bit_entropy
 from ..functional.checks import check_at_least, check_flags, check_size
 from .distributed import all_reduce_mean, num_ranks
 from .implicit_codebook_layer import ImplicitCodebookLayer
+from .projection import to_unit_length
 
 
 class LookupFreeQuantizerOutput(NamedTuple):
@@ -188,7 +188,7 @@ class LookupFreeQuantizer(ImplicitCodebookLayer):
     def _features(self, vectors: Tensor) -> Tensor:
         """The vectors of each codebook [..., C, d], with the length of the codes if spherical."""
         x = self._split(vectors)
-        return normalize(x, dim=-1) * self._codebook_scale if self._spherical else x
+        return to_unit_length(x) * self._codebook_scale if self._spherical else x
 
     def _entropies(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
         """The per-sample and the batch entropy of x [..., C, d], means over the codebooks."""

@@ -99,7 +99,9 @@ def check_index_dtype(dtype: torch.dtype, num_codes: int) -> None:
 def check_holds_no_code(dtype: torch.dtype, reason: str) -> None:
     """Check that indices of this dtype hold -1, which `reason` requires."""
     if not dtype.is_signed:
-        raise ValueError(f"expected a signed index_dtype with {reason}, for the index -1 of no code, got {dtype}")
+        raise ValueError(
+            f"expected a signed index_dtype with {reason}, for the index -1 of no code, got {dtype}; pass torch.int32"
+        )
 
 
 def long_indices(indices: Tensor) -> Tensor:

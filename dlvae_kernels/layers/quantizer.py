@@ -6,7 +6,6 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import normalize
 
 from ..functional.checks import check_at_least, check_choice, check_size
 from ..functional.ema_update import ema_statistics
@@ -14,7 +13,7 @@ from ..functional.gather_codes import gather_codes
 from ..functional.nearest_code import nearest_code
 from ..functional.one_hot import one_hot
 from ..functional.vector_quantize import GRADIENTS, Gradient, VectorQuantizeOutput, vector_quantize
-from .codebook import Codebook, Init, StateNames, Threshold
+from .codebook import Codebook, Init, Threshold
 from .distributed import sample_vectors
 from .maps import (
     check_holds_no_code,
@@ -26,6 +25,8 @@ from .maps import (
     spatial_shape,
     vectors_to_map,
 )
+from .projection import project, to_unit_length, zeros_where_masked
+from .state import StateNames
 from .usage import perplexity_of
 
 Encodings = Literal["one_hot", "indices"]
@@ -128,16 +129,24 @@ class Quantizer(Codebook):
         """The weight of the commitment loss."""
         return self._commitment_cost
 
+    def reset_parameters(self) -> None:
+        """Initialise codes, statistics and projections anew, as the constructor does; call it after `to_empty`."""
+        super().reset_parameters()
+        # The constructor calls this before there are projections.
+        for name in ("project_in", "project_out"):
+            if isinstance(projection := getattr(self, name, None), nn.Linear):
+                projection.reset_parameters()
+
     def forward(self, inputs: Tensor, mask: Tensor | None = None) -> VectorQuantizerOutput:
         """Quantize a map.
 
         Args:
             inputs: [B, D, *spatial], or [B, *spatial, D] with channel_last, float16, bfloat16 or float32.
-            mask: [B, *spatial] bool: True for a valid position. A masked position gets zeros (projected, where there is
-                a projection) and the index -1, and is in no loss and no statistics.
+            mask: [B, *spatial] bool: True for a valid position. A masked position gets zeros and the index -1, and is
+                in no loss and no statistics.
         Returns:
             loss: scalar float32.
-            quantized: shape, dtype and (where they are dense) strides of inputs, with the straight-through gradient.
+            quantized: shape, dtype and (where they are dense, without a projection) strides of inputs.
             perplexity: scalar float32 in [1, K], of the codes that this batch is assigned to; with a codebook for each
                 head their mean.
             encodings: one-hot vectors [B * positions, K] float32 (a vector for each head), or with encodings="indices"
@@ -146,10 +155,10 @@ class Quantizer(Codebook):
             ValueError: rank, D, dtype or device do not fit, or the layer is exported in train mode while its codebook
                 is uninitialised or ranks all-reduce; nothing has been changed.
         """
-        vectors = self._as_vectors(inputs)
-        valid = mask_to_vectors(mask, inputs, self._channel_last)
-        if mask is not None:
+        if mask is not None and self._encodings == "indices":
             check_holds_no_code(self._index_dtype, "a mask")
+        vectors, valid = self._as_vectors(inputs, mask)
+        positions = valid
         of_heads = valid if valid is None or self._heads == 1 else valid[..., None].expand(vectors.shape[:-1])
         # Heads with a shared codebook are vectors like any other.
         valid = of_heads if self._num_heads is None else valid
@@ -160,14 +169,15 @@ class Quantizer(Codebook):
         perplexity = perplexity_of(out.counts)
         return VectorQuantizerOutput(
             self._total_loss(out),
-            self._as_map(out.quantized, inputs),
+            self._as_map(out.quantized, inputs, positions),
             perplexity.mean() if perplexity.ndim else perplexity,
             self._encodings_of(out.indices, inputs),
         )
 
     def encode(self, inputs: Tensor) -> Tensor:
         """Indices of the nearest codes, [B, *spatial] or, with heads, [B, *spatial, H]; `inputs` as in `forward`."""
-        return self._index_map(nearest_code(self._as_vectors(inputs), self._search_codebook()), inputs)
+        vectors, _ = self._as_vectors(inputs, None)
+        return self._index_map(nearest_code(vectors, self._search_codebook()), inputs)
 
     def decode(self, indices: Tensor) -> Tensor:
         """The map [B, D, *spatial] ([B, *spatial, D] with channel_last) of the codes at indices.
@@ -187,7 +197,12 @@ class Quantizer(Codebook):
         codes = gather_codes(self._search_codebook(), indices)
         if self._heads > 1:
             codes = codes.flatten(-2)
-        return codes_to_map(codes if self.project_out is None else self.project_out(codes), self._channel_last)
+        if self.project_out is not None:
+            is_code = indices >= 0
+            codes = zeros_where_masked(
+                project(self.project_out, codes), is_code.any(-1) if self._heads > 1 else is_code
+            )
+        return codes_to_map(codes, self._channel_last)
 
     def _total_loss(self, out: VectorQuantizeOutput) -> Tensor:
         """Combine the losses of the codebook and of the commitment into the loss that `forward` returns."""
@@ -204,24 +219,25 @@ class Quantizer(Codebook):
         """The codebook that vectors are compared with: its codes, of length 1 for the cosine."""
         if self._metric == "cosine" and self._decay is None:
             # The backward of the lengths needs the codes as they were.
-            return normalize(self.codebook.clone() if self.writes_codes else self.codebook, dim=-1)
+            return to_unit_length(self.codebook.clone() if self.writes_codes else self.codebook)
         return self.codebook
 
-    def _as_vectors(self, inputs: Tensor) -> Tensor:
-        """Check a map and view it as vectors [B, S, D], or [B, S, H, D] with heads, projected and normalised."""
+    def _as_vectors(self, inputs: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Check a map and its mask; the vectors [B, S, D] or [B, S, H, D], projected and normalised, and their mask."""
         vectors = map_to_vectors("inputs", inputs, "codebook", self.codebook, self._channel_last, self._embedding_dim)
-        if self.project_in is not None:
-            vectors = self.project_in(vectors)
+        valid = mask_to_vectors(mask, inputs, self._channel_last)
+        if self.project_in is not None or self._metric == "cosine":
+            vectors = project(self.project_in, zeros_where_masked(vectors, valid))
         if self._heads > 1:
             vectors = vectors.unflatten(-1, (self._heads, self._num_features))
-        return normalize(vectors, dim=-1) if self._metric == "cosine" else vectors
+        return to_unit_length(vectors) if self._metric == "cosine" else vectors, valid
 
-    def _as_map(self, quantized: Tensor, inputs: Tensor) -> Tensor:
+    def _as_map(self, quantized: Tensor, inputs: Tensor, valid: Tensor | None) -> Tensor:
         if self._heads > 1:
             quantized = quantized.flatten(-2)
         if self.project_out is not None:
-            quantized = self.project_out(quantized)
-        return vectors_to_map(quantized, inputs, self._channel_last)
+            quantized = zeros_where_masked(project(self.project_out, quantized), valid)
+        return vectors_to_map(quantized.to(inputs.dtype), inputs, self._channel_last)
 
     def _encodings_of(self, indices: Tensor, inputs: Tensor) -> Tensor:
         if self._encodings == "one_hot":

@@ -24,7 +24,8 @@ from .maps import (
     spatial_shape,
     vectors_to_map,
 )
-from .usage import perplexity_of
+from .projection import project, zeros_where_masked
+from .usage import CodebookUsage, perplexity_of
 
 
 class ResidualVectorQuantizerOutput(NamedTuple):
@@ -110,6 +111,8 @@ class ResidualVectorQuantizer(nn.Module):
         check_choice("gradient", gradient, GRADIENTS)
         check_index_dtype(index_dtype, self._num_embeddings)
         self._commitment_cost = commitment_cost
+        if quantizer_dropout:
+            check_holds_no_code(index_dtype, "quantizer dropout")
         self._quantizer_dropout = quantizer_dropout
         self._gradient: ResidualGradient = gradient
         self._codebook_dim = codebook_dim
@@ -135,6 +138,17 @@ class ResidualVectorQuantizer(nn.Module):
         return self.codebook.codebook
 
     @property
+    def usage(self) -> CodebookUsage:
+        """How evenly the codes of each level are used, [L]."""
+        return self.codebook.usage
+
+    def reset_parameters(self) -> None:
+        """Initialise codes, statistics and projections anew, as the constructor does; call it after `to_empty`."""
+        for module in (self.codebook, self.project_in, self.project_out):
+            if module is not None:
+                module.reset_parameters()
+
+    @property
     def num_quantizers(self) -> int:
         """L, the number of levels."""
         return self._num_quantizers
@@ -156,24 +170,35 @@ class ResidualVectorQuantizer(nn.Module):
 
         Args:
             inputs: [B, D, *spatial], or [B, *spatial, D] with channel_last, float16, bfloat16 or float32.
-            mask: [B, *spatial] bool: True for a valid position. A masked position gets zeros (projected, where there is
-                a projection) and indices of -1, and is in no loss and no statistics.
+            mask: [B, *spatial] bool: True for a valid position. A masked position gets zeros and indices of -1, and is
+                in no loss and no statistics.
             num_levels: the number of levels that run, in [1, L]; None for all, or for quantizer dropout in training.
         Returns:
             loss: scalar float32, the sum over the levels.
-            quantized: shape, dtype and (where they are dense) strides of inputs.
+            quantized: shape, dtype and (where they are dense, without a projection) strides of inputs.
             perplexity: [L] float32, of the codes that this batch is assigned to; 1 where a level did not run.
             indices: [B, *spatial, L] of `index_dtype`, -1 where a level did not run.
         Raises:
             ValueError: rank, D, dtype or device do not fit; nothing has been changed.
         """
-        vectors = self._as_vectors(inputs)
-        valid = mask_to_vectors(mask, inputs, self._channel_last)
-        levels: int | Tensor | None = self._check_levels(num_levels)
-        if self.training and self._quantizer_dropout and num_levels is None:
-            levels = self._random_levels(vectors.device)
+        return self.quantize(inputs, mask, self.levels_to_run(num_levels))
+
+    def levels_to_run(self, num_levels: int | None) -> int | Tensor | None:
+        """The levels that run: their number, [L] bool with quantizer dropout (never read by the host), or None."""
+        if num_levels is None and self.training and self._quantizer_dropout:
+            device = self.codebooks.device
+            count = torch.randint(self._min_levels, self._num_quantizers + 1, (), device=device)
+            return torch.arange(self._num_quantizers, device=device) < count
+        levels = self._check_levels(num_levels)
+        return None if levels == self._num_quantizers else levels
+
+    def quantize(
+        self, inputs: Tensor, mask: Tensor | None, levels: int | Tensor | None
+    ) -> ResidualVectorQuantizerOutput:
+        """`forward` with the levels that `levels_to_run` has returned."""
         if mask is not None or levels is not None:
             check_holds_no_code(self._index_dtype, "a mask or without all levels")
+        vectors, valid = self._as_vectors(inputs, mask)
         updates = self.codebook.begin(vectors.numel(), lambda: self.codebook.initial_codes(vectors, valid))
         # The update below changes the codebooks, which the backward needs as they were.
         codebooks = self.codebooks.clone() if updates and self.codebook.writes_codes else self.codebooks
@@ -183,7 +208,9 @@ class ResidualVectorQuantizer(nn.Module):
         loss = self._commitment_cost * out.commitment_loss.sum()
         if not self.codebook.is_averaged:
             loss = loss + out.codebook_loss.sum()
-        quantized = out.quantized if self.project_out is None else self.project_out(out.quantized)
+        quantized = out.quantized
+        if self.project_out is not None:
+            quantized = zeros_where_masked(project(self.project_out, quantized), valid).to(inputs.dtype)
         return ResidualVectorQuantizerOutput(
             loss,
             vectors_to_map(quantized, inputs, self._channel_last),
@@ -195,7 +222,7 @@ class ResidualVectorQuantizer(nn.Module):
         """Indices of the first `num_levels` levels (None: all), [B, *spatial, num_levels]; `inputs` as in `forward`."""
         levels = self._check_levels(num_levels) or self._num_quantizers
         with torch.no_grad():
-            indices = residual_quantize(self._as_vectors(inputs), self.codebooks[:levels]).indices
+            indices = residual_quantize(self._as_vectors(inputs, None)[0], self.codebooks[:levels]).indices
         return self._index_map(indices, inputs)
 
     def decode(self, indices: Tensor) -> Tensor:
@@ -215,19 +242,20 @@ class ResidualVectorQuantizer(nn.Module):
                 f" got {tuple(indices.shape)}"
             )
         codes = residual_decode(self.codebooks[: indices.shape[-1]], indices)
-        return codes_to_map(codes if self.project_out is None else self.project_out(codes), self._channel_last)
+        if self.project_out is not None:
+            codes = zeros_where_masked(project(self.project_out, codes), (indices >= 0).any(-1))
+        return codes_to_map(codes, self._channel_last)
 
     def _check_levels(self, num_levels: int | None) -> int | None:
         return None if num_levels is None else check_size("num_levels", num_levels, 1, self._num_quantizers)
 
-    def _random_levels(self, device: torch.device) -> Tensor:
-        """The levels that run with quantizer dropout, [L] bool; the host does not read it."""
-        count = torch.randint(self._min_levels, self._num_quantizers + 1, (), device=device)
-        return torch.arange(self._num_quantizers, device=device) < count
-
-    def _as_vectors(self, inputs: Tensor) -> Tensor:
+    def _as_vectors(self, inputs: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Check a map and its mask, and view them as projected vectors [B, S, D] and their mask."""
         vectors = map_to_vectors("inputs", inputs, "codebooks", self.codebooks, self._channel_last, self._embedding_dim)
-        return vectors if self.project_in is None else self.project_in(vectors)
+        valid = mask_to_vectors(mask, inputs, self._channel_last)
+        if self.project_in is not None:
+            vectors = project(self.project_in, zeros_where_masked(vectors, valid))
+        return vectors, valid
 
     def _index_map(self, indices: Tensor, inputs: Tensor) -> Tensor:
         shape = (*spatial_shape(inputs, self._channel_last), indices.shape[-1])

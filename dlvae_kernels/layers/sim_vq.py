@@ -6,11 +6,11 @@ import torch
 from torch import Tensor, nn
 
 from ..functional.autocast import without_autocast
-from ..functional.checks import check_at_least, check_choice, check_indices, check_size
+from ..functional.checks import check_at_least, check_choice, check_size
 from ..functional.gather_codes import gather_codes
 from ..functional.nearest_code import nearest_code
 from ..functional.vector_quantize import GRADIENTS, Gradient, vector_quantize
-from .maps import codes_to_map, map_to_vectors, spatial_shape, vectors_to_map
+from .maps import codes_to_map, long_indices, map_to_vectors, spatial_shape, vectors_to_map
 from .usage import perplexity_of
 
 
@@ -129,14 +129,14 @@ class SimVQ(nn.Module):
         return self._index_map(nearest_code(vectors, codebook), inputs)
 
     def decode(self, indices: Tensor) -> Tensor:
-        """The codes at int64 indices [B, *spatial], as a map [B, D, *spatial] ([B, *spatial, D] with channel_last).
+        """The codes at integer indices [B, *spatial], as a map [B, D, *spatial] ([B, *spatial, D] with channel_last).
 
         An index of -1 stands for no code and decodes to zeros.
 
         Raises:
-            ValueError: not int64, no dimensions, or (on the CPU) an index lies outside [-1, K).
+            ValueError: no integers, no dimensions, or (on the CPU) an index lies outside [-1, K).
         """
-        check_indices("indices", indices)
+        indices = long_indices(indices)
         if indices.ndim == 0:
             raise ValueError("expected indices of shape [B, *spatial], got (); pass indices[None]")
         return codes_to_map(gather_codes(self._checked_codebook(), indices), self._channel_last)

@@ -4,8 +4,9 @@ import torch
 from torch import Tensor
 
 from ..functional.vector_quantize import Gradient, VectorQuantizeOutput
-from .codebook import Init, StateNames, Threshold
+from .codebook import Init, Threshold
 from .quantizer import Encodings, Metric, Quantizer
+from .state import StateNames
 
 _NAMES = StateNames(codes="_embedding.weight", cluster_size="_average_use")
 
@@ -24,7 +25,7 @@ class VectorQuantizer(Quantizer):
         init: "uniform" in [-1/K, 1/K], "normal", or from the first training batch: "data" (random vectors), "kmeans".
         dead_code_threshold: reinitialise (revive) from the batch a code whose moving average of assigned vectors per
             batch, over all ranks, is below this; 0 disables it. "auto": below a tenth of the mean over the codes, at
-            most 3 % of the codes in one step.
+            most 3 % of the codes (at least one) in one step.
         sync: all-reduce statistics over the ranks of torch.distributed whenever it is initialised.
         channel_last: maps are [B, *spatial, D].
         num_heads: H; the channels are divided in H parts, each of which gets a code of its own.

@@ -4,8 +4,9 @@ import torch
 from torch import Tensor
 
 from ..functional.vector_quantize import Gradient, VectorQuantizeOutput
-from .codebook import Init, StateNames, Threshold
+from .codebook import Init, Threshold
 from .quantizer import Encodings, Metric, Quantizer
+from .state import StateNames
 
 _NAMES = StateNames(codes="_embedding.weight", cluster_size="_ema_cluster_size", embed_sum="_ema_w")
 
@@ -29,7 +30,7 @@ class VectorQuantizerEMA(Quantizer):
             "kmeans".
         dead_code_threshold: reinitialise (revive) from the batch, with its sum and count, a code whose moving average
             of assigned vectors per batch, over all ranks, is below this; 0 disables it. "auto": below a tenth of the
-            mean over the codes, at most 3 % of the codes in one step, those with the smallest averages.
+            mean over the codes, at most 3 % of the codes (at least one) in one step, those with the smallest averages.
         encodings, sync, channel_last, num_heads, shared_codebook, codebook_dim, metric, gradient, index_dtype: as
             in `VectorQuantizer`.
     Raises:
@@ -67,6 +68,8 @@ class VectorQuantizerEMA(Quantizer):
         gradient: Gradient = "straight_through",
         index_dtype: torch.dtype = torch.int64,
     ) -> None:
+        if decay is None:
+            raise ValueError("expected decay to lie in [0, 1], got None; VectorQuantizer learns by gradient")
         super().__init__(
             num_embeddings,
             embedding_dim,

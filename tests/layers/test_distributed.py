@@ -77,6 +77,7 @@ CASES = {
     ),
     "residual": ("residual", {}, (4, 4), False),
     "grouped": ("grouped", {}, (4, 4), False),
+    "residual, dropout": ("residual", {"quantizer_dropout": True, "dead_code_threshold": "auto"}, (4, 4), False),
     "residual, uneven": ("residual", {}, (1, 7), False),
     "residual, kmeans and dead codes": ("residual", {"init": "kmeans", "dead_code_threshold": 1.0}, (4, 4), False),
     "residual, an empty rank": ("residual", {"init": "data", "dead_code_threshold": "auto"}, (4, 0), False),

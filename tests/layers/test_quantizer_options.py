@@ -134,6 +134,68 @@ def test_masked_positions_are_as_if_absent(kind, options, metric):
 
 
 @both
+@pytest.mark.parametrize("options", [{"codebook_dim": 4}, {"metric": "cosine"}, {"codebook_dim": 4, "num_heads": H}])
+def test_masked_nan_reaches_no_gradient(kind, options):
+    layer, x, mask = make(kind, **options), torch.randn(2, D, 30), torch.rand(2, 30) < 0.6
+    x.movedim(1, -1)[~mask] = torch.nan
+    x.requires_grad_()
+    out = layer(x, mask)
+    assert not out.quantized.movedim(1, -1)[~mask].any()
+    (out.loss + out.quantized.square().sum()).backward()
+    assert all(value.grad.isfinite().all() for value in (x, *layer.parameters()))
+    assert not x.grad.movedim(1, -1)[~mask].any()
+
+
+@both
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_cosine_of_a_zero_vector_has_no_gradient(kind, dtype):
+    layer, x = make(kind, metric="cosine"), torch.randn(2, D, 30, dtype=dtype)
+    x[0, :, 0] = 0
+    x[0, :, 1] *= 1e4
+    x.requires_grad_()
+    out = layer(x)
+    assert out.quantized.dtype == dtype
+    (out.loss + out.quantized.float().sum()).backward()
+    assert x.grad.isfinite().all()
+    assert not x.grad[0, :, 0].any()
+
+
+@both
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_codebook_dim_takes_half_precision_and_ignores_autocast(kind, dtype, autocast):
+    layer, x = make(kind, codebook_dim=4), torch.randn(2, D, 30)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        assert layer(x).quantized.dtype == torch.float32
+        assert layer(x.to(dtype)).quantized.dtype == dtype
+
+
+@both
+@pytest.mark.parametrize("init", ["data", "kmeans"])
+def test_batch_without_a_valid_vector_initialises_nothing(kind, init):
+    layer, x = make(kind, init=init), torch.randn(2, D, 30)
+    layer(x, torch.zeros(2, 30, dtype=torch.bool))
+    assert not layer.codebook.any()
+    layer(x)
+    assert layer.codebook.any()
+
+
+@both
+def test_meta_layer_with_assigned_state_trains(kind):
+    state = make(kind, codebook_dim=4).state_dict()
+    with torch.device("meta"):
+        layer = make(kind, codebook_dim=4)
+    layer.load_state_dict(state, assign=True)
+    layer(torch.randn(2, D, 30))
+    assert int(layer.usage.revived) == 0
+
+
+def test_ema_without_decay_raises():
+    with pytest.raises(ValueError, match=r"expected decay to lie in \[0, 1\], got None; VectorQuantizer learns"):
+        VectorQuantizerEMA(K, D, 0.25, None)
+
+
+@both
 @pytest.mark.parametrize("init", ["data", "kmeans"])
 @pytest.mark.parametrize("options", [{}, {"num_heads": H}, {"num_heads": H, "shared_codebook": True}])
 def test_masked_positions_neither_initialise_nor_revive(kind, init, options):

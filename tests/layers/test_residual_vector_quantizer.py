@@ -124,6 +124,31 @@ def test_quantizer_dropout_runs_a_prefix_and_keeps_the_state_of_the_others():
     assert (layer.eval()(batch()).indices >= 0).all()
 
 
+@pytest.mark.parametrize("options", [{"quantizer_dropout": True}, {}])
+def test_residual_quantizer_by_gradient_without_all_levels_trains(options):
+    layer, x = make(decay=None, dead_code_threshold=0, **options), batch().requires_grad_()
+    layer(x, num_levels=None if options else 2).loss.backward()
+    assert x.grad.isfinite().all()
+
+
+def test_residual_quantizer_revives_no_code_of_a_level_that_did_not_run():
+    layer = make(dead_code_threshold=1000.0)
+    before = layer.codebooks.clone()
+    layer(batch(), num_levels=1)
+    assert torch.equal(layer.codebooks[1:], before[1:])
+    assert int(layer.usage.revived) == K
+
+
+def test_residual_quantizer_masked_nan_reaches_no_gradient():
+    layer, x, mask = make(codebook_dim=3), batch(2, 30), torch.rand(2, 30) < 0.6
+    x.movedim(1, -1)[~mask] = torch.nan
+    x.requires_grad_()
+    out = layer(x, mask)
+    assert not out.quantized.movedim(1, -1)[~mask].any()
+    (out.loss + out.quantized.square().sum()).backward()
+    assert all(value.grad.isfinite().all() for value in (x, *layer.project_in.parameters()))
+
+
 @pytest.mark.parametrize("decay", [0.9, None])
 def test_residual_quantizer_masked_positions_are_as_if_absent(decay):
     layer = make(decay=decay, dead_code_threshold=0)
@@ -213,6 +238,9 @@ def test_residual_quantizer_unsigned_indices_cannot_miss_a_level():
         ValueError, match="expected a signed index_dtype with a mask or without all levels, for the index -1"
     ):
         layer(batch(), num_levels=2)
+    assert layer(batch(), num_levels=L).indices.dtype == torch.uint16
+    with pytest.raises(ValueError, match=r"with quantizer dropout, .* got torch.uint16; pass torch.int32"):
+        make(index_dtype=torch.uint16, quantizer_dropout=True)
 
 
 @pytest.mark.parametrize("channel_last", [False, True])
@@ -232,6 +260,15 @@ def test_grouped_residual_quantizer_is_one_quantizer_a_group(channel_last):
     layer.eval()
     torch.testing.assert_close(layer.decode(layer.encode(x)), layer(x).quantized)
     assert layer.encode(x, num_levels=1).shape == (8, 20, 2, 1)
+
+
+def test_grouped_residual_quantizer_drops_the_same_levels_in_all_groups():
+    layer = GroupedResidualVectorQuantizer(2, L, K, D, init="normal", quantizer_dropout=True)
+    for _ in range(10):
+        ran = layer(batch()).indices >= 0
+        assert torch.equal(ran[..., 0, :], ran[..., 1, :])
+    assert layer.codebooks.shape == (2, L, K, D // 2)
+    assert layer.usage.perplexity.shape == (2, L)
 
 
 def test_grouped_residual_quantizer_bad_inputs_raise():

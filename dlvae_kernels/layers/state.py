@@ -1,0 +1,42 @@
+"""Parameters and buffers of a module under names that its source gave them."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+
+class StateNames(NamedTuple):
+    """The names under which a module keeps its state; a dot leads to a child module."""
+
+    codes: str = "codes"
+    cluster_size: str = "cluster_size"
+    embed_sum: str = "embed_sum"
+
+
+class _State(nn.Module):
+    """Holds a tensor under a name with a dot."""
+
+    def reset_parameters(self) -> None:
+        """Do nothing: the enclosing module initialises it, and a model may reset its modules in any order."""
+
+
+def register(module: nn.Module, name: str, tensor: Tensor, persistent: bool = True) -> None:
+    """Register a parameter or buffer under a name; a dot leads to a child module."""
+    path, _, leaf = name.rpartition(".")
+    if path and path not in module._modules:
+        module.add_module(path, _State())
+    owner = module.get_submodule(path)
+    if isinstance(tensor, nn.Parameter):
+        owner.register_parameter(leaf, tensor)
+    else:
+        owner.register_buffer(leaf, tensor, persistent)
+
+
+def lookup(module: nn.Module, name: str) -> Tensor:
+    """The parameter or buffer of a name."""
+    value: Any = module
+    for part in name.split("."):
+        value = getattr(value, part)
+    return value
