@@ -17,7 +17,7 @@ from ..functional.ema_update import ema_step
 from .distributed import all_reduce_sum, all_reduce_sums, num_ranks, sample_vectors
 from .initialisation import codes_from
 from .projection import to_unit_length
-from .state import StateNames, lookup, register
+from .state import StateNames, lookup, register, replace_rows
 from .usage import CodebookUsage, CollapseWarning, usage_of
 
 Init = Literal["uniform", "normal", "data", "kmeans"]
@@ -26,12 +26,15 @@ Threshold = float | Literal["auto"]
 
 # Weight of the past in the counts of a codebook that learns by gradient.
 _USE_DECAY = 0.99
-# With threshold "auto": a code is dead if its count is below this share of the mean count; the largest share of the
-# codebook that one step revives; and the steps without a vector after which a revived code is dead again. A code with
-# few vectors follows them fast, and a code without any is soon replaced, which the first steps of training need.
+# With threshold "auto": a code is dead if its use, a moving average of its counts, is below this share of the mean use;
+# and the largest share of the codebook that one step revives.
 _DEAD_SHARE = 0.1
-_REVIVED_SHARE = 0.03
-_GRACE_STEPS = 10
+_REVIVED_SHARE = 0.05
+# The averages of the use go back so many steps that this many vectors come to a code on average, within bounds. No code
+# is dead before they have this part of their final weight. A revived code begins with this share of the mean use.
+_VECTORS_OF_A_CODE, _FEWEST_STEPS, _MOST_STEPS = 20, 10, 100
+_OBSERVED = 0.15
+_REVIVED_USE = 0.3
 
 
 class Codebook(nn.Module):
@@ -52,9 +55,9 @@ class Codebook(nn.Module):
         epsilon: Laplace smoothing of the cluster sizes, >= 0.
         init: "normal", "uniform" in [-1/K, 1/K], or from the first training batch: "data" (random vectors), "kmeans".
         dead_code_threshold: reinitialise (revive) a code from the batch if its moving average of assigned vectors a
-            batch is below this; 0 disables it. "auto": below a tenth of the mean over the codes, and in one step at
-            most 3 % of the codes (at least one), those with the smallest averages. A revived code starts with a count
-            that lasts ten steps without a vector.
+            batch is below this; 0 disables it. "auto": if its use in the last steps (10 to 100, by the number of
+            vectors that a step brings to a code) is below a tenth of the mean use, and in one step at most 5 % of the
+            codes (at least one), the least used.
         sync: all-reduce statistics over the ranks of torch.distributed whenever it is initialised.
         unit_length: keep every code at length 1, for vectors of length 1.
         names: the names of the state.
@@ -65,6 +68,10 @@ class Codebook(nn.Module):
     >>> list(codebook.state_dict())
     ['codes', 'cluster_size', 'embed_sum']
     """
+
+    _use: Tensor
+    _observed: Tensor
+    _num_revived: Tensor
 
     def __init__(
         self,
@@ -113,7 +120,10 @@ class Codebook(nn.Module):
         register(self, names.cluster_size, torch.empty(*heads, num_codes, dtype=wide), persistent=is_saved)
         if decay is not None:
             register(self, names.embed_sum, torch.empty_like(codes))
-        self._num_revived: Tensor
+        if dead_code_threshold == "auto":
+            # No checkpoint holds these, because the notebook's layers have none: their averages begin anew.
+            self.register_buffer("_use", torch.zeros(*heads, num_codes, dtype=wide), persistent=False)
+            self.register_buffer("_observed", torch.zeros(*heads, 1, dtype=wide), persistent=False)
         self.register_buffer("_num_revived", torch.zeros((), dtype=torch.int64), persistent=False)
         self.register_load_state_dict_post_hook(_leave_meta)
         self.reset_parameters()
@@ -185,6 +195,9 @@ class Codebook(nn.Module):
         self._sizes.fill_(1)
         if self._decay is not None:
             self._sums.copy_(codes)
+        if self._dead_code_threshold == "auto":
+            self._use.zero_()
+            self._observed.zero_()
 
     def begin(self, num_vectors: int, initial_codes: Callable[[], Tensor]) -> bool:
         """Begin a forward; initialise an uninitialised codebook. Returns whether this forward updates the state.
@@ -285,6 +298,8 @@ class Codebook(nn.Module):
         if ran is not None:
             for tensor, old in zip(averages, before, strict=True):
                 tensor.copy_(torch.where(ran.view(-1, *[1] * (tensor.ndim - 1)), tensor, old))
+        if self._dead_code_threshold == "auto":
+            self._observe(parts[0][..., -1].to(self._use.dtype), ran)
         if self._dead_code_threshold != 0:
             found, is_valid = parts[1].split([self._num_features, 1], dim=-1)
             self._revive(found, is_valid, ran)
@@ -297,24 +312,35 @@ class Codebook(nn.Module):
 
     def _revive(self, candidates: Tensor, is_valid: Tensor, ran: Tensor | None) -> None:
         """Replace dead codes, their sums and their counts by valid candidates, so that the next update keeps them."""
-        sizes = self._sizes
-        least, which = (part[..., : self._num_revivable] for part in sizes.sort(dim=-1, stable=True))
-        if self._dead_code_threshold == "auto":
-            mean = sizes.mean(-1, keepdim=True)
-            threshold = (_DEAD_SHARE * mean).expand_as(least)
-            decay = _USE_DECAY if self._decay is None else self._decay
-            size = torch.minimum(threshold / max(decay, _DEAD_SHARE) ** _GRACE_STEPS, mean)
+        is_auto = self._dead_code_threshold == "auto"
+        use = self._use if is_auto else self._sizes
+        least, which = (part[..., : self._num_revivable] for part in use.sort(dim=-1, stable=True))
+        if is_auto:
+            mean = use.mean(-1, keepdim=True)
+            is_dead = (least < _DEAD_SHARE * mean) & (self._observed > _OBSERVED)
+            size = (_DEAD_SHARE * self._sizes.mean(-1, keepdim=True)).expand_as(least)
         else:
-            size = threshold = torch.full_like(least, self._dead_code_threshold)
-        is_dead = (least < threshold) & (is_valid.squeeze(-1) > 0)
+            size = torch.full_like(least, float(self._dead_code_threshold))
+            is_dead = least < size
+        is_dead = is_dead & (is_valid.squeeze(-1) > 0)
         if ran is not None:
             is_dead &= ran[:, None]
         codes = to_unit_length(candidates) if self._unit_length else candidates
-        sizes.scatter_(-1, which, torch.where(is_dead, size, least))
-        _replace(self.codebook, which, is_dead, codes)
+        replace_rows(self.codebook, which, is_dead, codes)
+        replace_rows(self._sizes[..., None], which, is_dead, size[..., None])
+        if is_auto:
+            replace_rows(use[..., None], which, is_dead, (_REVIVED_USE * mean).expand_as(least)[..., None])
         if self._decay is not None:
-            _replace(self._sums, which, is_dead, codes * size[..., None])
+            replace_rows(self._sums, which, is_dead, codes * size[..., None])
         self._num_revived.add_(is_dead.sum())
+
+    def _observe(self, counts: Tensor, ran: Tensor | None) -> None:
+        """Add the counts [..., K] of a step, over all ranks, to the moving averages of the use of the codes."""
+        weight = (counts.mean(-1, keepdim=True) / _VECTORS_OF_A_CODE).clamp(1 / _MOST_STEPS, 1 / _FEWEST_STEPS)
+        if ran is not None:
+            weight = torch.where(ran[:, None], weight, 0)
+        self._use.lerp_(counts, weight)
+        self._observed.lerp_(torch.ones_like(weight), weight)
 
     def _jitter(self, count: int) -> Tensor:
         """Random numbers in [0, 1) to sample vectors: [count] or [H, count]."""
@@ -356,18 +382,14 @@ class Codebook(nn.Module):
             self._is_uninitialised = self._init in ("data", "kmeans") and is_zero
 
 
-def _replace(state: Tensor, which: Tensor, is_dead: Tensor, values: Tensor) -> None:
-    """Write values [..., M, D] over the rows `which` [..., M] of state [..., K, D] that are dead."""
-    rows = which[..., None].expand_as(values)
-    kept = state.gather(-2, rows)
-    state.scatter_(-2, rows, torch.where(is_dead[..., None], values.to(state.dtype), kept))
-
-
 def _leave_meta(module: Codebook, incompatible_keys: object) -> None:
     """Make anew the buffers that no checkpoint holds, if load_state_dict has assigned tensors to a meta module."""
     if module.codebook.is_meta:
         return
-    for name, value in ((module._names.cluster_size, 1), ("_num_revived", 0)):
+    names = [(module._names.cluster_size, 1), ("_num_revived", 0)]
+    if module._dead_code_threshold == "auto":
+        names += [("_use", 0), ("_observed", 0)]
+    for name, value in names:
         owner, _, leaf = name.rpartition(".")
         if (buffer := lookup(module, name)).is_meta:
             setattr(module.get_submodule(owner), leaf, torch.full_like(buffer, value, device=module.codebook.device))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 
@@ -40,3 +41,10 @@ def lookup(module: nn.Module, name: str) -> Tensor:
     for part in name.split("."):
         value = getattr(value, part)
     return value
+
+
+def replace_rows(state: Tensor, which: Tensor, is_replaced: Tensor, values: Tensor) -> None:
+    """Write values [..., M, D] over the rows `which` [..., M] of state [..., K, D] where `is_replaced`."""
+    rows = which[..., None].expand_as(values)
+    kept = state.gather(-2, rows)
+    state.scatter_(-2, rows, torch.where(is_replaced[..., None], values.to(state.dtype), kept))

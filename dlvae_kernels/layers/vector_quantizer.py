@@ -24,8 +24,8 @@ class VectorQuantizer(Quantizer):
         encodings: the form of the last output of `forward`: "one_hot" (dense [N, K]) or "indices" ([B, *spatial]).
         init: "uniform" in [-1/K, 1/K], "normal", or from the first training batch: "data" (random vectors), "kmeans".
         dead_code_threshold: reinitialise (revive) from the batch a code whose moving average of assigned vectors per
-            batch, over all ranks, is below this; 0 disables it. "auto": below a tenth of the mean over the codes, at
-            most 3 % of the codes (at least one) in one step.
+            batch, over all ranks, is below this; 0 disables it. "auto": below a tenth of the mean use of the codes, at
+            most 5 % of the codes (at least one) in one step.
         sync: all-reduce statistics over the ranks of torch.distributed whenever it is initialised.
         channel_last: maps are [B, *spatial, D].
         num_heads: H; the channels are divided in H parts, each of which gets a code of its own.

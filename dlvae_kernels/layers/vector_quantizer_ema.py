@@ -30,7 +30,7 @@ class VectorQuantizerEMA(Quantizer):
             "kmeans".
         dead_code_threshold: reinitialise (revive) from the batch, with its sum and count, a code whose moving average
             of assigned vectors per batch, over all ranks, is below this; 0 disables it. "auto": below a tenth of the
-            mean over the codes, at most 3 % of the codes (at least one) in one step, those with the smallest averages.
+            mean use of the codes, at most 5 % of the codes (at least one) in one step; see `Codebook`.
         encodings, sync, channel_last, num_heads, shared_codebook, codebook_dim, metric, gradient, index_dtype: as
             in `VectorQuantizer`.
     Raises:

@@ -75,28 +75,38 @@ def test_revival_auto_replaces_few_codes_a_step_and_gives_them_time(heads):
         before = codebook.codebook.clone()
         codebook.update(statistics(counts, before), sample)
         changed = (codebook.codebook - before).abs().amax(-1) > 10
-        assert int(changed.sum(-1).max()) <= max(1, int(0.03 * K))
+        assert int(changed.sum(-1).max()) <= max(1, int(0.05 * K))
         assert not changed[..., : K // 2].any()
         for code in changed.nonzero().tolist():
-            # A code that stays without vectors is dead again after ten steps.
-            assert step - revived_at.get(tuple(code), -100) > 10
+            # At first the mean use grows fast; later a code without vectors lasts more than ten steps.
+            assert step - revived_at.get(tuple(code), -100) > (10 if step > 30 else 2)
             revived_at[tuple(code)] = step
     assert len(revived_at) == (1 if heads is None else heads) * K // 2
     assert int(codebook.usage.revived) >= len(revived_at)
 
 
-@pytest.mark.parametrize(("decay", "share"), [(0.99, 0.1 / 0.99**10), (0.5, 1.0)])
-def test_revival_a_revived_code_has_a_count_for_ten_steps_and_its_own_sum(decay, share):
-    codebook = Codebook(K, D, decay=decay, dead_code_threshold="auto")
-    codebook.cluster_size.fill_(8)
-    codebook.cluster_size[5] = 0.01
-    vector = torch.full((9, D), 7.0)
-    codebook.update(torch.zeros(K, D + 1), lambda jitter: sample_vectors(vector, jitter, False))
-    size = codebook.cluster_size[5]
-    # The mean includes the dead code; no revived code starts above it.
-    torch.testing.assert_close(size, torch.tensor(share * decay * (8.0 * (K - 1) + 0.01) / K))
-    torch.testing.assert_close(codebook.codes[5], vector[0])
-    torch.testing.assert_close(codebook.embed_sum[5], vector[0] * size)
+def test_revival_a_revived_code_has_a_tenth_of_the_mean_count_and_its_own_sum():
+    codebook = Codebook(K, D, decay=0.9, dead_code_threshold="auto")
+    counts, vectors = torch.full((K,), 8.0), torch.full((9, D), 7.0)
+    counts[5] = 0
+    for _ in range(2):
+        assert int(codebook.usage.revived) == 0
+        sizes = codebook.cluster_size.lerp(counts, 0.1)
+        codebook.update(statistics(counts, codebook.codes), lambda jitter: sample_vectors(vectors, jitter, False))
+    assert torch.equal(codebook.codes[5], vectors[0])
+    torch.testing.assert_close(codebook.cluster_size[5], 0.1 * sizes.mean())
+    torch.testing.assert_close(codebook.embed_sum[5], vectors[0] * codebook.cluster_size[5])
+
+
+def test_revival_auto_begins_soon_where_a_step_brings_many_vectors_and_waits_where_it_brings_few():
+    first, vectors = {}, torch.full((9, D), 7.0)
+    for count in (8.0, 0.25):
+        codebook, counts = Codebook(K, D, decay=0.99, dead_code_threshold="auto"), torch.full((K,), count)
+        counts[5] = 0
+        while int(codebook.usage.revived) == 0:
+            codebook.update(statistics(counts, codebook.codes), lambda jitter: sample_vectors(vectors, jitter, False))
+            first[count] = first.get(count, 0) + 1
+    assert first[8.0] < 5 < first[0.25] < 30
 
 
 def test_revival_without_enough_vectors_makes_no_twins():
