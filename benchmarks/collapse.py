@@ -112,7 +112,7 @@ def _trained(study: Study, data: str, rule: str, seed: int) -> Row:
         "num_codes": study.num_codes,
         "vectors": study.images * 64,
         "implementation": _VQP if threshold is None else _LIBRARY,
-        "dead_code_threshold": "" if threshold is None else rule,
+        "rule": "defaults" if threshold is None else rule,
         "seed": seed,
         "updates": study.updates,
         "perplexity": f"{found.perplexity:.1f}",

@@ -42,6 +42,7 @@ def tables() -> str:
         "training-cpu": _training,
         "updates-cpu": _updates,
         "latency-cpu": _latency,
+        "collapse-cpu": _collapse,
         "cpu": _operations,
         "gpu": _operations,
     }
@@ -90,6 +91,37 @@ def _latency(rows: list[Row], file: str) -> str:
         "operation | N x K x D | implementation | us | longer than its baseline, us",
         (" | ".join(row[key] for key in ("op", "size", "implementation", "us", "over_us")) for row in rows),
     )
+
+
+def _collapse(rows: list[Row], file: str) -> str:
+    def key(row: Row) -> tuple[str, ...]:
+        return tuple(row[name] for name in ("data", "num_codes", "vectors", "updates", "implementation", "rule"))
+
+    lines = []
+    for (data, num_codes, vectors, updates, name, rule), group in groupby(rows, key):
+        runs = list(group)
+        cells = (_range(runs, column) for column in _USE)
+        lines.append(" | ".join([f"{data}, K = {num_codes}, N = {vectors}, {updates}", f"{name}, {rule}", *cells]))
+    text = (
+        "How evenly a codebook of moving averages with the constructor arguments of the VQ-VAE notebook is used after"
+        f" training, by `dead_code_threshold` (`python -m benchmarks collapse`, which explains the columns; lowest to"
+        f" highest of the seeds), on {rows[0]['device']}, torch {rows[0]['torch']}:"
+    )
+    header = "data, codes, vectors a batch, updates | quantizer | perplexity | dead, % | revived a step, % | most, % |"
+    return _section(text, f"{header} churn, % | held-out NMSE", lines)
+
+
+# The columns of a collapse row that the table shows.
+_USE = "perplexity", "dead_percent", "revived_percent", "most_revived_percent", "churn_percent", "nmse"
+
+
+def _range(runs: list[Row], column: str) -> str:
+    """The lowest and the highest value of a column."""
+    values = sorted(float(row[column]) for row in runs if row[column])
+    if not values:
+        return "-"
+    low, high = (f"{value:.3g}" for value in (values[0], values[-1]))
+    return low if low == high else f"{low} to {high}"
 
 
 def _operations(rows: list[Row], file: str) -> str:
