@@ -226,8 +226,8 @@ def test_quantizer_inputs_not_finite_leave_the_state_finite(kind, init):
 
 
 @both
-def test_quantizer_without_threshold_leaves_dead_codes(kind):
-    layer = make(kind, init="normal")
+def test_quantizer_with_threshold_zero_leaves_dead_codes(kind):
+    layer = make(kind, init="normal", dead_code_threshold=0)
     with torch.no_grad():
         layer.codebook[5:] = 1e3
     for _ in range(5):

@@ -14,7 +14,7 @@ K, D = 24, 6
 
 @pytest.mark.small
 def test_quantizer_ema_steps_equal_the_notebook():
-    layer = VectorQuantizerEMA(K, D, 0.25, 0.9, epsilon=1e-3)
+    layer = VectorQuantizerEMA(K, D, 0.25, 0.9, epsilon=1e-3, dead_code_threshold=0)
     formula = notebook.VectorQuantizerEMA(layer.codebook, 0.25, 0.9, 1e-3)
     for _ in range(10):
         inputs = torch.randn(3, D, 4, 5, requires_grad=True)
@@ -56,7 +56,7 @@ def test_quantizer_ema_state_is_buffers_updated_in_place():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_quantizer_ema_statistics_stay_float32(dtype):
-    full, half = (VectorQuantizerEMA(K, D, 0.25, 0.99) for _ in range(2))
+    full, half = (VectorQuantizerEMA(K, D, 0.25, 0.99, dead_code_threshold=0) for _ in range(2))
     half.load_state_dict(full.state_dict())
     half = torch.nn.Sequential(half).to(dtype)[0]
     for name, value in half.state_dict().items():
