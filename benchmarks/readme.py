@@ -120,7 +120,7 @@ def _range(runs: list[Row], column: str) -> str:
     values = sorted(float(row[column]) for row in runs if row[column])
     if not values:
         return "-"
-    low, high = (f"{value:.3g}" for value in (values[0], values[-1]))
+    low, high = (f"{float(f'{value:.3g}'):g}" for value in (values[0], values[-1]))
     return low if low == high else f"{low} to {high}"
 
 
