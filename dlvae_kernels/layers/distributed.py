@@ -72,19 +72,28 @@ def sample_vectors(x: Tensor, jitter: Tensor, sync: bool, mask: Tensor | None = 
         mask: [...] bool without the heads: True for the vectors to draw from.
     """
     heads = jitter.shape[:-1]
-    vectors = x.detach().reshape(-1, *heads, x.shape[-1])
+    leading = x.shape[: x.ndim - 1 - len(heads)]
     rank, ranks = _world(sync)
     dtype = torch.promote_types(x.dtype, torch.float32)
     sampled = torch.zeros(*jitter.shape, x.shape[-1] + 1, dtype=dtype, device=x.device)
     own = sampled[..., rank::ranks, :]
-    if vectors.shape[0] > 0 and own.shape[-2] > 0:
-        places, is_valid = random_places(jitter[..., rank::ranks], vectors.shape[0], mask)
-        head = torch.arange(heads[0], device=x.device)[:, None] if heads else None
-        selected = vectors[places] if head is None else vectors[places, head]
+    if leading.numel() > 0 and own.shape[-2] > 0:
+        places, is_valid = random_places(jitter[..., rank::ranks], leading.numel(), mask)
+        head = [torch.arange(heads[0], device=x.device)[:, None]] if heads else []
+        selected = x.detach()[(*unraveled(places, leading), *head)]
         is_valid = is_valid[..., None] & selected.isfinite().all(-1, keepdim=True)
         own[..., :-1] = torch.where(is_valid, selected, 0)
         own[..., -1:] = is_valid
     return sampled
+
+
+def unraveled(places: Tensor, shape: torch.Size) -> list[Tensor]:
+    """The indices of places in each dimension of a shape; flattening a channel-first map would copy it."""
+    indices: list[Tensor] = []
+    for size in reversed(shape[1:]):
+        indices.insert(0, places % size)
+        places = places // size
+    return [places, *indices]
 
 
 def farthest_vectors(x: Tensor, distances: Tensor, count: int, sync: bool) -> Tensor:

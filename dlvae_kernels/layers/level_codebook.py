@@ -52,10 +52,10 @@ class LevelCodebook(Codebook):
         All levels use the same vectors. A level that does not run has the residual of the level after it.
         """
         num_levels, _, num_features = codebooks.shape
-        dtype = torch.promote_types(vectors.dtype, torch.float32)
-        packed = torch.cat([vectors.flatten(0, -2).to(dtype), indices.flatten(0, -2).to(dtype)], dim=1)
-        sampled = sample_vectors(packed, jitter, self._sync, mask)
-        x, index, is_valid = sampled.split([num_features, num_levels, 1], dim=1)
+        # The same jitter selects the same vectors and their indices; an index is exact in float32.
+        sampled = sample_vectors(vectors, jitter, self._sync, mask)
+        x, is_valid = sampled.split([num_features, 1], dim=1)
+        index = sample_vectors(indices.to(x.dtype), jitter, self._sync, mask)[:, :-1]
         codes = gather_codes(codebooks, index.long())
         # Level l has lost the codes of the levels before it.
         lost = (codes.cumsum(1) - codes).to(x.dtype)

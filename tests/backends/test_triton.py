@@ -101,6 +101,7 @@ def test_sparse_decode_few_atoms_takes_dense_kernels(size, is_dense, monkeypatch
     names = "dense_decode_fwd", "dense_decode_bwd_values", "dense_decode_bwd_dictionary", "_bwd_values", "segment_sum"
     for name in names:
         monkeypatch.setattr(module, name, lambda *args, name=name: taken.append(name) or torch.empty(1, 1))
+    monkeypatch.setattr(module, "flat_codes", lambda indices, num_codes: indices)
     monkeypatch.setattr(import_module("dlvae_kernels.backends.triton.architectures"), "capability", lambda: 90)
     with FakeTensorMode():
         values, indices = torch.empty(num_rows, kept, dtype=dtype), torch.empty(num_rows, kept, dtype=torch.int64)
