@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from ..functional.checks import check_floating, check_layer_dtype, check_same_device, check_size, check_tensor
-from .maps import codes_to_map, features_last, vectors_to_map
-from .projection import project
+from .maps import codes_to_map, features_last, spatial_shape, vectors_to_map
+from .projection import project, zeros_where_masked
 
 _INDEX_DTYPES = (torch.uint16, torch.int32, torch.int64)
 
@@ -72,7 +72,7 @@ class ImplicitCodebookLayer(nn.Module):
         is_code = indices >= 0
         codes = torch.where(is_code[..., None], self._codes_at(indices), 0)
         decoded = project(self.project_out, codes.flatten(-2))
-        decoded = torch.where(is_code.any(-1, keepdim=True), decoded, 0)
+        decoded = zeros_where_masked(decoded, is_code.any(-1))
         if isinstance(self.project_out, nn.Linear):
             decoded = decoded.to(self.project_out.weight.dtype)
         return codes_to_map(decoded, self._channel_last)
@@ -109,15 +109,12 @@ class ImplicitCodebookLayer(nn.Module):
     def _merge(self, codes: Tensor, inputs: Tensor, mask: Tensor | None = None) -> Tensor:
         """Project codes [..., C, code_dim] back, to a map with the shape and dtype of `inputs`; what is masked is 0."""
         vectors = project(self.project_out, codes.flatten(-2)).to(inputs.dtype)
-        if mask is not None:
-            vectors = torch.where(mask[..., None], vectors, 0)
-        return vectors_to_map(vectors, inputs, self._channel_last)
+        return vectors_to_map(zeros_where_masked(vectors, mask), inputs, self._channel_last)
 
     def _index_map(self, indices: Tensor, inputs: Tensor) -> Tensor:
         """Indices [..., C] as [B, *spatial], followed by C if there are several codebooks."""
-        spatial = inputs.shape[1:-1] if self._channel_last else inputs.shape[2:]
         trailing = () if self.num_codebooks == 1 else (self.num_codebooks,)
-        return indices.reshape(inputs.shape[0], *spatial, *trailing)
+        return indices.reshape(*spatial_shape(inputs, self._channel_last), *trailing)
 
 
 def _check_range(indices: Tensor, num_codes: int) -> None:

@@ -9,7 +9,8 @@ from ..functional.bit_entropy import bit_entropy
 from ..functional.checks import check_at_least, check_flags, check_size
 from .distributed import all_reduce_mean, num_ranks
 from .implicit_codebook_layer import ImplicitCodebookLayer
-from .projection import to_unit_length
+from .maps import spatial_shape
+from .projection import to_unit_length, zeros_where_masked
 
 
 class LookupFreeQuantizerOutput(NamedTuple):
@@ -160,10 +161,9 @@ class LookupFreeQuantizer(ImplicitCodebookLayer):
             )
         vectors = self._as_vectors(inputs)
         if mask is not None:
-            spatial = inputs.shape[1:-1] if self._channel_last else inputs.shape[2:]
-            check_flags("mask", mask, (inputs.shape[0], *spatial), "inputs", inputs)
+            check_flags("mask", mask, spatial_shape(inputs, self._channel_last), "inputs", inputs)
             mask = mask.reshape(vectors.shape[:-1])
-            vectors = torch.where(mask[..., None], vectors, 0)
+            vectors = zeros_where_masked(vectors, mask)
         x = self._features(vectors)
         bits = x.detach() > 0
         codes = self._codes_of(bits, x.dtype)

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from ..functional.autocast import without_autocast
+
 _SHORTEST = 1e-6
 
 
@@ -15,7 +17,7 @@ def project(projection: nn.Module | None, x: Tensor) -> Tensor:
         return x
     weight, bias = projection.weight, projection.bias
     dtype = torch.promote_types(x.dtype, weight.dtype)
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x):
         return linear(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
 
 
