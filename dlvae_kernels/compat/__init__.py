@@ -1,0 +1,1 @@
+"""Quantizers under the names, arguments and checkpoints of other libraries."""

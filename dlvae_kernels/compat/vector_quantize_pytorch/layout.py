@@ -1,0 +1,25 @@
+"""Feature maps as sequences of vectors [b, n, d], and back."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def to_sequence(x: Tensor, channel_first: bool) -> tuple[Tensor, torch.Size]:
+    """A map [b, *spatial, d], or [b, d, *spatial] with channel_first, as [b, n, d]; and its spatial shape."""
+    spatial = x.shape[2:] if channel_first else x.shape[1:-1]
+    if channel_first:
+        return x.flatten(2).transpose(1, 2) if x.ndim > 2 else x[:, None], spatial
+    return x.reshape(x.shape[0], -1, x.shape[-1]) if x.ndim != 3 else x, spatial
+
+
+def to_map(vectors: Tensor, spatial: torch.Size, channel_first: bool) -> Tensor:
+    """The inverse of `to_sequence`; [b, n, d] becomes [b, *spatial, d] or [b, d, *spatial]."""
+    vectors = vectors.reshape(vectors.shape[0], *spatial, vectors.shape[-1])
+    return vectors.movedim(-1, 1) if channel_first else vectors
+
+
+def indices_to_map(indices: Tensor, spatial: torch.Size) -> Tensor:
+    """Indices [b, n, ...] as [b, *spatial, ...]."""
+    return indices.reshape(indices.shape[0], *spatial, *indices.shape[2:])

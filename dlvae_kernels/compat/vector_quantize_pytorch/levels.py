@@ -1,0 +1,49 @@
+"""How many levels of a residual quantizer run: quantizer dropout with the random numbers of its source."""
+
+from __future__ import annotations
+
+import random
+
+import torch
+import torch.distributed as dist
+
+_LARGEST_SEED = 10_000
+
+
+def get_maybe_sync_seed(device: torch.device | str, max_size: int = _LARGEST_SEED) -> int:
+    """A random seed that is the same on all ranks, the sum of the seeds of the ranks.
+
+    One process draws it on the CPU, so that no device has to be waited for.
+    """
+    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        return int(torch.randint(0, max_size, ()))
+    seed = torch.randint(0, max_size, (), device=device)
+    dist.all_reduce(seed)
+    return int(seed)
+
+
+class LevelDropout:
+    """Draws the number of levels that run in a training step.
+
+    Args:
+        num_levels: L.
+        cutoff_index: the first level that may be the last one to run, >= 0.
+        multiple_of: the number of levels that run is a multiple of this, or L.
+    Raises:
+        ValueError: cutoff_index is not in [0, L).
+    """
+
+    def __init__(self, num_levels: int, cutoff_index: int, multiple_of: int) -> None:
+        if not 0 <= cutoff_index < num_levels:
+            raise ValueError(
+                f"expected quantize_dropout_cutoff_index in [0, {num_levels}), the levels, got {cutoff_index}"
+            )
+        if multiple_of < 1:
+            raise ValueError(f"expected quantize_dropout_multiple_of of at least 1, got {multiple_of}")
+        self._num_levels, self._cutoff_index, self._multiple_of = num_levels, cutoff_index, multiple_of
+
+    def draw(self, seed: int) -> int:
+        """The number of levels that run with this seed, in [1, L]."""
+        last = random.Random(seed).randrange(self._cutoff_index, self._num_levels)
+        multiple = self._multiple_of
+        return min(self._num_levels, (last // multiple + 1) * multiple)
