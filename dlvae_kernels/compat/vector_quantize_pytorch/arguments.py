@@ -47,7 +47,7 @@ def check_arguments(owner: str, arguments: Mapping[str, Any]) -> None:
     for name, value in arguments.items():
         if name not in refused:
             raise TypeError(
-                f"{owner} got an unexpected argument {name!r}, which vector-quantize-pytorch 1.32 lacks too"
+                f"{owner} got an unknown argument {name!r}, which vector-quantize-pytorch lacks too"
             )
         if value is not refused[name] and value != refused[name]:
             raise TypeError(
