@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from ..functional.checks import check_at_least, check_between, check_choice
 from ..functional.ema_update import ema_step
-from .distributed import all_reduce_sum, all_reduce_sums, num_ranks, sample_vectors
+from .distributed import all_reduce_sum, all_reduce_sums, check_exportable, num_ranks, sample_vectors
 from .initialisation import codes_from
 from .projection import to_unit_length
-from .state import StateNames, lookup, register, replace_rows
+from .state import StateNames, WideState, lookup, register, replace_rows
 from .usage import CodebookUsage, CollapseWarning, usage_of
 
 Init = Literal["uniform", "normal", "data", "kmeans"]
@@ -37,7 +37,7 @@ _OBSERVED = 0.15
 _REVIVED_USE = 0.3
 
 
-class Codebook(nn.Module):
+class Codebook(WideState):
     """A codebook [K, D], or several [H, K, D], with the statistics of its codes.
 
     The codes follow exponential moving averages of the vectors assigned to them (`decay` given), or learn by gradient
@@ -60,6 +60,7 @@ class Codebook(nn.Module):
             codes (at least one), the least used.
         sync: all-reduce statistics over the ranks of torch.distributed whenever it is initialised.
         unit_length: keep every code at length 1, for vectors of length 1.
+        trainable: the codes are a parameter, which a gradient reaches; None: unless they follow averages.
         names: the names of the state.
     Raises:
         ValueError: an argument is out of its range.
@@ -73,6 +74,13 @@ class Codebook(nn.Module):
     _observed: Tensor
     _num_revived: Tensor
 
+    # K-means initialisation: the number of iterations, and whether the statistics start as those of its clusters, not
+    # as those of one vector at each code.
+    _kmeans_iterations = 10
+    _starts_from_clusters = False
+    # What to do about a codebook that collapses.
+    _collapse_remedy = 'dead_code_threshold="auto" and init="kmeans"'
+
     def __init__(
         self,
         num_codes: int,
@@ -85,6 +93,7 @@ class Codebook(nn.Module):
         dead_code_threshold: Threshold = "auto",
         sync: bool = True,
         unit_length: bool = False,
+        trainable: bool | None = None,
         names: StateNames | None = None,
     ) -> None:
         super().__init__()
@@ -108,13 +117,16 @@ class Codebook(nn.Module):
         self._is_uninitialised = init in ("data", "kmeans")
         # Recomputation under activation checkpointing must consume the same random numbers as the step did.
         self._initialised_in_last_step = False
-        self._warning = CollapseWarning()
+        self._warning = CollapseWarning(self._collapse_remedy)
 
         default = torch.get_default_dtype()
         wide = torch.promote_types(default, torch.float32)
         heads = () if num_heads is None else (num_heads,)
         codes = torch.empty(*heads, num_codes, num_features, dtype=default if decay is None else wide)
-        register(self, names.codes, nn.Parameter(codes) if decay is None else codes)
+        trainable = decay is None if trainable is None else trainable
+        if trainable and decay is not None:
+            self._wide_parameters = (names.codes,)
+        register(self, names.codes, nn.Parameter(codes) if trainable else codes)
         # Counts and sums start as those of one vector at each code, and so reproduce the codebook.
         is_saved = decay is not None or dead_code_threshold != 0
         register(self, names.cluster_size, torch.empty(*heads, num_codes, dtype=wide), persistent=is_saved)
@@ -125,6 +137,8 @@ class Codebook(nn.Module):
             self.register_buffer("_use", torch.zeros(*heads, num_codes, dtype=wide), persistent=False)
             self.register_buffer("_observed", torch.zeros(*heads, 1, dtype=wide), persistent=False)
         self.register_buffer("_num_revived", torch.zeros((), dtype=torch.int64), persistent=False)
+        if names.initialised is not None:
+            register(self, names.initialised, torch.tensor(not self._is_uninitialised))
         self.register_load_state_dict_post_hook(_leave_meta)
         self.reset_parameters()
 
@@ -179,27 +193,29 @@ class Codebook(nn.Module):
         self._initialised_in_last_step = False
         self._num_revived.zero_()
         codes = torch.empty_like(self.codebook)
+        # Zero until the first training batch, also in a checkpoint.
+        self.set_codes(codes.zero_() if self._is_uninitialised else self._draw(codes))
+        if self._names.initialised is not None:
+            lookup(self, self._names.initialised).fill_(not self._is_uninitialised)
+
+    def _draw(self, codes: Tensor) -> Tensor:
+        """Fill `codes` with random numbers."""
         bound = 1 / self._num_codes
-        if self._is_uninitialised:
-            # Zero until the first training batch, also in a checkpoint.
-            codes.zero_()
-        else:
-            codes = codes.normal_() if self._init == "normal" else codes.uniform_(-bound, bound)
-        self.set_codes(codes)
+        return codes.normal_() if self._init == "normal" else codes.uniform_(-bound, bound)
 
     @torch.no_grad()
-    def set_codes(self, codes: Tensor) -> None:
-        """Copy `codes` into the codebook, and reset all statistics to one vector at each code."""
+    def set_codes(self, codes: Tensor, counts: Tensor | None = None) -> None:
+        """Copy `codes` into the codebook, and reset all statistics to `counts` vectors at each code, by default one."""
         codes = to_unit_length(codes) if self._unit_length else codes
         self.codebook.copy_(codes)
-        self._sizes.fill_(1)
+        self._sizes.copy_(self._sizes.new_ones(()) if counts is None else counts)
         if self._decay is not None:
-            self._sums.copy_(codes)
+            self._sums.copy_(codes if counts is None else codes * counts[..., None])
         if self._dead_code_threshold == "auto":
             self._use.zero_()
             self._observed.zero_()
 
-    def begin(self, num_vectors: int, initial_codes: Callable[[], Tensor]) -> bool:
+    def begin(self, num_vectors: int, initial_codes: Callable[[], tuple[Tensor, Tensor]]) -> bool:
         """Begin a forward; initialise an uninitialised codebook. Returns whether this forward updates the state.
 
         Only a forward in training mode does, and not its recomputation under activation checkpointing, which repeats
@@ -207,14 +223,19 @@ class Codebook(nn.Module):
 
         Args:
             num_vectors: the number of vectors of the batch.
-            initial_codes: returns the initial codes; see `initial_codes` below.
+            initial_codes: returns the initial codes and counts; see `initial_codes` below.
         Raises:
             ValueError: the layer is exported in train mode while its codebook is uninitialised or ranks all-reduce.
         """
         if not self.training:
             return False
-        if torch.compiler.is_exporting():
-            self._check_exportable()
+        check_exportable(type(self).__name__, self._sync)
+        if torch.compiler.is_exporting() and self._is_uninitialised:
+            raise ValueError(
+                f"{type(self).__name__} cannot be exported in train mode before a training batch has initialised its"
+                f" codebook (init={self._init!r}): run one training step first, or call .eval()"
+            )
+        self._read_initialised()
         if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
             if self._initialised_in_last_step:
                 self._jitter(self._num_codes)
@@ -224,48 +245,52 @@ class Codebook(nn.Module):
         self._initialise(num_vectors, initial_codes)
         return True
 
+    def _read_initialised(self) -> None:
+        """Look at the buffer that tells whether the codebook is initialised, where no device has to be waited for."""
+        name = self._names.initialised
+        if name is not None and not torch.compiler.is_compiling() and lookup(self, name).is_cpu:
+            self._is_uninitialised = not bool(lookup(self, name))
+
+    def _is_set(self) -> Tensor:
+        """Whether the codebook is initialised: [] bool."""
+        # It may have been set in place, as torch.distributed.checkpoint does: then it is not all zeros.
+        return self.codebook.any() if self._names.initialised is None else lookup(self, self._names.initialised)
+
     @torch.no_grad()
-    def _initialise(self, num_vectors: int, initial_codes: Callable[[], Tensor]) -> None:
+    def _initialise(self, num_vectors: int, initial_codes: Callable[[], tuple[Tensor, Tensor]]) -> None:
         self._initialised_in_last_step = False
-        # The codebook may have been set in place, as torch.distributed.checkpoint does: then it is not all zeros.
         # Compiled code cannot branch on values; torch.where below restores a codebook that was set.
-        if self._is_uninitialised and not torch.compiler.is_compiling() and self.codebook.any():
+        if self._is_uninitialised and not torch.compiler.is_compiling() and self._is_set():
             self._is_uninitialised = False
         # A rank with no vectors still joins the all-reduce.
         if not self._is_uninitialised or (num_vectors == 0 and num_ranks(self._sync) == 1):
             return
-        codes = initial_codes()
+        codes, counts = initial_codes()
         before = [(tensor, tensor.clone()) for tensor in self._tensors()]
-        is_set = self.codebook.any()
-        self.set_codes(codes)
+        is_set = self._is_set().clone()
+        self.set_codes(codes, counts if self._starts_from_clusters else None)
         for tensor, old in before:
             tensor.copy_(torch.where(is_set, old, tensor))
+        # A batch without a valid vector initialises nothing.
+        if self._names.initialised is not None:
+            lookup(self, self._names.initialised).copy_(is_set | codes.any())
         self._initialised_in_last_step = True
-        # A batch without a valid vector initialises nothing; compiled code cannot see it.
-        self._is_uninitialised = not torch.compiler.is_compiling() and not bool(self.codebook.any())
+        # Compiled code cannot see that.
+        self._is_uninitialised = not torch.compiler.is_compiling() and not bool(self._is_set())
 
-    def _check_exportable(self) -> None:
-        """Refuse to export a graph that would repeat what happens in one training step only."""
-        if self._is_uninitialised:
-            raise ValueError(
-                f"{type(self).__name__} cannot be exported in train mode before a training batch has initialised its"
-                f" codebook (init={self._init!r}): run one training step first, or call .eval()"
-            )
-        if num_ranks(self._sync) > 1:
-            raise ValueError(
-                f"{type(self).__name__} cannot be exported in train mode while ranks all-reduce its statistics: export"
-                " it in one process, construct it with sync=False, or call .eval()"
-            )
-
-    def initial_codes(self, vectors: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Random vectors of the batch over all ranks, or their k-means: of the shape of the codebook.
+    def initial_codes(self, vectors: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Random vectors of the batch over all ranks, or their k-means: codes and counts, shaped as the state.
 
         Args:
             vectors: [..., D] or [..., H, D].
             mask: [...] bool without the heads: True for a valid vector.
         """
         sampled = sample_vectors(vectors, self._jitter(self._num_codes), self._sync, mask)
-        return codes_from(all_reduce_sum(sampled, self._sync), vectors, self._init == "kmeans", self._sync, mask)
+        return self._codes_from(all_reduce_sum(sampled, self._sync), vectors, mask)
+
+    def _codes_from(self, sampled: Tensor, vectors: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        iterations = 0 if self._init == "data" else self._kmeans_iterations
+        return codes_from(sampled, vectors, iterations, self._unit_length, self._sync, mask)
 
     @torch.no_grad()
     def update(self, statistics: Tensor, candidates: Callable[[Tensor], Tensor], ran: Tensor | None = None) -> None:
@@ -286,15 +311,9 @@ class Codebook(nn.Module):
             parts.append(ran.to(statistics.dtype))
         parts = all_reduce_sums(parts, sync)
         ran = None if ran is None else parts[-1] > 0
-        averages = [self._sizes] if self._decay is None else [self.codebook, self._sizes, self._sums]
+        averages = [self._sizes] if self._decay is None else self._tensors()
         before = [] if ran is None else [tensor.clone() for tensor in averages]
-        if self._decay is None:
-            self._sizes.lerp_(parts[0].squeeze(-1).to(self._sizes.dtype), 1 - _USE_DECAY)
-        else:
-            state = self.codebook, self._sizes, self._sums
-            ema_step(*state, parts[0], decay=self._decay, epsilon=self._epsilon)
-            if self._unit_length:
-                self.codebook.copy_(to_unit_length(self.codebook))
+        self._average(parts[0])
         if ran is not None:
             for tensor, old in zip(averages, before, strict=True):
                 tensor.copy_(torch.where(ran.view(-1, *[1] * (tensor.ndim - 1)), tensor, old))
@@ -304,6 +323,15 @@ class Codebook(nn.Module):
             found, is_valid = parts[1].split([self._num_features, 1], dim=-1)
             self._revive(found, is_valid, ran)
         self._warning.after_step(self._sizes)
+
+    def _average(self, statistics: Tensor) -> None:
+        """Add the statistics of a step, over all ranks, to the moving averages, and move the codes that follow them."""
+        if self._decay is None:
+            self._sizes.lerp_(statistics.squeeze(-1).to(self._sizes.dtype), 1 - _USE_DECAY)
+            return
+        ema_step(self.codebook, self._sizes, self._sums, statistics, decay=self._decay, epsilon=self._epsilon)
+        if self._unit_length:
+            self.codebook.copy_(to_unit_length(self.codebook))
 
     @property
     def _num_revivable(self) -> int:
@@ -347,16 +375,6 @@ class Codebook(nn.Module):
         heads = self.codebook.shape[:-2]
         return torch.rand(*heads, count, device=self.codebook.device)
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Codebook:
-        """Move or cast as any module does, but keep buffers in float32 or wider: half precision would lose counts."""
-        before = dict(self.named_buffers())
-        super()._apply(fn, recurse)
-        for name, buffer in self.named_buffers():
-            if buffer.dtype in (torch.float16, torch.bfloat16):
-                owner, _, leaf = name.rpartition(".")
-                setattr(self.get_submodule(owner), leaf, before[name].to(buffer.device, torch.float32))
-        return self
-
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         names = self._names
         averages = (names.codes, names.embed_sum) if self._decay is not None else ()
@@ -375,7 +393,13 @@ class Codebook(nn.Module):
                 state_dict.setdefault(prefix + names.cluster_size, self._sizes)
             else:
                 state_dict.pop(prefix + names.cluster_size, None)
+        if (flag := state_dict.get(f"{prefix}{names.initialised}")) is not None:
+            # Older releases of some sources save one number.
+            state_dict[f"{prefix}{names.initialised}"] = flag.reshape(()).bool()
         super()._load_from_state_dict(state_dict, prefix, *args)
+        if flag is not None:
+            self._is_uninitialised = not flag.is_meta and not bool(flag)
+            return
         codes = state_dict.get(prefix + names.codes)
         if codes is not None and codes.shape == self.codebook.shape:
             is_zero = codes.is_meta or not codes.any()

@@ -20,6 +20,15 @@ def num_ranks(sync: bool) -> int:
     return _world(sync)[1]
 
 
+def check_exportable(owner: str, sync: bool) -> None:
+    """Refuse to export a training step whose sums over the ranks the graph would lack."""
+    if torch.compiler.is_exporting() and num_ranks(sync) > 1:
+        raise ValueError(
+            f"{owner} cannot be exported in train mode while ranks all-reduce: export it in one process, construct it"
+            " with sync=False, or call .eval()"
+        )
+
+
 def all_reduce_sum(tensor: Tensor, sync: bool) -> Tensor:
     """The sum of `tensor` over all ranks, in place if there is more than one."""
     if num_ranks(sync) > 1:

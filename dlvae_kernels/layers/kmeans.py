@@ -9,6 +9,7 @@ from ..functional.checks import check_at_least, check_choice, check_floating, ch
 from ..functional.ema_update import ema_statistics
 from ..functional.nearest_code import nearest_code
 from .distributed import all_reduce_sum, farthest_vectors, num_ranks, sample_vectors
+from .projection import to_unit_length
 
 KMeansInit = Literal["k-means++", "random"]
 
@@ -122,10 +123,19 @@ def _plus_plus(sample: Tensor, is_valid: Tensor, num_clusters: int, generator: t
 
 
 @torch.no_grad()
-def lloyd(x: Tensor, centroids: Tensor, iterations: int, *, tolerance: float = 0.0, sync: bool = True) -> KMeansOutput:
+def lloyd(
+    x: Tensor,
+    centroids: Tensor,
+    iterations: int,
+    *,
+    tolerance: float = 0.0,
+    sync: bool = True,
+    unit_length: bool = False,
+) -> KMeansOutput:
     """The iterations of `kmeans` on vectors x [..., D], from given centroids [K, D] in float32 or wider.
 
-    Without a tolerance it never reads values on the host, and can be compiled whole.
+    With `unit_length` the means are divided by their lengths (spherical k-means), for vectors of length 1. Without a
+    tolerance it never reads values on the host, and can be compiled whole.
     """
     num_clusters, dim = centroids.shape
     indices, distances = nearest_code(x, centroids, return_distance=True)
@@ -142,6 +152,8 @@ def lloyd(x: Tensor, centroids: Tensor, iterations: int, *, tolerance: float = 0
         candidate = valid_first[(is_empty.squeeze(1).cumsum(0) - 1).clamp(min=0)]
         moved = torch.where(is_valid[candidate] > 0, candidates[candidate], centroids)
         centroids = torch.where(is_empty, moved, sums / counts)
+        if unit_length:
+            centroids = to_unit_length(centroids)
         indices, distances = nearest_code(x, centroids, return_distance=True)
         before, inertia = inertia, _inertia(distances, sync)
         if tolerance > 0 and bool(before - inertia <= tolerance * before):

@@ -10,22 +10,21 @@ from ..functional.nearest_code import nearest_code
 from ..functional.residual_quantize import ResidualQuantizeOutput, residual_statistics
 from .codebook import Codebook
 from .distributed import all_reduce_sum, sample_vectors
-from .initialisation import codes_from
 
 
 class LevelCodebook(Codebook):
     """The codebooks [L, K, D] of a residual quantizer, whose statistics are those of the residuals of each level."""
 
-    def initial_codes(self, vectors: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Random residuals of the batch over all ranks, or their k-means, level by level: [L, K, D]."""
+    def initial_codes(self, vectors: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Random residuals of the batch over all ranks, or their k-means, level by level: [L, K, D] and [L, K]."""
         residual = vectors.detach().to(torch.promote_types(vectors.dtype, torch.float32))
         levels = []
         for jitter in self._jitter(self._num_codes):
             sampled = all_reduce_sum(sample_vectors(residual, jitter, self._sync, mask), self._sync)
-            codes = codes_from(sampled, residual, self._init == "kmeans", self._sync, mask)
+            codes, counts = self._codes_from(sampled, residual, mask)
             residual = residual - gather_codes(codes, nearest_code(residual, codes))
-            levels.append(codes)
-        return torch.stack(levels)
+            levels.append((codes, counts))
+        return torch.stack([codes for codes, _ in levels]), torch.stack([counts for _, counts in levels])
 
     @torch.no_grad()
     def update_levels(

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..functional.bit_entropy import bit_entropy
 from ..functional.checks import check_at_least, check_flags, check_size
-from .distributed import all_reduce_mean, num_ranks
+from .distributed import all_reduce_mean, check_exportable
 from .implicit_codebook_layer import ImplicitCodebookLayer
 from .maps import spatial_shape
 from .projection import to_unit_length, zeros_where_masked
@@ -154,11 +154,8 @@ class LookupFreeQuantizer(ImplicitCodebookLayer):
             ValueError: rank, D, shape of mask, dtype or device do not fit, or the layer is exported in train mode
                 while ranks all-reduce.
         """
-        if self.training and torch.compiler.is_exporting() and num_ranks(self._sync) > 1:
-            raise ValueError(
-                "LookupFreeQuantizer cannot be exported in train mode while ranks all-reduce: export it in one process,"
-                " construct it with sync=False, or call .eval()"
-            )
+        if self.training:
+            check_exportable(type(self).__name__, self._sync)
         vectors = self._as_vectors(inputs)
         if mask is not None:
             check_flags("mask", mask, spatial_shape(inputs, self._channel_last), "inputs", inputs)

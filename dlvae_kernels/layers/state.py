@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -9,11 +10,15 @@ from torch import Tensor, nn
 
 
 class StateNames(NamedTuple):
-    """The names under which a module keeps its state; a dot leads to a child module."""
+    """The names under which a module keeps its state; a dot leads to a child module.
+
+    `initialised`: a bool buffer that tells whether the codebook has been initialised; None: it is, unless it is all 0.
+    """
 
     codes: str = "codes"
     cluster_size: str = "cluster_size"
     embed_sum: str = "embed_sum"
+    initialised: str | None = None
 
 
 class _State(nn.Module):
@@ -21,6 +26,28 @@ class _State(nn.Module):
 
     def reset_parameters(self) -> None:
         """Do nothing: the enclosing module initialises it, and a model may reset its modules in any order."""
+
+
+class WideState(nn.Module):
+    """A module whose buffers, and the parameters in `_wide_parameters`, stay in float32 or wider.
+
+    Half precision would lose counts and moving averages.
+    """
+
+    _wide_parameters: tuple[str, ...] = ()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> WideState:
+        before = {**dict(self.named_buffers()), **{name: lookup(self, name).data for name in self._wide_parameters}}
+        super()._apply(fn, recurse)
+        for name, old in before.items():
+            if (state := lookup(self, name)).dtype in (torch.float16, torch.bfloat16):
+                wide = old.to(state.device, torch.float32)
+                if isinstance(state, nn.Parameter):
+                    state.data = wide
+                else:
+                    owner, _, leaf = name.rpartition(".")
+                    setattr(self.get_submodule(owner), leaf, wide)
+        return self
 
 
 def register(module: nn.Module, name: str, tensor: Tensor, persistent: bool = True) -> None:

@@ -41,9 +41,14 @@ def perplexity_of(counts: Tensor) -> Tensor:
 
 
 class CollapseWarning:
-    """Warns once when a codebook that is trained collapses; the host does not wait for the device."""
+    """Warns once when a codebook that is trained collapses; the host does not wait for the device.
 
-    def __init__(self) -> None:
+    Args:
+        remedy: the arguments that the warning advises to pass.
+    """
+
+    def __init__(self, remedy: str) -> None:
+        self._remedy = remedy
         self._steps = 0
         self._is_done = False
         self._perplexity: Tensor | None = None
@@ -51,7 +56,13 @@ class CollapseWarning:
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy of the module, or one that is loaded, waits for no device."""
-        return {"_steps": self._steps, "_is_done": self._is_done, "_perplexity": None, "_is_copied": None}
+        return {
+            "_remedy": self._remedy,
+            "_steps": self._steps,
+            "_is_done": self._is_done,
+            "_perplexity": None,
+            "_is_copied": None,
+        }
 
     def after_step(self, cluster_size: Tensor) -> None:
         """Look at the counts [..., K] of a codebook every 100 training steps; compiled steps are not counted."""
@@ -75,6 +86,6 @@ class CollapseWarning:
             self._is_done = True
             warnings.warn(
                 f"a codebook of {num_codes} codes has collapsed: the perplexity of its use is {perplexity:.1f}; pass"
-                ' dead_code_threshold="auto" and init="kmeans", and check the scale of its inputs',
+                f" {self._remedy}, and check the scale of its inputs",
                 stacklevel=2,
             )

@@ -100,6 +100,6 @@ def test_export_train_mode_while_the_codebook_is_uninitialised_raises(layer):
 
 
 def test_export_train_mode_while_ranks_all_reduce_raises(monkeypatch):
-    monkeypatch.setattr("dlvae_kernels.layers.codebook.num_ranks", lambda sync: 2 if sync else 1)
+    monkeypatch.setattr("dlvae_kernels.layers.distributed.num_ranks", lambda sync: 2 if sync else 1)
     with pytest.raises(ValueError, match="cannot be exported in train mode while ranks all-reduce"):
         torch.export.export(Model(LAYERS["vector_quantizer_ema"]()), (torch.randn(2, 3, 4, 4),), strict=False)

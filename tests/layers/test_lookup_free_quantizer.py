@@ -220,7 +220,7 @@ def test_lfq_repr_shows_every_argument():
 
 
 def test_lfq_export_in_train_mode_while_ranks_all_reduce_raises(monkeypatch):
-    monkeypatch.setattr("dlvae_kernels.layers.lookup_free_quantizer.num_ranks", lambda sync: 2 if sync else 1)
+    monkeypatch.setattr("dlvae_kernels.layers.distributed.num_ranks", lambda sync: 2 if sync else 1)
     with pytest.raises(ValueError, match="cannot be exported in train mode while ranks all-reduce"):
         torch.export.export(LookupFreeQuantizer(16), (torch.randn(2, 4),), strict=False)
     torch.export.export(LookupFreeQuantizer(16).eval(), (torch.randn(2, 4),), strict=False)

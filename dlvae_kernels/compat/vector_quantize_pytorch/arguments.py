@@ -46,9 +46,7 @@ def check_arguments(owner: str, arguments: Mapping[str, Any]) -> None:
     refused = REFUSED.get(owner, {})
     for name, value in arguments.items():
         if name not in refused:
-            raise TypeError(
-                f"{owner} got an unknown argument {name!r}, which vector-quantize-pytorch lacks too"
-            )
+            raise TypeError(f"{owner} got an unknown argument {name!r}, which vector-quantize-pytorch lacks too")
         if value is not refused[name] and value != refused[name]:
             raise TypeError(
                 f"{owner} does not implement the argument {name!r} of vector-quantize-pytorch: expected its default"
