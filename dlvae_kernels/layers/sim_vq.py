@@ -27,7 +27,45 @@ class SimVQOutput(NamedTuple):
     indices: Tensor
 
 
-class SimVQ(nn.Module):
+class TransformedCodebook(nn.Module):
+    """Codes [K, D] that a module computes from frozen random vectors [K, F]; F is D by default.
+
+    The base of the quantizers that have such a codebook; `transform` is `nn.Linear(F, D, bias=False)` by default.
+    """
+
+    frozen_codebook: Tensor
+    code_transform: nn.Module
+
+    def __init__(self, dim: int, codebook_size: int, frozen_dim: int | None, transform: nn.Module | None) -> None:
+        super().__init__()
+        self.dim = check_size("dim", dim, 1)
+        self.codebook_size = check_size("codebook_size", codebook_size, 1)
+        self.frozen_dim = self.dim if frozen_dim is None else check_size("frozen_dim", frozen_dim, 1)
+        self.register_buffer("frozen_codebook", torch.empty(self.codebook_size, self.frozen_dim))
+        self._draw_frozen_codebook()
+        self.code_transform = nn.Linear(self.frozen_dim, self.dim, bias=False) if transform is None else transform
+
+    @property
+    def codebook(self) -> Tensor:
+        """The codes [K, D], which have a gradient to the transform."""
+        with without_autocast(self.frozen_codebook):
+            return self.code_transform(self.frozen_codebook)
+
+    @torch.no_grad()
+    def _draw_frozen_codebook(self) -> None:
+        self.frozen_codebook.normal_(std=self.frozen_dim**-0.5)
+
+    def _checked_codebook(self) -> Tensor:
+        codebook = self.codebook
+        if codebook.shape != (self.codebook_size, self.dim):
+            raise ValueError(
+                f"expected transform to map [K, {self.frozen_dim}] to codes of shape"
+                f" {(self.codebook_size, self.dim)}, got {tuple(codebook.shape)}"
+            )
+        return codebook
+
+
+class SimVQ(TransformedCodebook):
     """Vector quantizer whose codebook is a learned linear transform of frozen random vectors.
 
     A gradient moves all codes together, those that no vector is assigned to included, so that few codes die.
@@ -58,9 +96,6 @@ class SimVQ(nn.Module):
     Source: Zhu et al. 2024, arXiv:2411.02038.
     """
 
-    frozen_codebook: Tensor
-    code_transform: nn.Module
-
     def __init__(
         self,
         dim: int,
@@ -72,24 +107,12 @@ class SimVQ(nn.Module):
         gradient: Gradient = "straight_through",
         channel_last: bool = False,
     ) -> None:
-        super().__init__()
-        self.dim = check_size("dim", dim, 1)
-        self.codebook_size = check_size("codebook_size", codebook_size, 1)
-        self.frozen_dim = self.dim if frozen_dim is None else check_size("frozen_dim", frozen_dim, 1)
+        super().__init__(dim, codebook_size, frozen_dim, transform)
         check_at_least("commitment_cost", commitment_cost, 0)
         check_choice("gradient", gradient, GRADIENTS)
         self._commitment_cost = commitment_cost
         self._gradient = gradient
         self._channel_last = channel_last
-        self.register_buffer("frozen_codebook", torch.empty(self.codebook_size, self.frozen_dim))
-        self.code_transform = nn.Linear(self.frozen_dim, self.dim, bias=False) if transform is None else transform
-        self._draw_frozen_codebook()
-
-    @property
-    def codebook(self) -> Tensor:
-        """The codes [K, D], which have a gradient to the transform."""
-        with without_autocast(self.frozen_codebook):
-            return self.code_transform(self.frozen_codebook)
 
     def reset_parameters(self) -> None:
         """Draw the frozen vectors anew and initialise the transform, as the constructor does; after `to_empty` too."""
@@ -146,19 +169,6 @@ class SimVQ(nn.Module):
             f"dim={self.dim}, codebook_size={self.codebook_size}, commitment_cost={self._commitment_cost},"
             f" frozen_dim={self.frozen_dim}, gradient={self._gradient!r}, channel_last={self._channel_last}"
         )
-
-    @torch.no_grad()
-    def _draw_frozen_codebook(self) -> None:
-        self.frozen_codebook.normal_(std=self.frozen_dim**-0.5)
-
-    def _checked_codebook(self) -> Tensor:
-        codebook = self.codebook
-        if codebook.shape != (self.codebook_size, self.dim):
-            raise ValueError(
-                f"expected transform to map [K, {self.frozen_dim}] to codes of shape"
-                f" {(self.codebook_size, self.dim)}, got {tuple(codebook.shape)}"
-            )
-        return codebook
 
     def _index_map(self, indices: Tensor, inputs: Tensor) -> Tensor:
         return indices.view(spatial_shape(inputs, self._channel_last))

@@ -11,7 +11,7 @@ def to_sequence(x: Tensor, channel_first: bool) -> tuple[Tensor, torch.Size]:
     spatial = x.shape[2:] if channel_first else x.shape[1:-1]
     if channel_first:
         return x.flatten(2).transpose(1, 2) if x.ndim > 2 else x[:, None], spatial
-    return x.reshape(x.shape[0], -1, x.shape[-1]) if x.ndim != 3 else x, spatial
+    return x.flatten(1, -2) if x.ndim > 2 else x[:, None], spatial
 
 
 def to_map(vectors: Tensor, spatial: torch.Size, channel_first: bool) -> Tensor:
@@ -23,3 +23,16 @@ def to_map(vectors: Tensor, spatial: torch.Size, channel_first: bool) -> Tensor:
 def indices_to_map(indices: Tensor, spatial: torch.Size) -> Tensor:
     """Indices [b, n, ...] as [b, *spatial, ...]."""
     return indices.reshape(indices.shape[0], *spatial, *indices.shape[2:])
+
+
+def check_features(x: Tensor, dim: int, channel_first: bool) -> None:
+    """Check for a map [b, ..., dim], or [b, dim, ...] with channel_first.
+
+    Raises:
+        ValueError: rank or dim do not fit.
+    """
+    if x.ndim < 2 or x.shape[1 if channel_first else -1] != dim:
+        shapes = [f"[b, ..., {dim}]", f"[b, {dim}, ...]"]
+        fits_other = x.ndim >= 2 and x.shape[-1 if channel_first else 1] == dim
+        remedy = f"; for {shapes[not channel_first]} pass channel_first={not channel_first}" if fits_other else ""
+        raise ValueError(f"expected x of shape {shapes[channel_first]}, got {tuple(x.shape)}{remedy}")
