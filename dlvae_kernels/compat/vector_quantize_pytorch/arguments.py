@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+# The names of vector-quantize-pytorch 1.32 that this package lacks.
+NOT_IMPLEMENTED = frozenset({"BinaryMapper", "EvoLFQ", "FSP", "HierarchicalVQ", "LatentQuantize", "Sequential"})
+
 # The refused arguments of each class with the defaults of vector-quantize-pytorch 1.32, which are accepted.
 REFUSED: dict[str, dict[str, Any]] = {
     "VectorQuantize": {
