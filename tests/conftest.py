@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -92,6 +93,13 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
 def _fresh_routes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Start each test without memoised routes, since tests replace what routes depend on."""
     monkeypatch.setattr(backends, "_routes", {})
+
+
+@pytest.fixture
+def without_vector_quantize_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Start the test as if vector-quantize-pytorch had not been imported, which `compat.install` requires."""
+    for name in [name for name in sys.modules if name.split(".")[0] == "vector_quantize_pytorch"]:
+        monkeypatch.delitem(sys.modules, name)
 
 
 @pytest.fixture(autouse=True)

@@ -77,6 +77,7 @@ def test_broken_links_missing_file_or_anchor_is_found(tmp_path):
     assert broken_links(page) == ["gone.md", "other.md#two"]
 
 
+@pytest.mark.usefixtures("without_vector_quantize_pytorch")
 @pytest.mark.parametrize("path", [path for path in PAGES if path.name != "CONTRIBUTING.md"], ids=page_id)
 def test_examples_of_a_page_run(path):
     names: dict[str, object] = {}

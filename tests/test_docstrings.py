@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import doctest
-import sys
 
 import pytest
 import torch
@@ -22,13 +21,7 @@ for module in (compat, vector_quantize_pytorch):
 pytestmark = pytest.mark.small
 
 
-@pytest.fixture(autouse=True)
-def _no_vector_quantize_pytorch(monkeypatch):
-    """Remove the real package, which other tests import, for the examples of `compat.install`."""
-    for name in [name for name in sys.modules if name.split(".")[0] == "vector_quantize_pytorch"]:
-        monkeypatch.delitem(sys.modules, name)
-
-
+@pytest.mark.usefixtures("without_vector_quantize_pytorch")
 @pytest.mark.parametrize("backend", ["reference", "native"])
 @pytest.mark.parametrize("name", sorted(DOCUMENTED))
 def test_docstring_example_runs_as_written(name, backend):

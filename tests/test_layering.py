@@ -1,4 +1,4 @@
-"""Imports go down only: report -> training -> networks -> layers -> functional -> ops -> backends."""
+"""Imports go down only: report -> training -> networks -> compat -> layers -> functional -> ops -> backends."""
 
 from __future__ import annotations
 

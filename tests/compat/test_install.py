@@ -50,13 +50,6 @@ def output_of(code: str) -> str:
     return result.stdout.strip()
 
 
-@pytest.fixture
-def no_package(monkeypatch):
-    """sys.modules without vector_quantize_pytorch, restored afterwards."""
-    for name in [name for name in sys.modules if name.split(".")[0] == NAME]:
-        monkeypatch.delitem(sys.modules, name)
-
-
 @pytest.mark.parametrize("hide", ["", HIDE], ids=["installed", "hidden"])
 def test_install_script_imports_this_package(hide):
     if not hide:
@@ -70,7 +63,8 @@ def test_install_script_imports_this_package(hide):
     )
 
 
-def test_install_undo_restores_what_was_there(no_package):
+@pytest.mark.usefixtures("without_vector_quantize_pytorch")
+def test_install_undo_restores_what_was_there():
     with install() as outer:
         assert sys.modules[NAME] is own
         with install():
@@ -82,7 +76,8 @@ def test_install_undo_restores_what_was_there(no_package):
     assert NAME not in sys.modules
 
 
-def test_install_after_the_real_package_asks_for_replace(no_package):
+@pytest.mark.usefixtures("without_vector_quantize_pytorch")
+def test_install_after_the_real_package_asks_for_replace():
     real = pytest.importorskip(NAME, reason="the extra 'bench' is not installed")
     before = {name: module for name, module in sys.modules.items() if name.split(".")[0] == NAME}
     with pytest.raises(RuntimeError, match=r"before the first import .*__init__\.py; .* replace=True"):
@@ -94,15 +89,17 @@ def test_install_after_the_real_package_asks_for_replace(no_package):
     assert {name: module for name, module in sys.modules.items() if name.split(".")[0] == NAME} == before
 
 
-def test_install_gives_every_module_of_the_package(no_package):
+@pytest.mark.usefixtures("without_vector_quantize_pytorch")
+def test_install_gives_every_module_of_the_package():
     folder = Path(own.__file__).parent
     with install():
         found = {name.removeprefix(f"{NAME}.") for name in sys.modules if name.startswith(f"{NAME}.")}
     assert found == {file.stem for file in folder.glob("*.py")} - {"__init__"}
 
 
+@pytest.mark.usefixtures("without_vector_quantize_pytorch")
 @pytest.mark.parametrize("name", sorted(NOT_IMPLEMENTED))
-def test_missing_name_is_named_with_the_remedy(name, no_package):
+def test_missing_name_is_named_with_the_remedy(name):
     message = f"does not implement {name} of vector-quantize-pytorch; import it from the real package"
     with pytest.raises(ImportError, match=message):
         getattr(own, name)
