@@ -78,7 +78,7 @@ class Codebook(WideState):
     # as those of one vector at each code.
     _kmeans_iterations = 10
     _starts_from_clusters = False
-    # What to do about a codebook that collapses.
+    # The remedy that the warning of a collapsed codebook names.
     _collapse_remedy = 'dead_code_threshold="auto" and init="kmeans"'
 
     def __init__(
@@ -293,7 +293,13 @@ class Codebook(WideState):
         return codes_from(sampled, vectors, iterations, self._unit_length, self._sync, mask)
 
     @torch.no_grad()
-    def update(self, statistics: Tensor, candidates: Callable[[Tensor], Tensor], ran: Tensor | None = None) -> None:
+    def update(
+        self,
+        statistics: Tensor,
+        candidates: Callable[[Tensor], Tensor],
+        ran: Tensor | None = None,
+        average: Callable[[Tensor], None] | None = None,
+    ) -> None:
         """Update the state by the statistics of a training batch.
 
         Args:
@@ -301,6 +307,7 @@ class Codebook(WideState):
                 a codebook that learns by gradient.
             candidates: returns for jitter [M] or [H, M] what `sample_vectors` returns for the vectors of the batch.
             ran: [H] bool, the codebooks that this rank used; those that no rank used keep their state. None: all.
+            average: adds the statistics of all ranks to the moving averages; None: as `decay` says.
         """
         # One all-reduce adds statistics and candidates. Counts that decide nothing stay those of this rank.
         sync = self._sync and (self._decay is not None or self._dead_code_threshold != 0)
@@ -313,7 +320,7 @@ class Codebook(WideState):
         ran = None if ran is None else parts[-1] > 0
         averages = [self._sizes] if self._decay is None else self._tensors()
         before = [] if ran is None else [tensor.clone() for tensor in averages]
-        self._average(parts[0])
+        (average or self._average)(parts[0])
         if ran is not None:
             for tensor, old in zip(averages, before, strict=True):
                 tensor.copy_(torch.where(ran.view(-1, *[1] * (tensor.ndim - 1)), tensor, old))

@@ -41,22 +41,31 @@ class LevelCodebook(Codebook):
         else:
             statistics = residual_statistics(vectors, out.indices, codebooks)
         ran = torch.arange(len(codebooks), device=vectors.device) < levels if isinstance(levels, int) else levels
-        self.update(statistics, lambda jitter: self._candidates(vectors, out.indices, codebooks, jitter[0], mask), ran)
+        self.update(
+            statistics,
+            lambda jitter: sample_residuals(vectors, out.indices, codebooks, jitter[0], self._sync, mask),
+            ran,
+        )
 
-    def _candidates(
-        self, vectors: Tensor, indices: Tensor, codebooks: Tensor, jitter: Tensor, mask: Tensor | None
-    ) -> Tensor:
-        """The residuals of random vectors of the batch at every level, each followed by a one: [L, M, D + 1].
 
-        All levels use the same vectors. A level that does not run has the residual of the level after it.
-        """
-        num_levels, _, num_features = codebooks.shape
-        # The same jitter selects the same vectors and their indices; an index is exact in float32.
-        sampled = sample_vectors(vectors, jitter, self._sync, mask)
-        x, is_valid = sampled.split([num_features, 1], dim=1)
-        index = sample_vectors(indices.to(x.dtype), jitter, self._sync, mask)[:, :-1]
-        codes = gather_codes(codebooks, index.long())
-        # Level l has lost the codes of the levels before it.
-        lost = (codes.cumsum(1) - codes).to(x.dtype)
-        residuals = (x[:, None] - lost).movedim(1, 0) * is_valid
-        return torch.cat([residuals, is_valid.expand(num_levels, -1, -1)], dim=-1)
+def sample_residuals(
+    vectors: Tensor, indices: Tensor, codebooks: Tensor, jitter: Tensor, sync: bool, mask: Tensor | None
+) -> Tensor:
+    """The residuals of random vectors of the batch at every level, in the form of `sample_vectors`: [L, M, D + 1].
+
+    All levels use the same vectors. A level that does not run has the residual of the level after it.
+
+    Args:
+        vectors, indices, codebooks: [..., D], [..., L] and [L, K, D].
+        jitter, sync, mask: as in `sample_vectors`.
+    """
+    num_levels, _, num_features = codebooks.shape
+    # The same jitter selects the same vectors and their indices; an index is exact in float32.
+    sampled = sample_vectors(vectors, jitter, sync, mask)
+    x, is_valid = sampled.split([num_features, 1], dim=1)
+    index = sample_vectors(indices.to(x.dtype), jitter, sync, mask)[:, :-1]
+    codes = gather_codes(codebooks, index.long())
+    # Level l has lost the codes of the levels before it.
+    lost = (codes.cumsum(1) - codes).to(x.dtype)
+    residuals = (x[:, None] - lost).movedim(1, 0) * is_valid
+    return torch.cat([residuals, is_valid.expand(num_levels, -1, -1)], dim=-1)

@@ -1,0 +1,447 @@
+"""ResidualVQ and GroupedResidualVQ: levels that quantize what the levels before them left."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+
+from ...functional.checks import check_floating, check_size
+from ...functional.gather_codes import gather_codes
+from ...functional.residual_quantize import (
+    ResidualGradient,
+    residual_decode,
+    residual_quantize,
+    residual_statistics,
+)
+from ...layers.distributed import all_reduce_sum
+from ...layers.level_codebook import sample_residuals
+from ...layers.projection import project, zeros_where_masked
+from ...layers.usage import CodebookUsage
+from .arguments import REFUSED, check_arguments
+from .codebook import Codebook
+from .layout import indices_to_map, to_map, to_sequence
+from .levels import LevelDropout, get_maybe_sync_seed
+from .vector_quantize_pytorch import VectorQuantize
+
+
+class ResidualVQ(nn.Module):
+    """Residual vector quantizer with the arguments, results and state of vector-quantize-pytorch 1.32.
+
+    Where all levels have codebooks of one size that are compared by distance, they run in one operation. The gradient
+    of the output to the input is that of each level, so L-fold, as in the source; the residual has none
+    (`quant_grad_frac=0`).
+
+    Args:
+        dim: the features of the input.
+        num_quantizers: L, the number of levels; by default the number of codebook sizes.
+        codebook_size: K, or a tuple with that of each level.
+        codebook_dim: the features of a code, by default `dim`, with linear layers around all levels where it differs.
+        shared_codebook: all levels have one codebook.
+        quantize_dropout: in training, a random number of levels runs, above `quantize_dropout_cutoff_index`, and a
+            multiple of `quantize_dropout_multiple_of`.
+        accept_image_fmap: inputs are maps [b, dim, *spatial].
+        quant_grad_frac: the share of the gradient of a level that reaches the levels before it.
+        vq_kwargs: of every level, as in `VectorQuantize`.
+    Raises:
+        TypeError: an argument is not implemented, or unknown.
+        ValueError: an argument is out of its range.
+
+    state_dict: that of `VectorQuantize` under `layers.{i}.`, and `project_in.*` and `project_out.*`.
+
+    >>> layer = ResidualVQ(dim=16, num_quantizers=4, codebook_size=32)
+    >>> quantized, indices, losses = layer(torch.randn(2, 50, 16))
+    >>> quantized.shape, indices.shape, losses.shape
+    (torch.Size([2, 50, 16]), torch.Size([2, 50, 4]), torch.Size([4]))
+    >>> layer.eval().get_output_from_indices(indices[..., :2]).shape
+    torch.Size([2, 50, 16])
+
+    Source: Zeghidour et al. 2021, arXiv:2107.03312, algorithm 1.
+    """
+
+    def __init__(
+        self,
+        *,
+        dim: int,
+        num_quantizers: int | None = None,
+        codebook_size: int | tuple[int, ...],
+        codebook_dim: int | None = None,
+        shared_codebook: bool = False,
+        heads: int = 1,
+        quantize_dropout: bool = False,
+        quantize_dropout_cutoff_index: int = 0,
+        quantize_dropout_multiple_of: int = 1,
+        accept_image_fmap: bool = False,
+        quant_grad_frac: float = 0.0,
+        return_zeros_for_masked_padding: bool = True,
+        **vq_kwargs: Any,
+    ) -> None:
+        super().__init__()
+        refused = {name: vq_kwargs.pop(name) for name in REFUSED["ResidualVQ"] if name in vq_kwargs}
+        check_arguments("ResidualVQ", refused)
+        if heads != 1:
+            raise ValueError(f"expected heads=1 in a residual quantizer, got {heads}; GroupedResidualVQ has groups")
+        if num_quantizers is None and not isinstance(codebook_size, tuple):
+            raise ValueError("expected num_quantizers, or codebook_size as a tuple, got neither")
+        sizes = codebook_size if isinstance(codebook_size, tuple) else (codebook_size,) * int(num_quantizers or 0)
+        if num_quantizers is not None and len(sizes) != num_quantizers:
+            raise ValueError(f"expected codebook_size of {num_quantizers} levels, got {sizes}")
+        self.num_quantizers = check_size("num_quantizers", len(sizes), 1)
+        self.codebook_sizes = sizes
+        self.uniform_codebook_size = len(set(sizes)) == 1
+        if shared_codebook and not self.uniform_codebook_size:
+            raise ValueError(f"expected one codebook_size with shared_codebook=True, got {sizes}")
+        self.dim = check_size("dim", dim, 1)
+        self.codebook_dim = self.dim if codebook_dim is None else check_size("codebook_dim", codebook_dim, 1)
+        self.has_projections = self.codebook_dim != self.dim
+        self.project_in = nn.Linear(self.dim, self.codebook_dim) if self.has_projections else nn.Identity()
+        self.project_out = nn.Linear(self.codebook_dim, self.dim) if self.has_projections else nn.Identity()
+        self.accept_image_fmap = accept_image_fmap
+        self._is_channel_first = accept_image_fmap or not vq_kwargs.pop("channel_last", True)
+        self.return_zeros_for_masked_padding = return_zeros_for_masked_padding
+        self.quant_grad_frac = quant_grad_frac
+        self.shared_codebook = shared_codebook
+        if shared_codebook:
+            vq_kwargs["manual_ema_update"] = True
+        # The levels get sequences, whatever the layout of the input.
+        self.layers = nn.ModuleList(VectorQuantize(self.codebook_dim, size, **vq_kwargs) for size in sizes)
+        if self._level(0).has_projections:
+            raise ValueError("expected codebook_dim of the residual quantizer, which projects once for all levels")
+        if shared_codebook:
+            for layer in self._levels():
+                layer._codebook = self._level(0)._codebook
+        self.quantize_dropout = quantize_dropout and self.num_quantizers > 1
+        self.quantize_dropout_cutoff_index = quantize_dropout_cutoff_index
+        self.quantize_dropout_multiple_of = quantize_dropout_multiple_of
+        self._dropout = LevelDropout(self.num_quantizers, quantize_dropout_cutoff_index, quantize_dropout_multiple_of)
+
+    def _levels(self) -> Iterator[VectorQuantize]:
+        return iter(self.layers)  # type: ignore[arg-type]
+
+    def _level(self, level: int) -> VectorQuantize:
+        return self.layers[level]  # type: ignore[return-value]
+
+    @property
+    def codebook_size(self) -> int:
+        """K, the number of codes of the first level."""
+        return self.codebook_sizes[0]
+
+    @property
+    def codebooks(self) -> Tensor | tuple[Tensor, ...]:
+        """The codes of all levels, a copy [L, K, D]; a tuple of [K, D] where their sizes differ."""
+        codebooks = tuple(layer._codebook.embed[0] for layer in self._levels())
+        return torch.stack(codebooks) if self.uniform_codebook_size else codebooks
+
+    @property
+    def usage(self) -> CodebookUsage:
+        """How evenly the codes of each level are used, [L]."""
+        levels = [layer.usage for layer in self._levels()]
+        return CodebookUsage(*(torch.cat([part.reshape(1) for part in parts]) for parts in zip(*levels, strict=True)))
+
+    def forward(
+        self,
+        x: Tensor,
+        mask: Tensor | None = None,
+        indices: Tensor | Sequence[Tensor] | None = None,
+        return_all_codes: bool = False,
+        sample_codebook_temp: float | None = None,
+        freeze_codebook: bool = False,
+        beam_size: int | None = None,
+        rand_quantize_dropout_fixed_seed: int | None = None,
+    ) -> Any:
+        """Quantize vectors.
+
+        Args:
+            x: [b, n, dim], with accept_image_fmap maps [b, dim, *spatial].
+            mask: [b, n] ([b, *spatial]) bool: True for a valid vector.
+            indices: [b, n, L], or a list of [b, n]: return the cross-entropy to these codes.
+            return_all_codes: also return the codes of all levels, [L, b, n, D].
+            rand_quantize_dropout_fixed_seed: of quantizer dropout, for the same levels on all ranks.
+        Returns:
+            (quantized, indices, losses): quantized as x; indices [b, n, L] ([b, *spatial, L]) int64, -1 where masked or
+            a level did not run; losses [L], 0 in eval mode. With `indices` (quantized, cross-entropy).
+        Raises:
+            ValueError: a shape, dtype or device does not fit; nothing has been changed.
+        """
+        check_arguments("ResidualVQ.forward", {"beam_size": beam_size})
+        check_floating("x", x)
+        channel = 1 if self._is_channel_first else -1
+        if x.ndim < 2 or x.shape[channel] != self.dim:
+            expected = f"[b, {self.dim}, ...]" if self._is_channel_first else f"[b, ..., {self.dim}]"
+            raise ValueError(f"expected x of shape {expected}, got {tuple(x.shape)}")
+        sequence, spatial = to_sequence(x, self._is_channel_first)
+        valid = None if mask is None else mask.reshape(sequence.shape[:2])
+        vectors = sequence
+        if self.has_projections:
+            vectors = project(self.project_in, zeros_where_masked(sequence, valid))
+        num_levels = self.num_quantizers
+        if self.training and self.quantize_dropout and indices is None:
+            seed = rand_quantize_dropout_fixed_seed
+            num_levels = self._dropout.draw(get_maybe_sync_seed(x.device) if seed is None else seed)
+        if indices is None and self._is_fused(sample_codebook_temp):
+            quantized, found, losses = self._quantize(vectors, valid, num_levels, freeze_codebook)
+        else:
+            targets = indices if indices is None or isinstance(indices, Tensor) else torch.stack(list(indices), -1)
+            # A level that is frozen itself stays so.
+            options = {"sample_codebook_temp": sample_codebook_temp, "freeze_codebook": freeze_codebook or None}
+            quantized, found, losses = self._quantize_by_level(vectors, valid, num_levels, targets, options)
+        output = self._as_output(quantized, sequence, valid, spatial)
+        if indices is not None:
+            return output, losses.sum()
+        found = indices_to_map(found, spatial)
+        return (
+            (output, found, losses, self.get_codes_from_indices(found)) if return_all_codes else (output, found, losses)
+        )
+
+    def get_codes_from_indices(self, indices: Tensor) -> Tensor:
+        """The codes of all levels at indices [b, ..., n] of the first n levels: [L, b, ..., D]; -1 gives zeros."""
+        indices = self._padded(indices)
+        if self.uniform_codebook_size:
+            return gather_codes(self._stacked(), indices).movedim(-2, 0)
+        parts = zip(self.codebooks, indices.unbind(-1), strict=True)
+        return torch.stack([gather_codes(codes, index) for codes, index in parts])
+
+    def get_output_from_indices(self, indices: Tensor) -> Tensor:
+        """The output of `forward` for its indices, or for those of the first levels, in its layout."""
+        if self.uniform_codebook_size:
+            codes = residual_decode(self._stacked(), self._padded(indices))
+        else:
+            codes = self.get_codes_from_indices(indices).sum(0)
+        output = zeros_where_masked(project(self.project_out, codes), (indices >= 0).any(-1))
+        return output.movedim(-1, 1) if self._is_channel_first else output
+
+    def _padded(self, indices: Tensor) -> Tensor:
+        """Indices of the first levels [..., n] as those of all levels."""
+        missing = self.num_quantizers - indices.shape[-1]
+        if missing < 0:
+            raise ValueError(f"expected indices of at most {self.num_quantizers} levels, got {tuple(indices.shape)}")
+        return torch.nn.functional.pad(indices, (0, missing), value=-1) if missing else indices
+
+    def _stacked(self) -> Tensor:
+        """The codebooks of all levels, a copy [L, K, D]."""
+        if self.shared_codebook:
+            return self._level(0)._codebook.embed.repeat(self.num_quantizers, 1, 1)
+        return torch.cat([layer._codebook.embed for layer in self._levels()])
+
+    def _is_fused(self, temperature: float | None) -> bool:
+        """Whether all levels can run in one operation."""
+        layer = self._level(0)
+        temperature = layer.sample_codebook_temp if temperature is None else temperature
+        return (
+            self.uniform_codebook_size
+            and self.quant_grad_frac == 0
+            and not layer.use_cosine_sim
+            and not (self.training and layer.stochastic_sample_codes and temperature > 0)
+            and layer.orthogonal_reg_weight == layer.codebook_diversity_loss_weight == 0
+            and not (self.training and any(level._codebook.is_uninitialised for level in self._levels()))
+        )
+
+    def _quantize(
+        self, vectors: Tensor, valid: Tensor | None, num_levels: int, is_frozen: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Quantized vectors, indices and losses of all levels, in one operation."""
+        first = self._level(0)
+        codebooks = self._stacked()
+        gradient: ResidualGradient = "rotation_each" if first.rotation_trick else "each"
+        out = residual_quantize(vectors, codebooks, levels=num_levels, mask=valid, gradient=gradient)
+        quantized = out.quantized
+        if not (self.training and vectors.requires_grad and first.route_gradients_to_input):
+            has_gradient = codebooks.requires_grad and torch.is_grad_enabled()
+            quantized = residual_decode(codebooks, out.indices) if has_gradient else quantized.detach()
+        codebooks_in_use = [layer._codebook for layer in self._levels()][: 1 if self.shared_codebook else num_levels]
+        updates = [codebook.begin(vectors.numel(), _no_codes) for codebook in codebooks_in_use]
+        if updates[0] and not (is_frozen or first.freeze_codebook) and codebooks_in_use[0].is_tracked:
+            self._learn(vectors.detach(), out.indices, codebooks.detach(), valid, codebooks_in_use, num_levels)
+        losses = torch.zeros_like(out.commitment_loss)
+        if self.training and first.commitment_weight > 0:
+            losses = out.commitment_loss
+            if first.learnable_codebook and not is_frozen:
+                # The value of one loss, with the gradients of both.
+                losses = losses + (out.codebook_loss - out.codebook_loss.detach())
+            losses = losses * first.commitment_weight
+        return quantized, out.indices, losses
+
+    @torch.no_grad()
+    def _learn(
+        self,
+        vectors: Tensor,
+        indices: Tensor,
+        codebooks: Tensor,
+        valid: Tensor | None,
+        used: list[Codebook],
+        num_levels: int,
+    ) -> None:
+        """Update the codebooks by the levels that ran."""
+        sync = used[0].is_synchronised
+        statistics = residual_statistics(vectors, indices, codebooks)[:num_levels]
+        jitter = torch.rand(codebooks.shape[1], device=vectors.device) if used[0].revives else None
+
+        if not self.shared_codebook:
+            for level, codebook in enumerate(used):
+
+                def candidates(_: Tensor, level: int = level) -> Tensor:
+                    assert jitter is not None
+                    return sample_residuals(vectors, indices, codebooks, jitter, sync, valid)[level : level + 1]
+
+                codebook.learn_from(statistics[level : level + 1], candidates, ema_update=codebook.ema_update)
+            return
+        (shared,) = used
+        statistics = all_reduce_sum(statistics, sync)
+        for level in statistics.split(1):
+            shared.add_to_averages(level)
+        if shared.ema_update:
+            shared.update_ema(statistics[..., -1].sum(0, keepdim=True) > 0)
+        if jitter is not None:
+            # Each of the levels gives every L-th candidate.
+            samples = all_reduce_sum(sample_residuals(vectors, indices, codebooks, jitter, sync, valid), sync)
+            place = torch.arange(len(jitter), device=vectors.device)
+            shared.replace_dead(samples[place % num_levels, place][None])
+
+    def _quantize_by_level(
+        self,
+        vectors: Tensor,
+        valid: Tensor | None,
+        num_levels: int,
+        targets: Tensor | None,
+        options: dict[str, Any],
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Quantized vectors, indices and losses of all levels; with targets [..., L] the losses are cross-entropies."""
+        residual, quantized = vectors, torch.zeros_like(vectors)
+        indices: list[Tensor] = []
+        losses: list[Tensor] = []
+        residuals: list[Tensor] = []
+        for level, layer in enumerate(self._levels()):
+            if level >= num_levels:
+                indices.append(torch.full_like(indices[0], -1))
+                losses.append(torch.zeros_like(losses[0]))
+                continue
+            residuals.append(residual)
+            target = None if targets is None else targets[..., level].reshape(vectors.shape[:2])
+            codes, *found = layer(residual, mask=valid, indices=target, **options)
+            indices.append(found[0] if target is None else target)
+            losses.append(found[-1])
+            share = self.quant_grad_frac
+            residual = residual - (codes.detach() if share <= 0 else share * codes + (1 - share) * codes.detach())
+            quantized = quantized + codes
+        shared = self._level(0)
+        if self.training and self.shared_codebook and not (options["freeze_codebook"] or shared.freeze_codebook):
+            if shared.ema_update:
+                shared._codebook.update_ema()
+            shared.expire_codes_(torch.cat(residuals, 1).detach())
+        return quantized, torch.stack(indices, -1), torch.stack(losses)
+
+    def _as_output(self, quantized: Tensor, sequence: Tensor, valid: Tensor | None, spatial: torch.Size) -> Tensor:
+        """Quantized vectors as a map like the input."""
+        output = project(self.project_out, quantized).to(sequence.dtype)
+        if valid is not None:
+            masked = torch.zeros_like(sequence) if self.return_zeros_for_masked_padding else sequence
+            output = torch.where(valid[..., None], output, masked)
+        return to_map(output, spatial, self._is_channel_first)
+
+
+def _no_codes() -> NoReturn:
+    raise AssertionError("the codebooks of fused levels are initialised")
+
+
+class GroupedResidualVQ(nn.Module):
+    """Residual vector quantizers of groups of features, with the interface of vector-quantize-pytorch 1.32.
+
+    Args:
+        dim: the features of the input, a multiple of `groups`.
+        groups: G.
+        accept_image_fmap: inputs are maps [b, dim, *spatial].
+        kwargs: of each group, as in `ResidualVQ`.
+    Raises:
+        TypeError: an argument is not implemented, or unknown.
+        ValueError: an argument is out of its range.
+
+    state_dict: that of `ResidualVQ` under `rvqs.{g}.`.
+
+    >>> layer = GroupedResidualVQ(dim=16, groups=2, num_quantizers=4, codebook_size=32)
+    >>> quantized, indices, losses = layer(torch.randn(2, 50, 16))
+    >>> quantized.shape, indices.shape, losses.shape
+    (torch.Size([2, 50, 16]), torch.Size([2, 2, 50, 4]), torch.Size([2, 4]))
+
+    Source: Yang et al. 2023, arXiv:2305.02765, section 3.
+    """
+
+    def __init__(self, *, dim: int, groups: int = 1, accept_image_fmap: bool = False, **kwargs: Any) -> None:
+        super().__init__()
+        self.dim = check_size("dim", dim, 1)
+        self.groups = check_size("groups", groups, 1)
+        if self.dim % self.groups:
+            raise ValueError(f"expected dim to be a multiple of groups, got {dim} and {groups}")
+        self.accept_image_fmap = accept_image_fmap
+        is_channel_first = accept_image_fmap or not kwargs.get("channel_last", True)
+        self._channel = 1 if is_channel_first else -1
+        self.rvqs = nn.ModuleList(
+            ResidualVQ(dim=self.dim // self.groups, accept_image_fmap=accept_image_fmap, **kwargs)
+            for _ in range(self.groups)
+        )
+
+    def _groups(self) -> Iterator[ResidualVQ]:
+        return iter(self.rvqs)  # type: ignore[arg-type]
+
+    @property
+    def codebooks(self) -> Tensor:
+        """The codes of all groups and levels, a copy [G, L, K, D]."""
+        return torch.stack([group.codebooks for group in self._groups()])  # type: ignore[misc]
+
+    @property
+    def split_dim(self) -> int:
+        """The dimension of the input that the groups divide."""
+        return self._channel
+
+    def forward(
+        self,
+        x: Tensor,
+        indices: Sequence[Tensor] | Tensor | None = None,
+        return_all_codes: bool = False,
+        sample_codebook_temp: float | None = None,
+        freeze_codebook: bool = False,
+        mask: Tensor | None = None,
+    ) -> Any:
+        """Quantize vectors; arguments as in `ResidualVQ.forward`, with indices of every group.
+
+        Returns:
+            (quantized, indices, losses): indices [G, b, n, L], losses [G, L]; with return_all_codes the codes
+            [G, L, b, n, D]. With `indices` (quantized, cross-entropy).
+        Raises:
+            ValueError: a shape, dtype or device does not fit.
+        """
+        check_floating("x", x)
+        if x.ndim < 2 or x.shape[self._channel] != self.dim:
+            raise ValueError(f"expected x with {self.dim} features in dimension {self._channel}, got {tuple(x.shape)}")
+        if indices is not None and len(indices) not in (0, self.groups):
+            raise ValueError(f"expected indices of {self.groups} groups, got {len(indices)}")
+        targets = [None] * self.groups if indices is None or len(indices) == 0 else list(indices)
+        options: dict[str, Any] = {
+            "mask": mask,
+            "return_all_codes": return_all_codes,
+            "sample_codebook_temp": sample_codebook_temp,
+            "freeze_codebook": freeze_codebook,
+        }
+        if self.training and next(self._groups()).quantize_dropout:
+            options["rand_quantize_dropout_fixed_seed"] = get_maybe_sync_seed(x.device)
+        parts = x.chunk(self.groups, self._channel)
+        outputs = [
+            group(part, indices=target, **options)
+            for group, part, target in zip(self._groups(), parts, targets, strict=True)
+        ]
+        quantized, *others = zip(*outputs, strict=True)
+        joined = torch.cat(quantized, self._channel)
+        if targets[0] is not None:
+            return joined, torch.stack(others[0]).sum()
+        return joined, *map(torch.stack, others)
+
+    def get_codes_from_indices(self, indices: Tensor) -> Tensor:
+        """The codes at indices [G, b, ..., n]: [G, L, b, ..., D]."""
+        parts = zip(self._groups(), indices, strict=True)
+        return torch.stack([group.get_codes_from_indices(part) for group, part in parts])
+
+    def get_output_from_indices(self, indices: Tensor) -> Tensor:
+        """The output of `forward` for its indices [G, b, ..., n], in its layout."""
+        parts = zip(self._groups(), indices, strict=True)
+        return torch.cat([group.get_output_from_indices(part) for group, part in parts], self._channel)
