@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import relu
 
+from dlvae_kernels.layers.usage import CodebookUsage
+
 
 class Residual(nn.Module):
     def __init__(self, in_channels: int, num_hiddens: int, num_residual_hiddens: int) -> None:
@@ -124,6 +126,11 @@ class Autoencoder(nn.Module):
     def codes(self) -> Tensor:
         """The codebook or dictionary, [K, D]."""
         raise NotImplementedError
+
+    @property
+    def usage(self) -> CodebookUsage | None:
+        """How evenly the codes were used in the last training steps; None for a dictionary."""
+        return None
 
     def encode(self, x: Tensor) -> Tensor:
         """Images [B, C, H, W] -> latents before the bottleneck, [B, D, H / 4, W / 4]."""

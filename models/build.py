@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from dlvae_kernels.layers.codebook import Init
+from dlvae_kernels.layers.codebook import Init, Threshold
 from dlvae_kernels.layers.dictionary_learning import Gradient
 
 from .autoencoder import Autoencoder
@@ -30,8 +30,10 @@ class NetworkConfig:
     decay: Annotated[float, "decay of the moving averages of vqvae-ema, in (0, 1]"] = 0.95
     init: Annotated[Init, "initial codebook"] = "normal"
     dead_code_threshold: Annotated[
-        float, "reinitialise a code if on average fewer vectors of a batch are assigned to it; 0: never"
-    ] = 1.0
+        Threshold,
+        "reinitialise a code if on average fewer vectors of a batch are assigned to it; 0: never; auto: if its use is"
+        " below a tenth of the mean use, at most 5 % of the codes in one update",
+    ] = "auto"
     sparsity: Annotated[float, "weight of the L1 norm of the coefficients of dlvae"] = 0.0
     sparsity_level: Annotated[int, "k: atoms that dlvae selects for each position"] = 100
     gradient: Annotated[Gradient, "gradient of the decoder through the bottleneck of dlvae"] = "direct"

@@ -7,7 +7,8 @@ from typing import Any
 from torch import Tensor
 
 from dlvae_kernels import VectorQuantizer, VectorQuantizerEMA
-from dlvae_kernels.layers.codebook import Init
+from dlvae_kernels.layers.codebook import Init, Threshold
+from dlvae_kernels.layers.usage import CodebookUsage
 
 from .autoencoder import Autoencoder, Coding
 
@@ -30,7 +31,7 @@ class VQVAE(Autoencoder):
         *,
         in_channels: int = 3,
         init: Init | None = None,
-        dead_code_threshold: float = 0.0,
+        dead_code_threshold: Threshold = 0.0,
     ) -> None:
         super().__init__(num_hiddens, num_residual_layers, num_residual_hiddens, embedding_dim, in_channels)
         sizes = num_embeddings, embedding_dim, commitment_cost
@@ -44,6 +45,10 @@ class VQVAE(Autoencoder):
     @property
     def codes(self) -> Tensor:
         return self._vq_vae.codebook
+
+    @property
+    def usage(self) -> CodebookUsage:
+        return self._vq_vae.usage
 
     def code(self, latents: Tensor) -> Coding:
         loss, quantized, _, indices = self._vq_vae(latents)

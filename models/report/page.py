@@ -11,6 +11,8 @@ from ..training.config import Config
 
 CAPTIONS = {
     "nmse": "Mean squared error of each training batch, normalised by the variance of the training pixels (NMSE).",
+    "usage": "Use of the codes in training: perplexity of each batch and of the moving averages of the counts, and"
+    " utilisation, the fraction of the codes with at least a tenth of the mean count; number of revived codes.",
     "reconstructions": "Held-out images and their reconstructions.",
     "latent_maps": "Latents after the bottleneck: their first three principal components as red, green and blue.",
     "masks": "Masks that set one position of each latent map to zero.",
@@ -68,8 +70,17 @@ def readable(summary: dict[str, Any]) -> dict[str, str]:
         "held-out PSNR": f"{summary['psnr']:.2f} dB",
         "held-out perplexity": f"{summary['perplexity']:.1f} of {summary['num_embeddings']}",
         "active codes": f"{summary['utilisation']:.1%}",
+        **(_usage_of_training(summary) if summary["revived"] is not None else {}),
         "non-zero coefficients": f"{summary['nonzero']:.3%}",
         "training time": f"{summary['training_seconds']:.1f} s",
+    }
+
+
+def _usage_of_training(summary: dict[str, Any]) -> dict[str, str]:
+    return {
+        "training perplexity": f"{summary['training_perplexity']:.1f} of {summary['num_embeddings']}",
+        "training utilisation": f"{summary['training_utilisation']:.1%}",
+        "revived codes": f"{summary['revived']:.0f}",
     }
 
 

@@ -33,6 +33,25 @@ def training_error(nmse: np.ndarray, held_out: float) -> Figure:
     return figure
 
 
+def codebook_usage(metrics: dict[str, np.ndarray], num_codes: int) -> Figure:
+    """Perplexities and utilisation of each update as fractions of the K codes, and the number of revived codes.
+
+    `metrics` holds the columns of metrics.csv; those of the usage are NaN for a dictionary and are not drawn then.
+    """
+    figure, axes = _figure("Use of the codes in training", "update", "fraction of the codes")
+    updates = metrics["update"]
+    axes.plot(updates, metrics["perplexity"] / num_codes, alpha=0.3, linewidth=0.5, label="perplexity of each batch")
+    if not np.isnan(metrics["utilisation"]).all():
+        axes.plot(updates, metrics["usage_perplexity"] / num_codes, label="perplexity of the moving averages")
+        axes.plot(updates, metrics["utilisation"], label="utilisation")
+        revived = axes.twinx()
+        revived.plot(updates, metrics["revived"], color="grey", linestyle="--")
+        revived.set_ylabel("revived codes, dashed")
+    axes.set_ylim(0, 1.02)
+    axes.legend(loc="lower right")
+    return figure
+
+
 def savitzky_golay(values: np.ndarray, window: int, order: int) -> np.ndarray:
     """Savitzky-Golay filter: each value becomes that of a polynomial fitted to the window around it.
 

@@ -52,17 +52,20 @@ def write(folder: Path, device: torch.device, images: ImageSet | None = None) ->
     model = build_model(config, images.train.shape[1]).to(device)
     progress = checkpoint.load_weights(folder / "checkpoint.safetensors", model)
     rows = Metrics(folder).rows(progress["update"])
-    training_error = np.array([float(row[COLUMNS.index("nmse")]) for row in rows])
+    metrics = dict(zip(COLUMNS, np.array(rows, dtype=float).reshape(-1, len(COLUMNS)).T, strict=True))
     evaluation = evaluate(model, images.held_out, images.train_variance(), device)
     summary = {
         "model": config.model,
         "data": config.data,
         "updates": progress["update"],
         **{name: value for name, value in dataclasses.asdict(evaluation).items() if name != "counts"},
+        "training_perplexity": _last(metrics["usage_perplexity"]),
+        "training_utilisation": _last(metrics["utilisation"]),
+        "revived": _last(metrics["revived"]),
         "num_embeddings": config.num_embeddings,
         "training_seconds": round(progress["seconds"], 1),
     }
-    figures = _draw(training_error, model, images, evaluation, device, config.seed)
+    figures = _draw(metrics, model, images, evaluation, device, config.seed)
     pngs = {name: _png(figure) for name, figure in figures.items()}
     contents: dict[Path, str | bytes] = {folder / f"{name}.png": data for name, data in pngs.items()}
     contents[folder / "summary.json"] = json.dumps(summary, indent=2) + "\n"
@@ -72,9 +75,14 @@ def write(folder: Path, device: torch.device, images: ImageSet | None = None) ->
     return summary
 
 
+def _last(values: np.ndarray) -> float | None:
+    """The value after the last update, or None if it is not available."""
+    return None if len(values) == 0 or np.isnan(values[-1]) else float(values[-1])
+
+
 @torch.no_grad()
 def _draw(
-    training_error: np.ndarray,
+    metrics: dict[str, np.ndarray],
     model: Autoencoder,
     images: ImageSet,
     evaluation: Evaluation,
@@ -88,7 +96,8 @@ def _draw(
     maps = plots.principal_maps(latents.cpu())
     masked = model.decode(latents * masks.to(device))
     return {
-        "nmse": plots.training_error(training_error, evaluation.nmse),
+        "nmse": plots.training_error(metrics["nmse"], evaluation.nmse),
+        "usage": plots.codebook_usage(metrics, len(model.codes)),
         "reconstructions": plots.side_by_side(originals, model.decode(latents)),
         "latent_maps": plots.image_grid(maps, "Latent maps"),
         "masks": plots.image_grid(masks, "Masks"),

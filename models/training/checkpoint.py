@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from .files import replacing
 
-_MODEL, _OPTIMIZER, _RNG = "model.", "optimizer.", "rng."
+_MODEL, _BUFFER, _OPTIMIZER, _RNG = "model.", "buffer.", "optimizer.", "rng."
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
@@ -30,10 +30,13 @@ def save_weights(path: Path, model: nn.Module) -> None:
 def save(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, progress: dict[str, Any]) -> None:
     """Write weights, optimizer state, random states, `progress` ({"update": int, "seconds": float}) and a checksum.
 
+    The buffers that are not in the state_dict of the model, such as the use of the codes, are written as well.
+
     Raises:
         OSError: the file cannot be written; the previous file is unchanged.
     """
     tensors = {_MODEL + name: tensor for name, tensor in model.state_dict().items()}
+    tensors |= {_BUFFER + name: tensor for name, tensor in _unsaved_buffers(model).items()}
     for index, parameter in enumerate(_parameters(optimizer)):
         for name, value in optimizer.state[parameter].items():
             tensors[f"{_OPTIMIZER}{index}.{name}"] = value
@@ -54,6 +57,8 @@ def load(path: Path, model: nn.Module, optimizer: torch.optim.Adam) -> dict[str,
     device = (parameters := _parameters(optimizer))[0].device
     tensors, progress = _checked(path, model, parameters)
     model.load_state_dict(_below(tensors, _MODEL))
+    for name, value in _below(tensors, _BUFFER).items():
+        model.get_buffer(name).copy_(value)
     for index, parameter in enumerate(parameters):
         for name, value in _below(tensors, f"{_OPTIMIZER}{index}.").items():
             # In the memory layout of the parameter, so that the next step rounds in the same way.
@@ -104,9 +109,12 @@ def _checked(path: Path, model: nn.Module, parameters: list[Tensor]) -> tuple[di
             raise _BrokenError("it has no checksum: another program or an earlier version wrote it")
         progress = _progress(metadata.get("progress"))
         _check_entries(_below(tensors, _MODEL), dict(model.state_dict()), _MODEL)
+        # An earlier version wrote none: then they begin anew.
+        if buffers := _below(tensors, _BUFFER):
+            _check_entries(buffers, _unsaved_buffers(model), _BUFFER)
         _check_optimizer(_below(tensors, _OPTIMIZER), parameters)
         _check_random_states(_below(tensors, _RNG), parameters[0].device)
-        if strange := [name for name in tensors if not name.startswith((_MODEL, _OPTIMIZER, _RNG))]:
+        if strange := [name for name in tensors if not name.startswith((_MODEL, _BUFFER, _OPTIMIZER, _RNG))]:
             raise _BrokenError(f"entry {_one_line(strange[0])} is unknown")
         if (actual := checksum(tensors, metadata["progress"])) != metadata["checksum"]:
             raise _BrokenError(f"its content has the checksum {actual}, expected {metadata['checksum']}")
@@ -206,6 +214,12 @@ def _one_line(value: object) -> str:
 
 def _parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def _unsaved_buffers(model: nn.Module) -> dict[str, Tensor]:
+    """The buffers that are not in the state_dict."""
+    saved = model.state_dict()
+    return {name: buffer for name, buffer in model.named_buffers() if name not in saved}
 
 
 def _below(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -5,14 +5,16 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn, get_args, get_type_hints
+from typing import Annotated, Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
 import torch
 
 from dlvae_kernels.functional.checks import check_between, check_choice, check_size
+from dlvae_kernels.layers.codebook import Threshold
 
 from ..build import NetworkConfig
 
@@ -50,7 +52,7 @@ class Config(NetworkConfig):
 
     def __post_init__(self) -> None:
         for entry in dataclasses.fields(self):
-            types, described = _TYPES[type(entry.default)]
+            types, described = _TYPES.get(_KINDS[entry.name], _TYPES[str])
             if type(value := getattr(self, entry.name)) not in types:
                 raise ValueError(f"expected {entry.name} to be {described}, got {value!r}")
             if type(value) is type(entry.default) is int:
@@ -58,8 +60,11 @@ class Config(NetworkConfig):
         for name, choices in _CHOICES.items():
             check_choice(name, getattr(self, name), choices)
         check_between("lr", self.lr, 0, torch.finfo(torch.float32).max)
-        for name in ("commitment_cost", "dead_code_threshold", "sparsity"):
+        for name in ("commitment_cost", "sparsity"):
             check_between(name, getattr(self, name), 0, sys.float_info.max)
+        threshold = self.dead_code_threshold
+        if threshold != "auto" and not (isinstance(threshold, (float, int)) and 0 <= threshold < math.inf):
+            raise ValueError(f"expected dead_code_threshold to be 'auto' or a number of at least 0, got {threshold!r}")
         check_between("decay", self.decay, 0, 1)
         if self.model == "vqvae-ema" and self.decay == 0:
             raise ValueError("expected decay to lie in (0, 1] for vqvae-ema, got 0.0; vqvae has no moving averages")
@@ -88,18 +93,20 @@ class Config(NetworkConfig):
             raise ValueError(f"{path} is not the configuration of a run ({error}); restore it from a copy") from error
 
 
-# For the type of a default, the accepted types and their description.
-_TYPES: dict[type, tuple[tuple[type, ...], str]] = {
+_KINDS = get_type_hints(Config)
+# For the type of a field, the accepted types and their description; a field with choices is a string.
+_TYPES: dict[Any, tuple[tuple[type, ...], str]] = {
     bool: ((bool,), "true or false"),
     int: ((int,), "an integer"),
     float: ((float, int), "a number"),
     str: ((str,), "a string"),
+    Threshold: ((str, float, int), "'auto' or a number of at least 0"),
 }
 # The product of two sizes fits into 64 bits.
 _LARGEST = 2**31 - 1
 # The integers with other bounds than [1, _LARGEST].
 _BOUNDS = {"warmup": (0, _LARGEST), "hiddens": (2, _LARGEST), "residual_layers": (0, 1000), "seed": (0, 2**32 - 1)}
-_CHOICES = {name: get_args(kind) for name, kind in get_type_hints(Config).items() if get_args(kind)}
+_CHOICES = {name: get_args(kind) for name, kind in _KINDS.items() if get_origin(kind) is Literal}
 _HELP = {name: kind.__metadata__[0] for name, kind in get_type_hints(Config, include_extras=True).items()}
 
 # The hyper-parameters of the notebook; the others keep their defaults.
@@ -152,6 +159,8 @@ def parse(arguments: list[str] | None = None) -> Command:
     for entry in dataclasses.fields(Config):
         kind = type(entry.default)
         options: dict[str, Any] = {"action": argparse.BooleanOptionalAction} if kind is bool else {"type": kind}
+        if _KINDS[entry.name] == Threshold:
+            options["type"] = _number_or_text
         if entry.name in _CHOICES:
             options["choices"] = _CHOICES[entry.name]
         text = f"{_HELP[entry.name]} (default: {entry.default})".replace("%", "%%")
@@ -167,6 +176,13 @@ def parse(arguments: list[str] | None = None) -> Command:
         return Command(_with_absolute_paths(Config(**given)), None)
     except (ValueError, OSError, RuntimeError) as error:  # Path.resolve raises RuntimeError for a loop of links
         parser.error(str(error))
+
+
+def _number_or_text(text: str) -> float | str:
+    try:
+        return float(text)
+    except ValueError:
+        return text
 
 
 def _resumed(run: Path, preset: str, given: dict[str, Any]) -> Config:

@@ -9,6 +9,7 @@ import torch
 
 from ..build import build_model
 from .config import Config
+from .step import NUM_MEANS
 
 _FLOAT_BYTES = 4
 # The weights, their gradients and the two moments of Adam.
@@ -49,7 +50,8 @@ def needed_bytes(config: Config, metrics_rows: int | None = None) -> int | None:
     parameters = sum(each.numel() for each in model.parameters())
     if metrics_rows is None:
         return buffers + _FLOAT_BYTES * parameters
-    return buffers + _FLOAT_BYTES * (_COPIES_IN_TRAINING * parameters + metrics_rows * (2 + config.num_embeddings))
+    metrics = metrics_rows * (NUM_MEANS + config.num_embeddings)
+    return buffers + _FLOAT_BYTES * (_COPIES_IN_TRAINING * parameters + metrics)
 
 
 def available_bytes(device: torch.device) -> int:

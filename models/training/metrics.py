@@ -11,7 +11,10 @@ from typing import Any
 
 from .files import write_whole
 
-COLUMNS = ("update", "nmse", "loss", "perplexity", "lr")
+COLUMNS = ("update", "nmse", "loss", "perplexity", "usage_perplexity", "utilisation", "revived", "lr")
+# The columns of the usage of the codebook: NaN for a dictionary, and in the rows of an earlier version without them.
+_USAGE = ("usage_perplexity", "utilisation", "revived")
+_EARLIER_COLUMNS = tuple(name for name in COLUMNS if name not in _USAGE)
 _ADVICE = "restore it from a copy, or delete it and resume the run without the metrics of earlier updates"
 
 
@@ -44,7 +47,8 @@ class Metrics:
         if not self._path.is_file():
             raise ValueError(f"{self._path} is missing or not a regular file; {_ADVICE}")
         header, *lines = self._path.read_bytes().split(b"\n")
-        if update > 0 and header != ",".join(COLUMNS).encode():
+        columns = _EARLIER_COLUMNS if header == ",".join(_EARLIER_COLUMNS).encode() else COLUMNS
+        if update > 0 and header != ",".join(columns).encode():
             raise ValueError(f"line 1 of {self._path} is not {','.join(COLUMNS)}; {_ADVICE}")
         rows: list[list[str]] = []
         last = 0
@@ -52,7 +56,7 @@ class Metrics:
             # The following rows may be incomplete: the process may have been killed while it wrote them.
             if last == update or (not line and number == len(lines) + 1):
                 break
-            row = _parsed(line, last)
+            row = _parsed(line, last, columns)
             if row is None:
                 raise ValueError(f"line {number} of {self._path} is not a row of a later update; {_ADVICE}")
             if int(row[0]) > update:
@@ -77,7 +81,8 @@ class Metrics:
             for update, *values in rows:
                 writer.writerow([update, *(f"{value:.6g}" for value in values)])
                 for name, value in zip(COLUMNS[1:], values, strict=True) if self._board else ():
-                    self._board.add_scalar(name, value, update)
+                    if not math.isnan(value):
+                        self._board.add_scalar(name, value, update)
 
     def close(self) -> None:
         """Close the TensorBoard events, if they are open."""
@@ -88,11 +93,12 @@ class Metrics:
         write_whole(self._path, "".join(",".join(row) + "\n" for row in [COLUMNS, *rows]))
 
 
-def _parsed(line: bytes, last: int) -> list[str] | None:
-    """The fields of a line, or None if it is not a complete row of an update after `last`."""
+def _parsed(line: bytes, last: int, columns: tuple[str, ...]) -> list[str] | None:
+    """The fields of a line, one for each of COLUMNS, or None if it is not a complete row of an update after `last`."""
     try:
-        row = line.decode().split(",")
-        is_row = row[0].isdecimal() and last < int(row[0]) and all(math.isfinite(float(each)) for each in row)
+        row = dict(zip(columns, line.decode().split(","), strict=True))
+        is_later = row["update"].isdecimal() and last < int(row["update"])
+        is_valid = all(math.isfinite(float(value)) or name in _USAGE for name, value in row.items())
     except ValueError:
         return None
-    return row if is_row and len(row) == len(COLUMNS) else None
+    return [row.get(name, "nan") for name in COLUMNS] if is_later and is_valid else None

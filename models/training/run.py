@@ -27,7 +27,7 @@ from .lock import RunLock
 from .metrics import Metrics
 from .profiling import Profile
 from .ranks import Ranks
-from .step import Objective, Reading, Step, make_schedule, rate_factor
+from .step import Objective, Reading, Step, StepMetrics, make_schedule, rate_factor
 
 # Updates between two readings of the metrics, which a device keeps until then.
 METRICS_EVERY = {"cpu": 25, "cuda": 500}
@@ -225,16 +225,19 @@ class Run:
             newest = self._write_metrics(reading.rows(first, last), first)
         return newest
 
-    def _write_metrics(self, rows: list[tuple[float, float, float]], first: int) -> dict[str, str]:
-        """Write the metrics (nmse, loss, perplexity) of the updates from `first` on."""
-        bad = next((i for i, (_, loss, _) in enumerate(rows) if not math.isfinite(loss)), None)
+    def _write_metrics(self, rows: list[StepMetrics], first: int) -> dict[str, str]:
+        """Write the metrics of the updates from `first` on; returns the newest for the progress bar."""
+        bad = next((i for i, row in enumerate(rows) if not math.isfinite(row.loss)), None)
         if self.ranks.writes:
             config, numbered = self.config, enumerate(rows[:bad], start=first)
             self.metrics.add((update + 1, *row, config.lr * rate_factor(config, update)) for update, row in numbered)
         if bad is not None:
-            raise TrainingDiverged(f"the loss of update {first + bad + 1} is {rows[bad][1]}; {self._advice()}")
-        nmse, _, perplexity = rows[-1]
-        return {"nmse": f"{nmse:.4f}", "perplexity": f"{perplexity:.0f}"}
+            raise TrainingDiverged(f"the loss of update {first + bad + 1} is {rows[bad].loss}; {self._advice()}")
+        newest = rows[-1]
+        shown = {"nmse": f"{newest.nmse:.4f}", "perplexity": f"{newest.perplexity:.0f}"}
+        if not math.isnan(newest.utilisation):
+            shown |= {"utilisation": f"{newest.utilisation:.0%}", "revived": f"{newest.revived:.0f}"}
+        return shown
 
     def _save(self) -> None:
         # The last loss was computed before the last update: it does not show whether that update broke the weights.

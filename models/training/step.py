@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,11 +14,15 @@ from torch.nn.functional import mse_loss
 from torch.optim.lr_scheduler import LambdaLR
 from torch.profiler import record_function
 
+from dlvae_kernels.layers.usage import CodebookUsage
+
 from ..autoencoder import Autoencoder, perplexity
 from .batches import Batches
 from .config import Config
 from .ranks import Ranks
 
+# The metrics of an update that are means over the ranks.
+NUM_MEANS = 5
 # The parts of an update, as a profile names them.
 PARTS = ("batch", "encoder", "bottleneck", "decoder", "backward", "optimizer")
 
@@ -51,7 +55,10 @@ class Objective(nn.Module):
         self.variance = variance
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Images [B, C, H, W] in [0, 1] -> loss, normalised error, and number of assignments of each code [K]."""
+        """Images [B, C, H, W] in [0, 1] -> loss, metrics [5], and number of assignments of each code [K].
+
+        The metrics are the normalised error, the loss, and perplexity, utilisation and revived codes of the usage.
+        """
         with record_function("encoder"):
             latents = self.model.encode(images)
         with record_function("bottleneck"):
@@ -59,7 +66,21 @@ class Objective(nn.Module):
         with record_function("decoder"):
             reconstruction = self.model.decode(coding.latents)
         nmse = mse_loss(reconstruction.float(), images) / self.variance
-        return nmse + coding.loss, nmse.detach(), coding.counts(len(self.model.codes))
+        loss = nmse + coding.loss
+        usage = self.model.usage or CodebookUsage(*nmse.new_full((3,), torch.nan))
+        metrics = torch.stack([each.detach().float() for each in (nmse, loss, *usage)])
+        return loss, metrics, coding.counts(len(self.model.codes))
+
+
+class StepMetrics(NamedTuple):
+    """The metrics of an update. Those of the usage are in the form of `CodebookUsage`, and NaN for a dictionary."""
+
+    nmse: float
+    loss: float
+    perplexity: float
+    usage_perplexity: float
+    utilisation: float
+    revived: float
 
 
 @dataclass(frozen=True)
@@ -69,12 +90,12 @@ class Reading:
     _table: Tensor
     _copied: torch.cuda.Event | None
 
-    def rows(self, first: int, last: int) -> list[tuple[float, float, float]]:
-        """(nmse, loss, perplexity) of the updates in [first, last), counted from 0; waits for the copy."""
+    def rows(self, first: int, last: int) -> list[StepMetrics]:
+        """The metrics of the updates in [first, last), counted from 0; waits for the copy."""
         if self._copied is not None:
             self._copied.synchronize()
         table = self._table.tolist()
-        return [tuple(table[update % len(table)]) for update in range(first, last)]
+        return [StepMetrics(*table[update % len(table)]) for update in range(first, last)]
 
 
 class Step:
@@ -103,8 +124,8 @@ class Step:
         self._batches = batches
         self._autocast = autocast
         self._clock = torch.zeros((), dtype=torch.int64, device=device)
-        # A row is (normalised error, loss, number of assignments of each code); update u writes row u modulo `kept`.
-        self._metrics = torch.zeros(kept, 2 + num_codes, device=device)
+        # A row is (metrics of `Objective`, number of assignments of each code); update u writes row u modulo `kept`.
+        self._metrics = torch.zeros(kept, NUM_MEANS + num_codes, device=device)
 
     def set_clock(self, update: int) -> None:
         """Continue with this update, counted from 0."""
@@ -115,7 +136,8 @@ class Step:
         # A clone, because an all-reduce sums in place.
         summed = ranks.sum(self._metrics.clone())
         # The losses of a rank are means over its part of the batch; all parts have the same size.
-        table = torch.cat([summed[:, :2] / ranks.count, perplexity(summed[:, 2:])[:, None]], dim=1)
+        means, counts = summed[:, :NUM_MEANS] / ranks.count, summed[:, NUM_MEANS:]
+        table = torch.cat([means[:, :2], perplexity(counts)[:, None], means[:, 2:]], dim=1)
         host = torch.empty_like(table, device="cpu", pin_memory=table.is_cuda).copy_(table, non_blocking=True)
         event = torch.cuda.current_stream(table.device).record_event() if table.is_cuda else None
         return Reading(host, event)
@@ -124,12 +146,12 @@ class Step:
         with record_function("batch"):
             images = self._batches.take(self._clock)
         with self._autocast():
-            loss, nmse, counts = self._objective(images)
+            loss, metrics, counts = self._objective(images)
         with record_function("backward"):
             self._optimizer.zero_grad()
             loss.backward()
         with record_function("optimizer"):
             self._optimizer.step()
-        row = torch.cat([torch.stack([nmse, loss.detach()]), counts.float()])
+        row = torch.cat([metrics, counts.float()])
         self._metrics.index_copy_(0, (self._clock % len(self._metrics)).view(1), row[None])
         self._clock.add_(1)

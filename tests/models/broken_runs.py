@@ -25,6 +25,7 @@ from models.training.run import Run
 
 CHECKPOINT = "checkpoint.safetensors"
 WEIGHT = "model._encoder._conv_1.weight"
+USE = "buffer._vq_vae._use"
 
 
 def read(path):
@@ -219,6 +220,10 @@ BROKEN_CHECKPOINTS = {
     "a weight in int32": (changed(WEIGHT, torch.Tensor.int), f"'{WEIGHT}' has dtype torch.int32"),
     "a weight that is NaN": (changed(WEIGHT, with_first(torch.nan)), f"'{WEIGHT}' has values that are not finite"),
     "a weight that is infinite": (changed(WEIGHT, with_first(torch.inf)), f"'{WEIGHT}' has values"),
+    "a buffer is missing": (without(USE), f"'{USE}' is missing"),
+    "a buffer too many": (changed("buffer.more", torch.zeros(1)), "'buffer.more' is unknown"),
+    "a buffer of fewer elements": (changed(USE, torch.zeros(1)), rf"'{USE}' has shape \[1\], expected \["),
+    "a buffer that is NaN": (changed(USE, with_first(torch.nan)), f"'{USE}' has values that are not finite"),
     "without optimizer state": (partial(rewritten, change=without_optimizer), "'optimizer.0.step' is missing"),
     "a moment is missing": (without(MOMENT), f"'{MOMENT}' is missing"),
     "a second moment is missing": (without(SECOND), f"'{SECOND}' is missing"),
@@ -269,6 +274,10 @@ BROKEN_CONFIGURATIONS = {
     "data a list": (configured(data=["patches"]), r"expected data to be a string, got \['patches'\]"),
     "data of another folder": (configured(data="folder:/nowhere"), "got /nowhere, which is not a folder"),
     "seed -1": (configured(seed=-1), "expected seed to be an integer in .*, got -1"),
+    "threshold of text": (
+        configured(dead_code_threshold="1"),
+        "expected dead_code_threshold to be 'auto' or a number of at least 0, got '1'",
+    ),
     "model unknown": (configured(model="gan"), "expected model to be one of .*, got 'gan'"),
     "model null": (configured(model=None), "expected model to be a string, got None"),
     "another model": (configured(model="dlvae"), r"checkpoint.safetensors is not .* 'model._dl.dictionary' is missing"),
@@ -283,12 +292,14 @@ BROKEN_METRICS = {
     **special("metrics.csv"),
     "metrics.csv empty": (text_of("metrics.csv", lambda text: ""), "line 1 of .*metrics.csv"),
     "another header": (row(0, lambda line: "a,b,c,d,e"), "line 1 of .*metrics.csv"),
-    "a row of text": (row(3, lambda line: "3,a,b,c,d"), "line 4 of .*metrics.csv"),
+    "a row of text": (row(3, lambda line: "3,a,b,c,d,e,f,g"), "line 4 of .*metrics.csv"),
+    "a row without its usage": (row(3, lambda line: "3,1,1,1,1"), "line 4 of .*metrics.csv"),
+    "a usage of text": (row(3, lambda line: "3,1,1,1,1,a,1,1"), "line 4 of .*metrics.csv"),
     "a row cut": (row(3, lambda line: line[:4]), "line 4 of .*metrics.csv"),
     "a row too long": (row(3, lambda line: line + ",1"), "line 4 of .*metrics.csv"),
-    "a row of NaN": (row(3, lambda line: "3,nan,1,1,1"), "line 4 of .*metrics.csv"),
-    "a row twice": (row(3, lambda line: "2,1,1,1,1"), "line 4 of .*metrics.csv"),
-    "a row of digits that are no number": (row(3, lambda line: "²,1,1,1,1"), "line 4 of .*metrics.csv"),
+    "a row of NaN": (row(3, lambda line: "3,nan,1,1,1,1,1,1"), "line 4 of .*metrics.csv"),
+    "a row twice": (row(3, lambda line: "2,1,1,1,1,1,1,1"), "line 4 of .*metrics.csv"),
+    "a row of digits that are no number": (row(3, lambda line: "²,1,1,1,1,1,1,1"), "line 4 of .*metrics.csv"),
     "bytes that are no text": (
         lambda folder: (folder / "metrics.csv").write_bytes(b"update,nmse,loss,perplexity,lr\n\xff\xfe\n"),
         "line 2 of .*metrics.csv",

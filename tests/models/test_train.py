@@ -25,7 +25,7 @@ from models.build import build_model
 from models.report.__main__ import main as report_main
 from models.report.page import CAPTIONS
 from models.training.config import Config, parse
-from models.training.metrics import Metrics
+from models.training.metrics import COLUMNS, Metrics
 from models.training.run import Run, TrainingDiverged
 from models.training.step import rate_factor
 
@@ -49,6 +49,12 @@ def test_train_of_each_model_learns_and_reports(model, images, tmp_path):
     assert 0 < summary["nmse"] < 1
     assert 1 <= summary["perplexity"] <= 32
     assert 0 < summary["utilisation"] <= 1
+    assert (summary["revived"] is None) == (model == "dlvae")
+    if model != "dlvae":
+        assert summary["revived"] == float(metrics[-1]["revived"]) > 0
+        assert summary["training_utilisation"] == pytest.approx(float(metrics[-1]["utilisation"]), rel=1e-5)
+        assert 1 <= summary["training_perplexity"] <= 32
+        assert f"revived codes          {summary['revived']:.0f}\n" in result.stdout
     assert summary["nonzero"] == pytest.approx(4 / 32 if model == "dlvae" else 1 / 32)
     assert f"{summary['nmse']:.4f}" in result.stdout
     assert list(run.glob("events.out.tfevents.*"))
@@ -223,7 +229,7 @@ def test_resume_with_full_disk_keeps_last_checkpoint(whole, images, tmp_path):
 
 
 def test_cut_removes_rows_of_later_updates(tmp_path):
-    lines = ["update,nmse,loss,perplexity,lr", "1,1,1,1,1", "4,1,1,1,1", "5,1,1,1,1", "5,1"]
+    lines = [",".join(COLUMNS), "1,1,1,1,1,1,0,1", "4,1,1,1,nan,nan,nan,1", "5,1,1,1,1,1,0,1", "5,1"]
     (tmp_path / "metrics.csv").write_text("\n".join(lines))
     Metrics(tmp_path).cut(4)
     assert (tmp_path / "metrics.csv").read_text().splitlines() == lines[:3]

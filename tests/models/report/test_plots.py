@@ -54,6 +54,18 @@ def test_image_grid_contains_the_images():
             np.testing.assert_allclose(shown[1:9, 1:9], batch[0].permute(1, 2, 0))
 
 
+def test_codebook_usage_draws_fractions_of_the_codes():
+    metrics = {"update": [1, 2], "perplexity": [2, 4], "usage_perplexity": [4, 6], "utilisation": [0.5, 1]}
+    metrics = {name: np.array(values, dtype=float) for name, values in (metrics | {"revived": [0, 3]}).items()}
+    fractions, revived = plots.codebook_usage(metrics, 8).axes
+    drawn = [line.get_ydata().tolist() for line in fractions.lines]
+    assert drawn == [[0.25, 0.5], [0.5, 0.75], [0.5, 1]]
+    assert revived.lines[0].get_ydata().tolist() == [0, 3]
+    unavailable = {name: values * np.nan for name, values in metrics.items()}
+    (axes,) = plots.codebook_usage(unavailable | {"perplexity": metrics["perplexity"]}, 8).axes
+    assert len(axes.lines) == 1
+
+
 @pytest.mark.parametrize("count", [1, 5, 200, 1000])
 def test_training_error_of_any_length_is_drawn(count):
     nmse = np.exp(-np.linspace(0, 3, count)) + 0.01 * np.random.default_rng(0).random(count)

@@ -19,7 +19,7 @@ from models.training import checkpoint
 from models.training.config import Config, parse
 from models.training.run import Run
 
-from ..broken_runs import BROKEN_CHECKPOINTS, BROKEN_CONFIGURATIONS, BROKEN_METRICS, CHECKPOINT
+from ..broken_runs import BROKEN_CHECKPOINTS, BROKEN_CONFIGURATIONS, BROKEN_METRICS, CHECKPOINT, rewritten
 from ..runs import ROOT, rows
 
 BROKEN = {**BROKEN_CHECKPOINTS, **BROKEN_CONFIGURATIONS, **BROKEN_METRICS}
@@ -70,7 +70,8 @@ def test_command_with_broken_file_ends_with_one_line(command, broken, named, cap
 def state(run):
     """A copy of the state that a checkpoint restores."""
     moments = [dict(run.optimizer.state[parameter]) for parameter in run.model.parameters()]
-    return copy.deepcopy((dict(run.model.state_dict()), moments, torch.get_rng_state()))
+    tensors = dict(run.model.state_dict()) | dict(run.model.named_buffers())
+    return copy.deepcopy((tensors, moments, torch.get_rng_state()))
 
 
 @pytest.mark.parametrize("broken", BROKEN_CHECKPOINTS, indirect=True)
@@ -96,6 +97,52 @@ def test_load_restores_weights_moments_and_random_state(saved):
     checkpoint.load(saved / CHECKPOINT, other.model, other.optimizer)
     torch.testing.assert_close(state(other), before, rtol=0, atol=0)
     assert all(float(value["step"]) == 10 for value in run.optimizer.state.values())
+
+
+def test_load_restores_the_use_of_the_codes(saved):
+    run = Run(Config.read(saved / "config.json"), saved)
+    fresh = state(run)[0]
+    checkpoint.load(saved / CHECKPOINT, run.model, run.optimizer)
+    layer = run.model._vq_vae
+    names = {f"_vq_vae.{name}" for name in ("_use", "_observed", "_num_revived")}
+    assert set(state(run)[0]) - set(run.model.state_dict()) == names
+    assert all((layer.get_buffer(name.removeprefix("_vq_vae.")) != fresh[name]).any() for name in names)
+    assert float(rows(saved)[-1]["revived"]) == layer.usage.revived
+
+
+def test_resume_is_bitwise_equal_to_whole_run(images, saved, tmp_path):
+    run = Run(parse([*images, "--updates", "20"]).config, tmp_path / "whole")
+    run.start()
+    assert run.train()
+    expected = state(run)
+    resumed = Run(Config.read(saved / "config.json"), Path(shutil.copytree(saved, tmp_path / "resumed")))
+    resumed.resume()
+    assert resumed.train()
+    torch.testing.assert_close(state(resumed), expected, rtol=0, atol=0)
+    assert rows(resumed.folder)[10:] == rows(run.folder)[10:]
+
+
+def test_resume_of_checkpoint_of_earlier_version_begins_the_use_anew(saved, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(saved, folder)
+
+    def drop_buffers(tensors):
+        for name in [name for name in tensors if name.startswith("buffer.")]:
+            del tensors[name]
+
+    rewritten(folder, drop_buffers)
+    lines = (folder / "metrics.csv").read_text().splitlines()
+    earlier = [",".join([*line.split(",")[:4], line.split(",")[-1]]) for line in lines]
+    (folder / "metrics.csv").write_text("\n".join(earlier) + "\n")
+    run = Run(Config.read(folder / "config.json"), folder)
+    run.resume()
+    assert run.update == 10
+    assert run.model._vq_vae.usage.revived == 0
+    assert run.train()
+    run.close()
+    after = rows(folder)
+    assert [row["utilisation"] == "nan" for row in after] == [True] * 10 + [False] * 10
+    assert [row["lr"] for row in after[:10]] == [line.split(",")[-1] for line in lines[1:]]
 
 
 def test_load_of_broken_files_does_not_corrupt_the_heap(saved):
@@ -128,7 +175,7 @@ def test_resume_with_incomplete_row_after_the_checkpoint_removes_it(saved, tmp_p
     folder = tmp_path / "run"
     shutil.copytree(saved, folder)
     with (folder / "metrics.csv").open("a") as file:
-        file.write("11,0.5,0.5,3,0.001\n12,0.")
+        file.write("11,0.5,0.5,3,3,1,0,0.001\n12,0.")
     run = Run(Config.read(folder / "config.json"), folder)
     run.resume()
     assert [row["update"] for row in rows(folder)] == [str(update) for update in range(1, 11)]

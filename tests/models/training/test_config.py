@@ -6,6 +6,7 @@ import re
 
 import pytest
 
+from models.build import build_model
 from models.training.config import Config, parse
 
 
@@ -77,6 +78,10 @@ def test_preset_notebook_has_hyper_parameters_of_notebook(model, init):
         (["--batch-size", "-1"], r"expected batch_size to be an integer in \[1, 2147483647\], got -1"),
         (["--lr", "-1"], r"expected lr to lie in .*, got -1.0"),
         (["--decay", "0"], r"expected decay to lie in \(0, 1\] for vqvae-ema, got 0.0"),
+        *(
+            (["--dead-code-threshold", value], f"expected dead_code_threshold to be 'auto' or .* least 0, got {shown};")
+            for value, shown in (("automatic", "'automatic'"), ("-1", "-1.0"), ("nan", "nan"), ("inf", "inf"))
+        ),
         (["--model", "gan"], "invalid choice: 'gan'"),
         (
             ["--resume", "no/such/run"],
@@ -103,6 +108,15 @@ def test_parse_with_resume_keeps_configuration_and_rejects_changes(tmp_path, cap
             "only updates, device, checkpoint_every, data_dir, loading, cuda_graph, compile, profile, rank_timeout may"
             f" change, not {flags[0][2:]}" in capsys.readouterr().err
         )
+
+
+@pytest.mark.parametrize(("words", "value"), [([], "auto"), (["auto"], "auto"), (["0.5"], 0.5), (["0"], 0)])
+def test_dead_code_threshold_is_auto_or_a_number(words, value, tmp_path):
+    config = parse([word for value in words for word in ("--dead-code-threshold", value)]).config
+    assert config.dead_code_threshold == value
+    (tmp_path / "config.json").write_text(config.to_json())
+    assert Config.read(tmp_path / "config.json") == config
+    assert build_model(config, 3)._vq_vae.arguments()["dead_code_threshold"] == value
 
 
 def test_to_json_is_plain_json():

@@ -67,9 +67,9 @@ def test_forward_on_gpu_uses_no_tensor_of_the_host(kind):
     # A tensor of the host among those of the GPU raises here; backward and autocast would need the driver.
     with FakeTensorMode():
         step = _step(kind, device="cuda")
-        loss, nmse, counts = step._objective(step._batches.take(step._clock))
-    assert {each.device.type for each in (loss, nmse, counts)} == {"cuda"}
-    assert loss.dtype == nmse.dtype == torch.float32
+        loss, metrics, counts = step._objective(step._batches.take(step._clock))
+    assert {each.device.type for each in (loss, metrics, counts)} == {"cuda"}
+    assert loss.dtype == metrics.dtype == torch.float32
 
 
 @pytest.mark.parametrize("updates", [1, 7, 1200, 200_000, 10**9])
@@ -92,14 +92,22 @@ def test_schedule_from_any_update_sets_rate_rounded_once(updates, options):
     assert optimizer.param_groups[0]["lr"] is rate
 
 
-def test_read_returns_metrics_of_last_updates():
-    step = _step()
-    seen = []
+@pytest.mark.parametrize("kind", ["vqvae-ema", "vqvae", "dlvae"])
+def test_read_returns_metrics_of_last_updates(kind):
+    step = _step(kind)
+    seen, usages = [], []
     forward = step._objective.forward
     step._objective.forward = lambda images: seen.append(forward(images)) or seen[-1]
     for update in range(6):
         step._batches.prepare(update)
         step()
+        usages.append(step._objective.model.usage or [torch.tensor(torch.nan)] * 3)
     rows = step.read(Ranks()).rows(2, 6)
-    for row, (loss, nmse, counts) in zip(rows, seen[2:], strict=True):
-        assert row == pytest.approx((nmse.item(), loss.item(), perplexity(counts).item()))
+    for row, (loss, metrics, counts), usage in zip(rows, seen[2:], usages[2:], strict=True):
+        expected = metrics[0], loss, perplexity(counts), *usage
+        assert row == pytest.approx([each.item() for each in expected], nan_ok=True)
+        assert kind != "dlvae" or row.utilisation != row.utilisation
+    if kind != "dlvae":
+        # Four images give 64 vectors: codes that none is assigned to are revived, at most one in an update.
+        assert 0 < rows[-1].revived <= 6
+        assert all(1 <= row.usage_perplexity <= 32 and 0 < row.utilisation <= 1 for row in rows)
