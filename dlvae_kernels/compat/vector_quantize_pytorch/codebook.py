@@ -200,19 +200,20 @@ class Codebook(Engine):
         statistics: Tensor,
         candidates: Callable[[Tensor], Tensor],
         *,
+        ran: Tensor | None = None,
         weight: EmaWeight = None,
         accumulate: bool = False,
         ema_update: bool = True,
     ) -> None:
-        """`learn` from statistics [H, K, D + 1] of this rank; candidates as in `update` of the base class."""
+        """`learn` from statistics [H, K, D + 1] of this rank; candidates and ran as in `update` of the base class."""
         if accumulate:
             self._accumulate(all_reduce_sum(statistics, self._sync))
             return
         is_applied = ema_update and not self.manual_ema_update
-        # What a gradient did to the codes gives way to the averages.
+        # The averages replace codes that a gradient has moved.
         is_plain = is_applied and weight is None and self.embed_avg.grad is None and not self.embed.requires_grad
         average = None if is_plain else partial(self.add_to_averages, weight=weight, is_applied=is_applied)
-        self.update(statistics, candidates, average=average)
+        self.update(statistics, candidates, ran, average)
 
     def _accumulate(self, statistics: Tensor) -> None:
         sums, counts = statistics[..., :-1], statistics[..., -1]

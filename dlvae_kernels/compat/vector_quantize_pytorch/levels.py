@@ -6,20 +6,26 @@ import random
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 _LARGEST_SEED = 10_000
 
 
-def get_maybe_sync_seed(device: torch.device | str, max_size: int = _LARGEST_SEED) -> int:
-    """A random seed that is the same on all ranks, the sum of the seeds of the ranks.
+def draw_seed(device: torch.device | str, max_size: int = _LARGEST_SEED) -> Tensor:
+    """A random seed [] that is the same on all ranks, the sum of the seeds of the ranks.
 
-    One process draws it on the CPU, so that no device has to be waited for.
+    One process draws it on the CPU, so that no device has to be waited for, unless it is compiled code.
     """
     if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
-        return int(torch.randint(0, max_size, ()))
+        return torch.randint(0, max_size, (), device=device if torch.compiler.is_compiling() else None)
     seed = torch.randint(0, max_size, (), device=device)
     dist.all_reduce(seed)
-    return int(seed)
+    return seed
+
+
+def get_maybe_sync_seed(device: torch.device | str, max_size: int = _LARGEST_SEED) -> int:
+    """The number that `draw_seed` draws."""
+    return int(draw_seed(device, max_size))
 
 
 class LevelDropout:
@@ -45,5 +51,10 @@ class LevelDropout:
     def draw(self, seed: int) -> int:
         """The number of levels that run with this seed, in [1, L]."""
         last = random.Random(seed).randrange(self._cutoff_index, self._num_levels)
-        multiple = self._multiple_of
-        return min(self._num_levels, (last // multiple + 1) * multiple)
+        return min(self._num_levels, (last // self._multiple_of + 1) * self._multiple_of)
+
+    def draw_in_graph(self, seed: Tensor) -> Tensor:
+        """The levels that run with this seed, [L] bool, for compiled code: other levels than those of `draw`."""
+        last = self._cutoff_index + seed % (self._num_levels - self._cutoff_index)
+        count = (last // self._multiple_of + 1) * self._multiple_of
+        return torch.arange(self._num_levels, device=seed.device) < count

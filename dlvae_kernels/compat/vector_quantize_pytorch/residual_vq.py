@@ -23,7 +23,7 @@ from ...layers.usage import CodebookUsage
 from .arguments import REFUSED, check_arguments
 from .codebook import Codebook
 from .layout import indices_to_map, to_map, to_sequence
-from .levels import LevelDropout, get_maybe_sync_seed
+from .levels import LevelDropout, draw_seed
 from .vector_quantize_pytorch import VectorQuantize
 
 
@@ -149,7 +149,7 @@ class ResidualVQ(nn.Module):
         sample_codebook_temp: float | None = None,
         freeze_codebook: bool = False,
         beam_size: int | None = None,
-        rand_quantize_dropout_fixed_seed: int | None = None,
+        rand_quantize_dropout_fixed_seed: int | Tensor | None = None,
     ) -> Any:
         """Quantize vectors.
 
@@ -176,17 +176,18 @@ class ResidualVQ(nn.Module):
         vectors = sequence
         if self.has_projections:
             vectors = project(self.project_in, zeros_where_masked(sequence, valid))
-        num_levels = self.num_quantizers
+        levels: int | Tensor = self.num_quantizers
         if self.training and self.quantize_dropout and indices is None:
             seed = rand_quantize_dropout_fixed_seed
-            num_levels = self._dropout.draw(get_maybe_sync_seed(x.device) if seed is None else seed)
+            levels = self._levels_to_run(draw_seed(x.device) if seed is None else seed)
         if indices is None and self._is_fused(sample_codebook_temp):
-            quantized, found, losses = self._quantize(vectors, valid, num_levels, freeze_codebook)
+            quantized, found, losses = self._quantize(vectors, valid, levels, freeze_codebook)
         else:
             targets = indices if indices is None or isinstance(indices, Tensor) else torch.stack(list(indices), -1)
             # A level that is frozen itself stays so.
             options = {"sample_codebook_temp": sample_codebook_temp, "freeze_codebook": freeze_codebook or None}
-            quantized, found, losses = self._quantize_by_level(vectors, valid, num_levels, targets, options)
+            count = levels if isinstance(levels, int) else int(levels.sum())
+            quantized, found, losses = self._quantize_by_level(vectors, valid, count, targets, options)
         output = self._as_output(quantized, sequence, valid, spatial)
         if indices is not None:
             return output, losses.sum()
@@ -194,6 +195,12 @@ class ResidualVQ(nn.Module):
         return (
             (output, found, losses, self.get_codes_from_indices(found)) if return_all_codes else (output, found, losses)
         )
+
+    def _levels_to_run(self, seed: int | Tensor) -> int | Tensor:
+        """The number of levels that run, or in compiled code these levels, [L] bool."""
+        if isinstance(seed, Tensor) and torch.compiler.is_compiling():
+            return self._dropout.draw_in_graph(seed)
+        return self._dropout.draw(int(seed))
 
     def get_codes_from_indices(self, indices: Tensor) -> Tensor:
         """The codes of all levels at indices [b, ..., n] of the first n levels: [L, b, ..., D]; -1 gives zeros."""
@@ -239,21 +246,22 @@ class ResidualVQ(nn.Module):
         )
 
     def _quantize(
-        self, vectors: Tensor, valid: Tensor | None, num_levels: int, is_frozen: bool
+        self, vectors: Tensor, valid: Tensor | None, levels: int | Tensor, is_frozen: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Quantized vectors, indices and losses of all levels, in one operation."""
+        """Quantized vectors, indices and losses of the levels that run, in one operation."""
         first = self._level(0)
         codebooks = self._stacked()
         gradient: ResidualGradient = "rotation_each" if first.rotation_trick else "each"
-        out = residual_quantize(vectors, codebooks, levels=num_levels, mask=valid, gradient=gradient)
+        out = residual_quantize(vectors, codebooks, levels=levels, mask=valid, gradient=gradient)
         quantized = out.quantized
         if not (self.training and vectors.requires_grad and first.route_gradients_to_input):
             has_gradient = codebooks.requires_grad and torch.is_grad_enabled()
             quantized = residual_decode(codebooks, out.indices) if has_gradient else quantized.detach()
-        codebooks_in_use = [layer._codebook for layer in self._levels()][: 1 if self.shared_codebook else num_levels]
-        updates = [codebook.begin(vectors.numel(), _no_codes) for codebook in codebooks_in_use]
-        if updates[0] and not (is_frozen or first.freeze_codebook) and codebooks_in_use[0].is_tracked:
-            self._learn(vectors.detach(), out.indices, codebooks.detach(), valid, codebooks_in_use, num_levels)
+        count = 1 if self.shared_codebook else levels if isinstance(levels, int) else self.num_quantizers
+        used = [layer._codebook for layer in self._levels()][:count]
+        updates = [codebook.begin(vectors.numel(), _no_codes) for codebook in used]
+        if updates[0] and not (is_frozen or first.freeze_codebook) and used[0].is_tracked:
+            self._learn(vectors.detach(), out.indices, codebooks.detach(), valid, used, levels)
         losses = torch.zeros_like(out.commitment_loss)
         if self.training and first.commitment_weight > 0:
             losses = out.commitment_loss
@@ -271,11 +279,12 @@ class ResidualVQ(nn.Module):
         codebooks: Tensor,
         valid: Tensor | None,
         used: list[Codebook],
-        num_levels: int,
+        levels: int | Tensor,
     ) -> None:
         """Update the codebooks by the levels that ran."""
         sync = used[0].is_synchronised
-        statistics = residual_statistics(vectors, indices, codebooks)[:num_levels]
+        statistics = residual_statistics(vectors, indices, codebooks)
+        ran = torch.arange(len(codebooks), device=vectors.device) < levels if isinstance(levels, int) else levels
         jitter = torch.rand(codebooks.shape[1], device=vectors.device) if used[0].revives else None
 
         if not self.shared_codebook:
@@ -285,19 +294,26 @@ class ResidualVQ(nn.Module):
                     assert jitter is not None
                     return sample_residuals(vectors, indices, codebooks, jitter, sync, valid)[level : level + 1]
 
-                codebook.learn_from(statistics[level : level + 1], candidates, ema_update=codebook.ema_update)
+                part = slice(level, level + 1)
+                is_certain = isinstance(levels, int)
+                codebook.learn_from(
+                    statistics[part],
+                    candidates,
+                    ran=None if is_certain else ran[part],
+                    ema_update=codebook.ema_update,
+                )
             return
         (shared,) = used
         statistics = all_reduce_sum(statistics, sync)
-        for level in statistics.split(1):
-            shared.add_to_averages(level)
+        for level, has_run in zip(statistics.split(1), ran.split(1), strict=True):
+            shared.add_to_averages(level, has_run)
         if shared.ema_update:
             shared.update_ema(statistics[..., -1].sum(0, keepdim=True) > 0)
         if jitter is not None:
             # Each of the levels gives every L-th candidate.
             samples = all_reduce_sum(sample_residuals(vectors, indices, codebooks, jitter, sync, valid), sync)
             place = torch.arange(len(jitter), device=vectors.device)
-            shared.replace_dead(samples[place % num_levels, place][None])
+            shared.replace_dead(samples[place % ran.sum(), place][None])
 
     def _quantize_by_level(
         self,
@@ -406,8 +422,8 @@ class GroupedResidualVQ(nn.Module):
         """Quantize vectors; arguments as in `ResidualVQ.forward`, with indices of every group.
 
         Returns:
-            (quantized, indices, losses): indices [G, b, n, L], losses [G, L]; with return_all_codes the codes
-            [G, L, b, n, D]. With `indices` (quantized, cross-entropy).
+            (quantized, indices, losses): indices [G, b, n, L], losses [G, L]; with return_all_codes the codes of each
+            group, a tuple of [L, b, n, D]. With `indices` (quantized, cross-entropy).
         Raises:
             ValueError: a shape, dtype or device does not fit.
         """
@@ -424,7 +440,7 @@ class GroupedResidualVQ(nn.Module):
             "freeze_codebook": freeze_codebook,
         }
         if self.training and next(self._groups()).quantize_dropout:
-            options["rand_quantize_dropout_fixed_seed"] = get_maybe_sync_seed(x.device)
+            options["rand_quantize_dropout_fixed_seed"] = draw_seed(x.device)
         parts = x.chunk(self.groups, self._channel)
         outputs = [
             group(part, indices=target, **options)
@@ -434,7 +450,8 @@ class GroupedResidualVQ(nn.Module):
         joined = torch.cat(quantized, self._channel)
         if targets[0] is not None:
             return joined, torch.stack(others[0]).sum()
-        return joined, *map(torch.stack, others)
+        found, losses, *codes = others
+        return joined, torch.stack(found), torch.stack(losses), *codes
 
     def get_codes_from_indices(self, indices: Tensor) -> Tensor:
         """The codes at indices [G, b, ..., n]: [G, L, b, ..., D]."""
