@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ..functional.checks import check_floating, check_layer_dtype, check_same_device, check_size, check_tensor
-from .maps import codes_to_map, features_last, spatial_shape, vectors_to_map
+from .maps import check_index_range, codes_to_map, features_last, spatial_shape, vectors_to_map
 from .projection import project, zeros_where_masked
 
 _INDEX_DTYPES = (torch.uint16, torch.int32, torch.int64)
@@ -68,7 +68,7 @@ class ImplicitCodebookLayer(nn.Module):
             expected = "[B, *spatial]" if self.num_codebooks == 1 else f"[B, *spatial, {self.num_codebooks}]"
             raise ValueError(f"expected indices of shape {expected}, got {tuple(indices.shape)}")
         indices = indices.long().view(*indices.shape[: indices.ndim - len(trailing)], self.num_codebooks)
-        _check_range(indices, self.codebook_size)
+        check_index_range(indices, self.codebook_size)
         is_code = indices >= 0
         codes = torch.where(is_code[..., None], self._codes_at(indices), 0)
         decoded = project(self.project_out, codes.flatten(-2))
@@ -115,13 +115,3 @@ class ImplicitCodebookLayer(nn.Module):
         """Indices [..., C] as [B, *spatial], followed by C if there are several codebooks."""
         trailing = () if self.num_codebooks == 1 else (self.num_codebooks,)
         return indices.reshape(*spatial_shape(inputs, self._channel_last), *trailing)
-
-
-def _check_range(indices: Tensor, num_codes: int) -> None:
-    """Check that indices lie in [-1, num_codes), where this neither synchronises with a device nor breaks a graph."""
-    if indices.is_cpu and indices.numel() > 0 and not torch.compiler.is_compiling():
-        low, high = (int(bound) for bound in indices.aminmax())
-        if low < -1 or high >= num_codes:
-            raise ValueError(
-                f"expected indices in [-1, {num_codes}) (-1 stands for no code), got {low if low < -1 else high}"
-            )

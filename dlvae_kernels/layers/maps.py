@@ -110,3 +110,13 @@ def long_indices(indices: Tensor) -> Tensor:
     if indices.is_floating_point() or indices.is_complex() or indices.dtype == torch.bool:
         raise ValueError(f"expected indices of dtype torch.int64 or another integer, got {indices.dtype}")
     return indices.long()
+
+
+def check_index_range(indices: Tensor, num_codes: int) -> None:
+    """Check that indices lie in [-1, num_codes), where this neither synchronises with a device nor breaks a graph."""
+    if indices.is_cpu and indices.numel() > 0 and not torch.compiler.is_compiling():
+        low, high = (int(bound) for bound in indices.aminmax())
+        if low < -1 or high >= num_codes:
+            raise ValueError(
+                f"expected indices in [-1, {num_codes}) (-1 stands for no code), got {low if low < -1 else high}"
+            )

@@ -1,17 +1,18 @@
 """The quantizers of vector-quantize-pytorch 1.32 under its names, on the operations of dlvae_kernels."""
 
-from __future__ import annotations
-
-from typing import NoReturn
-
 from .arguments import NOT_IMPLEMENTED
+from .finite_scalar_quantization import FSQ
+from .residual_fsq import GroupedResidualFSQ, ResidualFSQ
 from .residual_sim_vq import ResidualSimVQ
 from .residual_vq import GroupedResidualVQ, ResidualVQ
 from .sim_vq import SimVQ
 from .vector_quantize_pytorch import VectorQuantize
 
 __all__ = [
+    "FSQ",
+    "GroupedResidualFSQ",
     "GroupedResidualVQ",
+    "ResidualFSQ",
     "ResidualSimVQ",
     "ResidualVQ",
     "SimVQ",

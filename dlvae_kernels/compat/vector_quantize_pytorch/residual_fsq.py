@@ -1,0 +1,349 @@
+"""Residual finite scalar quantization, also in groups of features."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import pad
+
+from ...functional.checks import check_choice, check_size
+from ...layers.maps import long_indices
+from ...layers.projection import project, zeros_where_masked
+from .finite_scalar_quantization import FSQ
+from .layout import indices_to_map, to_map, to_sequence
+from .levels import LevelDropout, get_maybe_sync_seed
+
+_NEWEST = "1.26"
+
+
+class ResidualFSQ(nn.Module):
+    """Residual finite scalar quantizer with the interface of vector-quantize-pytorch 1.32.
+
+    Each level quantizes what the levels before it have left over, on a finer grid. Each of L levels passes the gradient
+    straight through, so that the input has about L times the gradient of the output.
+
+    Differences from vector-quantize-pytorch: the computation is in float32 or wider whatever autocast says; indices are
+    int32 with dropped levels, too; all layouts of `forward` are decoded, also with orthogonal_rotation, and fewer than
+    L levels without quantize_dropout; inputs may be [b, *spatial, dim]; the number of levels is drawn on the CPU.
+
+    Args:
+        levels: the number of levels of each feature of a code, of every quantizer.
+        num_quantizers: L.
+        dim: the features of an input, by default len(levels); for another number linear projections are learned.
+        is_channel_first: inputs are [b, dim, *spatial].
+        quantize_dropout: in training, run a random number of levels.
+        quantize_dropout_cutoff_index: the first level that may be the last one to run.
+        quantize_dropout_multiple_of: the number of levels that run is a multiple of this, or L.
+        soft_clamp_input_value: s, one number or one for each feature: inputs x become s tanh(x / s).
+        bound_hard_clamp: clamp a residual to [-1, 1] in place of tanh, and the input softly by
+            s = 1 + 1 / (levels - 1); by default only in semantics "1.26".
+        preserve_symmetry: as in `FSQ`; always in semantics "1.26", never in "1.18", by default not in "1.25".
+        semantics: the versions of vector-quantize-pytorch whose indices and codes these are: "1.18" for 1.14.41 to
+            1.18.1, "1.25" for 1.19.5 to 1.25.2, "1.26" for 1.26.0 to 1.32.0. Weights and tokens of a model keep their
+            meaning only in the versions that trained it.
+        kwargs: other arguments of `FSQ`, but num_codebooks, channel_first and return_indices.
+    Raises:
+        TypeError: an argument is unknown.
+        ValueError: an argument is out of its range, or did not exist in the versions of semantics.
+
+    state_dict: `project_in.weight` [len(levels), dim], `project_out.weight` [dim, len(levels)], their biases, and
+    `layers.{i}.orthogonal_rot` with orthogonal_rotation; empty otherwise.
+
+    >>> quantizer = ResidualFSQ(dim=256, levels=[8, 5, 5, 3], num_quantizers=8).eval()
+    >>> quantized, indices = quantizer(torch.randn(1, 1024, 256))
+    >>> quantized.shape, indices.shape, indices.dtype
+    (torch.Size([1, 1024, 256]), torch.Size([1, 1024, 8]), torch.int32)
+    >>> torch.equal(quantized, quantizer.get_output_from_indices(indices))
+    True
+
+    Source: Zeghidour et al. 2021, arXiv:2107.03312, algorithm 1, with the quantizer of arXiv:2309.15505.
+    """
+
+    scales: Tensor
+    soft_clamp_input_value: Tensor | None
+
+    def __init__(
+        self,
+        *,
+        levels: Sequence[int],
+        num_quantizers: int,
+        dim: int | None = None,
+        is_channel_first: bool = False,
+        quantize_dropout: bool = False,
+        quantize_dropout_cutoff_index: int = 0,
+        quantize_dropout_multiple_of: int = 1,
+        soft_clamp_input_value: float | Sequence[float] | Tensor | None = None,
+        bound_hard_clamp: bool | None = None,
+        preserve_symmetry: bool | None = None,
+        semantics: str = _NEWEST,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__()
+        is_newest = semantics == _NEWEST
+        bound_hard_clamp = is_newest if bound_hard_clamp is None else bound_hard_clamp
+        preserve_symmetry = is_newest if preserve_symmetry is None else preserve_symmetry
+        has_soft_clamp = soft_clamp_input_value is not None
+        _check_semantics(semantics, bound_hard_clamp, preserve_symmetry, has_soft_clamp)
+        if bound_hard_clamp and has_soft_clamp:
+            raise ValueError("expected no soft_clamp_input_value with bound_hard_clamp; pass bound_hard_clamp=False")
+        for name in ("num_codebooks", "channel_first", "return_indices"):
+            if name in kwargs:
+                raise ValueError(f"expected no {name} in a residual quantizer, got {kwargs[name]!r}")
+        self.levels = levels
+        self.semantics = semantics
+        self.num_quantizers = check_size("num_quantizers", num_quantizers, 1)
+        self.is_channel_first = is_channel_first
+        codebook_dim = len(levels)
+        self.dim = codebook_dim if dim is None else check_size("dim", dim, 1)
+        self.has_projections = self.dim != codebook_dim
+        self.project_in = nn.Linear(self.dim, codebook_dim) if self.has_projections else nn.Identity()
+        self.project_out = nn.Linear(codebook_dim, self.dim) if self.has_projections else nn.Identity()
+        self.layers = nn.ModuleList(
+            FSQ(levels, preserve_symmetry=preserve_symmetry, bound_hard_clamp=bound_hard_clamp, **kwargs)
+            for _ in range(num_quantizers)
+        )
+        self.codebook_size = self._layer(0).codebook_size
+        self.quantize_dropout = quantize_dropout and num_quantizers > 1
+        self.quantize_dropout_cutoff_index = quantize_dropout_cutoff_index
+        self.quantize_dropout_multiple_of = quantize_dropout_multiple_of
+        if self.quantize_dropout:
+            self._dropout = LevelDropout(num_quantizers, quantize_dropout_cutoff_index, quantize_dropout_multiple_of)
+        sizes = torch.tensor(levels, dtype=torch.float32)
+        if bound_hard_clamp:
+            soft_clamp_input_value = 1 + 1 / (sizes - 1)
+        base = sizes if is_newest else sizes - 1
+        self._scales = torch.stack([base**-i for i in range(num_quantizers)])
+        self._soft_clamp = None if soft_clamp_input_value is None else torch.as_tensor(soft_clamp_input_value)
+        self.register_buffer("scales", self._scales.clone(), persistent=False)
+        soft_clamp = None if self._soft_clamp is None else self._soft_clamp.to(torch.float32, copy=True)
+        self.register_buffer("soft_clamp_input_value", soft_clamp, persistent=False)
+
+    @property
+    def codebooks(self) -> Tensor:
+        """The codes [L, K, len(levels)] of all levels, not scaled; computed whenever they are read."""
+        return torch.stack([self._layer(i).implicit_codebook for i in range(self.num_quantizers)])
+
+    def forward(
+        self, x: Tensor, return_all_codes: bool = False, rand_quantize_dropout_fixed_seed: int | None = None
+    ) -> tuple[Tensor, ...]:
+        """Quantize vectors or maps.
+
+        Args:
+            x: [b, *spatial, dim], or [b, dim, *spatial] with is_channel_first.
+            return_all_codes: also return the codes of all levels.
+            rand_quantize_dropout_fixed_seed: decides how many levels run, in place of a random number.
+        Returns:
+            quantized: shape and dtype of x.
+            indices: int32 [b, *spatial, L], or [b, L, *spatial] with is_channel_first; -1 for a dropped level.
+            all_codes, with return_all_codes: see `get_codes_from_indices`.
+        Raises:
+            ValueError: x has not dim features.
+        """
+        if x.ndim < 2 or x.shape[1 if self.is_channel_first else -1] != self.dim:
+            expected = f"[b, {self.dim}, ...]" if self.is_channel_first else f"[b, ..., {self.dim}]"
+            raise ValueError(f"expected x of shape {expected}, got {tuple(x.shape)}; see dim and is_channel_first")
+        vectors, spatial = to_sequence(x, self.is_channel_first)
+        residual = project(self.project_in, vectors.to(torch.promote_types(x.dtype, torch.float32)))
+        if self.soft_clamp_input_value is not None:
+            residual = (residual / self.soft_clamp_input_value).tanh() * self.soft_clamp_input_value
+        if self.semantics == "1.18":
+            residual = self._layer(0)._bounded(residual)
+        num_levels = self._draw_num_levels(x, rand_quantize_dropout_fixed_seed)
+        quantized = torch.zeros_like(residual)
+        all_indices = []
+        for layer, scale in zip(self.layers[:num_levels], self.scales, strict=False):
+            codes, indices = layer(residual / scale)
+            codes = codes * scale
+            residual = residual - codes.detach()
+            quantized = quantized + codes
+            all_indices.append(indices)
+        output = to_map(project(self.project_out, quantized).to(x.dtype), spatial, self.is_channel_first)
+        stacked = pad(torch.stack(all_indices, -1), (0, self.num_quantizers - num_levels), value=-1)
+        stacked = indices_to_map(stacked, spatial)
+        stacked = stacked.movedim(-1, 1) if self.is_channel_first else stacked
+        return (output, stacked, self.get_codes_from_indices(stacked)) if return_all_codes else (output, stacked)
+
+    def get_codes_from_indices(self, indices: Tensor) -> Tensor:
+        """The scaled codes [L, b, *spatial, len(levels)] of all levels; -1 and absent levels have zeros.
+
+        Args:
+            indices: as `forward` returns them, of the first n <= L levels.
+        Raises:
+            ValueError: the indices are no integers, of more than L levels, or (on the CPU, outside graphs) outside
+                [-1, codebook_size).
+        """
+        indices = self._with_levels_last(indices)
+        codes = [self._layer(i)._indices_to_codes(each) * self.scales[i] for i, each in enumerate(indices.unbind(-1))]
+        return torch.stack([*codes, *[torch.zeros_like(codes[0])] * (self.num_quantizers - len(codes))])
+
+    def get_output_from_indices(self, indices: Tensor) -> Tensor:
+        """What `forward` returns for these indices, which are those of `get_codes_from_indices`.
+
+        It is float32, or in the dtype of the projections. A position without a code has zeros.
+        """
+        codes = self.get_codes_from_indices(indices)
+        # The order of the sum is that of `forward`, and so are the bits of the result.
+        vectors = project(self.project_out, sum(codes.unbind(0), torch.zeros_like(codes[0])))
+        vectors = zeros_where_masked(vectors, (self._with_levels_last(indices) >= 0).any(-1))
+        if isinstance(self.project_out, nn.Linear):
+            vectors = vectors.to(self.project_out.weight.dtype)
+        return vectors.movedim(-1, 1) if self.is_channel_first else vectors
+
+    def _layer(self, index: int) -> FSQ:
+        layer = self.layers[index]
+        assert isinstance(layer, FSQ)
+        return layer
+
+    def _drops_levels(self) -> bool:
+        return self.training and self.quantize_dropout and torch.is_grad_enabled()
+
+    def _draw_num_levels(self, x: Tensor, seed: int | None) -> int:
+        if not self._drops_levels():
+            return self.num_quantizers
+        return self._dropout.draw(get_maybe_sync_seed(x.device) if seed is None else seed)
+
+    def _with_levels_last(self, indices: Tensor) -> Tensor:
+        """Check indices and view them as [b, *spatial, n]."""
+        shape = indices.shape
+        indices = long_indices(indices).movedim(1 if self.is_channel_first else -1, -1)
+        if indices.ndim < 2 or not 1 <= indices.shape[-1] <= self.num_quantizers:
+            expected = "[b, n, ...]" if self.is_channel_first else "[b, ..., n]"
+            raise ValueError(
+                f"expected indices of shape {expected} with n in [1, {self.num_quantizers}], got {tuple(shape)}"
+            )
+        return indices.squeeze(-2) if self._layer(0).keep_num_codebooks_dim else indices
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ResidualFSQ:
+        """Move or convert the module; the buffers that no checkpoint holds stay float32 or wider."""
+        super()._apply(fn, recurse)
+        for name, value in (("scales", self._scales), ("soft_clamp_input_value", self._soft_clamp)):
+            if value is not None:
+                buffer = getattr(self, name)
+                dtype = torch.promote_types(buffer.dtype, torch.float32)
+                setattr(self, name, value.to(buffer.device, dtype, copy=True))
+        return self
+
+
+class GroupedResidualFSQ(nn.Module):
+    """Groups of features with a `ResidualFSQ` each, with the interface of vector-quantize-pytorch 1.32.
+
+    Differences from vector-quantize-pytorch: maps are quantized with accept_image_fmap alone and with is_channel_first
+    alone, and decoded.
+
+    Args:
+        dim: the features of an input.
+        groups: g, which divides dim.
+        accept_image_fmap: inputs are [b, dim, *spatial].
+        is_channel_first: inputs are [b, dim, *spatial], and the levels of indices come before the spatial dimensions.
+        kwargs: arguments of `ResidualFSQ`, semantics among them.
+    Raises:
+        ValueError: groups do not divide dim, or `ResidualFSQ` raises.
+
+    state_dict: `rvqs.{i}.` with the names of `ResidualFSQ`.
+
+    >>> quantizer = GroupedResidualFSQ(dim=64, groups=2, levels=[5, 5, 5, 5], num_quantizers=2)
+    >>> quantized, indices = quantizer(torch.randn(1, 100, 64))
+    >>> quantized.shape, indices.shape
+    (torch.Size([1, 100, 64]), torch.Size([2, 1, 100, 2]))
+
+    Source: Yang et al. 2023, arXiv:2305.02765, with `ResidualFSQ` as the quantizer.
+    """
+
+    def __init__(
+        self,
+        *,
+        dim: int,
+        groups: int = 1,
+        accept_image_fmap: bool = False,
+        is_channel_first: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__()
+        self.dim = check_size("dim", dim, 1)
+        self.groups = check_size("groups", groups, 1)
+        if dim % groups:
+            raise ValueError(f"expected groups to divide dim, got {groups} groups of {dim} features")
+        self.accept_image_fmap = accept_image_fmap
+        self.is_channel_first = is_channel_first
+        self.rvqs = nn.ModuleList(
+            ResidualFSQ(dim=dim // groups, is_channel_first=is_channel_first, **kwargs) for _ in range(groups)
+        )
+        self.codebook_size = self._group(0).codebook_size
+
+    @property
+    def codebooks(self) -> Tensor:
+        """The codes [g, L, K, len(levels)] of all groups and levels, not scaled."""
+        return torch.stack([self._group(i).codebooks for i in range(self.groups)])
+
+    @property
+    def split_dim(self) -> int:
+        """The dimension of the features."""
+        return 1 if self.accept_image_fmap or self.is_channel_first else -1
+
+    def forward(self, x: Tensor, return_all_codes: bool = False) -> tuple[Tensor, ...]:
+        """Quantize vectors or maps.
+
+        Args:
+            x: [b, *spatial, dim], or [b, dim, *spatial] with accept_image_fmap or is_channel_first.
+            return_all_codes: also return the codes of all levels.
+        Returns:
+            quantized: shape and dtype of x.
+            indices: int32 [g, b, *spatial, L], or [g, b, L, *spatial] with is_channel_first; -1 for a dropped level.
+            all_codes, with return_all_codes: [g, L, b, *spatial, len(levels)].
+        Raises:
+            ValueError: x has not dim features.
+        """
+        if x.ndim < 2 or x.shape[self.split_dim] != self.dim:
+            expected = f"[b, {self.dim}, ...]" if self.split_dim == 1 else f"[b, ..., {self.dim}]"
+            raise ValueError(f"expected x of shape {expected}, got {tuple(x.shape)}; see dim and accept_image_fmap")
+        seed = get_maybe_sync_seed(x.device) if self._group(0)._drops_levels() else None
+        chunks = x.movedim(self.split_dim, self._group_dim).chunk(self.groups, self._group_dim)
+        results = [rvq(chunk, return_all_codes, seed) for rvq, chunk in zip(self.rvqs, chunks, strict=True)]
+        quantized, *others = zip(*results, strict=True)
+        return (self._merge(quantized), *map(torch.stack, others))
+
+    def get_codes_from_indices(self, indices: Tensor) -> Tensor:
+        """The scaled codes [g, L, b, *spatial, len(levels)] of indices as `forward` returns them."""
+        chunks = self._of_groups(indices)
+        return torch.stack([self._group(i).get_codes_from_indices(chunk) for i, chunk in enumerate(chunks)])
+
+    def get_output_from_indices(self, indices: Tensor) -> Tensor:
+        """What `forward` returns for these indices; see `ResidualFSQ.get_output_from_indices`."""
+        chunks = self._of_groups(indices)
+        return self._merge([self._group(i).get_output_from_indices(chunk) for i, chunk in enumerate(chunks)])
+
+    @property
+    def _group_dim(self) -> int:
+        """The dimension of the features in the inputs of the groups."""
+        return 1 if self.is_channel_first else -1
+
+    def _group(self, index: int) -> ResidualFSQ:
+        rvq = self.rvqs[index]
+        assert isinstance(rvq, ResidualFSQ)
+        return rvq
+
+    def _merge(self, chunks: Sequence[Tensor]) -> Tensor:
+        return torch.cat(tuple(chunks), self._group_dim).movedim(self._group_dim, self.split_dim)
+
+    def _of_groups(self, indices: Tensor) -> tuple[Tensor, ...]:
+        if indices.shape[0] != self.groups:
+            raise ValueError(f"expected indices of shape [{self.groups}, b, ...], got {tuple(indices.shape)}")
+        return indices.unbind(0)
+
+
+def _check_semantics(semantics: str, bound_hard_clamp: bool, preserve_symmetry: bool, has_soft_clamp: bool) -> None:
+    """Refuse arguments that did not exist in the versions of `semantics`, or had one value only."""
+    check_choice("semantics", semantics, ("1.18", "1.25", _NEWEST))
+    if semantics == _NEWEST and not preserve_symmetry:
+        raise ValueError(f'expected preserve_symmetry=True in semantics "{_NEWEST}", got False')
+    unknown = {
+        "bound_hard_clamp": bound_hard_clamp and semantics != _NEWEST,
+        "preserve_symmetry": preserve_symmetry and semantics == "1.18",
+        "soft_clamp_input_value": has_soft_clamp and semantics == "1.18",
+    }
+    for name, is_unknown in unknown.items():
+        if is_unknown:
+            raise ValueError(f'expected no {name} in semantics "{semantics}", whose versions lack it')
