@@ -13,6 +13,7 @@ from ...functional.autocast import without_autocast
 from ...functional.checks import check_between, check_size
 from ...layers.maps import check_index_range, long_indices
 from ...layers.projection import project, zeros_where_masked
+from .layout import check_features
 
 # Without preserve_symmetry, the bound exceeds the outermost levels by a fraction of 1e-3; with more levels, that is
 # half a level or more.
@@ -134,10 +135,8 @@ class FSQ(nn.Module):
             ValueError: z has not dim features.
         """
         is_map = self.channel_first or z.ndim >= 4
+        check_features(z, self.dim, is_map)
         vectors = z.movedim(1, -1) if is_map else z
-        if vectors.shape[-1] != self.dim:
-            expected = f"[b, {self.dim}, ...]" if is_map else f"[b, n, {self.dim}]"
-            raise ValueError(f"expected z of shape {expected}, got {tuple(z.shape)}; see dim and channel_first")
         if self.force_quantization_f32 and z.dtype not in self.allowed_dtypes:
             vectors = vectors.float()
         with without_autocast(z):

@@ -25,8 +25,8 @@ def indices_to_map(indices: Tensor, spatial: torch.Size) -> Tensor:
     return indices.reshape(indices.shape[0], *spatial, *indices.shape[2:])
 
 
-def check_features(x: Tensor, dim: int, channel_first: bool) -> None:
-    """Check for a map [b, ..., dim], or [b, dim, ...] with channel_first.
+def check_features(x: Tensor, dim: int, channel_first: bool, option: str = "channel_first") -> None:
+    """Check for a map [b, ..., dim], or [b, dim, ...] with channel_first; the message names the option of the layer.
 
     Raises:
         ValueError: rank or dim do not fit.
@@ -34,5 +34,5 @@ def check_features(x: Tensor, dim: int, channel_first: bool) -> None:
     if x.ndim < 2 or x.shape[1 if channel_first else -1] != dim:
         shapes = [f"[b, ..., {dim}]", f"[b, {dim}, ...]"]
         fits_other = x.ndim >= 2 and x.shape[-1 if channel_first else 1] == dim
-        remedy = f"; for {shapes[not channel_first]} pass channel_first={not channel_first}" if fits_other else ""
+        remedy = f"; for {shapes[not channel_first]} pass {option}={not channel_first}" if fits_other else ""
         raise ValueError(f"expected x of shape {shapes[channel_first]}, got {tuple(x.shape)}{remedy}")

@@ -13,7 +13,7 @@ from ...functional.checks import check_choice, check_size
 from ...layers.maps import long_indices
 from ...layers.projection import project, zeros_where_masked
 from .finite_scalar_quantization import FSQ
-from .layout import indices_to_map, to_map, to_sequence
+from .layout import check_features, indices_to_map, to_map, to_sequence
 from .levels import LevelDropout, get_maybe_sync_seed
 
 _NEWEST = "1.26"
@@ -111,15 +111,20 @@ class ResidualFSQ(nn.Module):
         self.quantize_dropout_multiple_of = quantize_dropout_multiple_of
         if self.quantize_dropout:
             self._dropout = LevelDropout(num_quantizers, quantize_dropout_cutoff_index, quantize_dropout_multiple_of)
-        sizes = torch.tensor(levels, dtype=torch.float32)
-        if bound_hard_clamp:
-            soft_clamp_input_value = 1 + 1 / (sizes - 1)
+        # Values on the CPU, of which the buffers are copies in float32 or wider.
+        sizes = torch.tensor(levels, dtype=torch.float32, device="cpu")
         base = sizes if is_newest else sizes - 1
-        self._scales = torch.stack([base**-i for i in range(num_quantizers)])
-        self._soft_clamp = None if soft_clamp_input_value is None else torch.as_tensor(soft_clamp_input_value)
-        self.register_buffer("scales", self._scales.clone(), persistent=False)
-        soft_clamp = None if self._soft_clamp is None else self._soft_clamp.to(torch.float32, copy=True)
-        self.register_buffer("soft_clamp_input_value", soft_clamp, persistent=False)
+        self._values = {"scales": torch.stack([base**-i for i in range(num_quantizers)])}
+        if bound_hard_clamp:
+            self._values["soft_clamp_input_value"] = 1 + 1 / (sizes - 1)
+        elif soft_clamp_input_value is not None:
+            self._values["soft_clamp_input_value"] = torch.as_tensor(
+                soft_clamp_input_value, dtype=torch.float32, device="cpu"
+            )
+        for name in ("scales", "soft_clamp_input_value"):
+            value = self._values.get(name)
+            buffer = None if value is None else value.to(torch.get_default_device(), copy=True)
+            self.register_buffer(name, buffer, persistent=False)
 
     @property
     def codebooks(self) -> Tensor:
@@ -142,9 +147,7 @@ class ResidualFSQ(nn.Module):
         Raises:
             ValueError: x has not dim features.
         """
-        if x.ndim < 2 or x.shape[1 if self.is_channel_first else -1] != self.dim:
-            expected = f"[b, {self.dim}, ...]" if self.is_channel_first else f"[b, ..., {self.dim}]"
-            raise ValueError(f"expected x of shape {expected}, got {tuple(x.shape)}; see dim and is_channel_first")
+        check_features(x, self.dim, self.is_channel_first, "is_channel_first")
         vectors, spatial = to_sequence(x, self.is_channel_first)
         residual = project(self.project_in, vectors.to(torch.promote_types(x.dtype, torch.float32)))
         if self.soft_clamp_input_value is not None:
@@ -219,11 +222,9 @@ class ResidualFSQ(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ResidualFSQ:
         """Move or convert the module; the buffers that no checkpoint holds stay float32 or wider."""
         super()._apply(fn, recurse)
-        for name, value in (("scales", self._scales), ("soft_clamp_input_value", self._soft_clamp)):
-            if value is not None:
-                buffer = getattr(self, name)
-                dtype = torch.promote_types(buffer.dtype, torch.float32)
-                setattr(self, name, value.to(buffer.device, dtype, copy=True))
+        for name, value in self._values.items():
+            buffer = getattr(self, name)
+            setattr(self, name, value.to(buffer.device, torch.promote_types(buffer.dtype, torch.float32), copy=True))
         return self
 
 
@@ -296,9 +297,7 @@ class GroupedResidualFSQ(nn.Module):
         Raises:
             ValueError: x has not dim features.
         """
-        if x.ndim < 2 or x.shape[self.split_dim] != self.dim:
-            expected = f"[b, {self.dim}, ...]" if self.split_dim == 1 else f"[b, ..., {self.dim}]"
-            raise ValueError(f"expected x of shape {expected}, got {tuple(x.shape)}; see dim and accept_image_fmap")
+        check_features(x, self.dim, self.split_dim == 1, "accept_image_fmap")
         seed = get_maybe_sync_seed(x.device) if self._group(0)._drops_levels() else None
         chunks = x.movedim(self.split_dim, self._group_dim).chunk(self.groups, self._group_dim)
         results = [rvq(chunk, return_all_codes, seed) for rvq, chunk in zip(self.rvqs, chunks, strict=True)]
