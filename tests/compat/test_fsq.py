@@ -91,7 +91,7 @@ def test_fsq_outputs_are_bitwise_those_of_vector_quantize_pytorch(preserve_symme
     x = torch.cat([torch.randn(1, 500, 4), (torch.arange(-13, 14) / 12).reshape(1, -1, 1).expand(-1, -1, 4)], 1)
     for expected, actual in zip(like(x), module(x), strict=True):
         assert torch.equal(actual, expected)
-    # As in the tests of vector-quantize-pytorch.
+    # vector-quantize-pytorch tests the same.
     quantized, indices = module(x)
     assert torch.equal(quantized, module.indices_to_codes(indices))
 
@@ -129,7 +129,7 @@ def test_fsq_value_and_slope_match_float64(dtype, preserve_symmetry, hard_clamp)
     assert torch.equal(indices[is_clear], index[is_clear])
 
 
-# What is mended.
+# The rest tests what is mended, and errors.
 
 
 def test_fsq_autocast_on_the_cpu_changes_no_index():

@@ -143,7 +143,7 @@ def test_residual_fsq_value_and_gradient_match_float64():
     assert 2 < float(grad.mean()) < L
 
 
-# What is mended.
+# The rest tests what is mended, and errors.
 
 
 def round_trips(module: nn.Module, x: torch.Tensor) -> bool:

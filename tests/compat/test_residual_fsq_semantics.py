@@ -19,8 +19,8 @@ CASES = {
     "symmetry": ("ResidualFSQ", {"dim": 6, "levels": [8, 2, 3], "num_quantizers": 3, "preserve_symmetry": True}),
     "tanh": ("ResidualFSQ", {"dim": 6, "levels": [8, 2, 3], "num_quantizers": 3, "bound_hard_clamp": False}),
 }
-# What `numbers` gave with the classes of each release; 1.14.41, 1.17.8 and 1.18.1 gave the same, and so did 1.26.0
-# and 1.32.0. Arguments that a release lacks have no entry.
+# The result of `numbers` with the classes of each release; those of 1.14.41, 1.17.8 and 1.18.1 are the same, and so are
+# those of 1.26.0 and 1.32.0. Arguments that a release lacks have no entry.
 RECORDED = {
     # 1.18.1
     ("1.18", "one_level"): (1722931, 36195780, 29.1552, 2211.177, 236.3782),

@@ -183,7 +183,7 @@ class ResidualFSQ(nn.Module):
         return torch.stack([*codes, *[torch.zeros_like(codes[0])] * (self.num_quantizers - len(codes))])
 
     def get_output_from_indices(self, indices: Tensor) -> Tensor:
-        """What `forward` returns for these indices, which are those of `get_codes_from_indices`.
+        """The output of `forward` for indices as in `get_codes_from_indices`.
 
         It is float32, or in the dtype of the projections. A position without a code has zeros.
         """
@@ -310,7 +310,7 @@ class GroupedResidualFSQ(nn.Module):
         return torch.stack([self._group(i).get_codes_from_indices(chunk) for i, chunk in enumerate(chunks)])
 
     def get_output_from_indices(self, indices: Tensor) -> Tensor:
-        """What `forward` returns for these indices; see `ResidualFSQ.get_output_from_indices`."""
+        """The output of `forward` for these indices; see `ResidualFSQ.get_output_from_indices`."""
         chunks = self._of_groups(indices)
         return self._merge([self._group(i).get_output_from_indices(chunk) for i, chunk in enumerate(chunks)])
 
