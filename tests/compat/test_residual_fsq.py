@@ -325,6 +325,24 @@ def test_residual_fsq_compiles_to_one_graph_and_exports(make, options, shape, tr
         assert_close(outputs[actual], outputs[expected])
 
 
+def test_residual_fsq_compiled_dropout_drops_the_last_levels():
+    module = own.ResidualFSQ(levels=[4, 3], num_quantizers=3, quantize_dropout=True, quantize_dropout_cutoff_index=1)
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    x = torch.randn(1, 9, 2, requires_grad=True)
+    numbers = set()
+    for _ in range(20):
+        quantized, indices = compiled(x)
+        number = int((indices[0, 0] >= 0).sum())
+        numbers.add(number)
+        # The seed is one with which that many levels run.
+        seed = next(seed for seed in range(100) if module._dropout.draw(seed) == number)
+        expected = module(x, rand_quantize_dropout_fixed_seed=seed)
+        assert_close((quantized, indices), expected)
+        gradients = [torch.autograd.grad(each.square().sum(), x)[0] for each in (quantized, expected[0])]
+        assert_close(*gradients)
+    assert numbers == {2, 3}
+
+
 def test_residual_fsq_is_copied_pickled_and_initialised_after_to_empty():
     _, module = grouped(bound_hard_clamp=False, soft_clamp_input_value=2.0, quantize_dropout=True)
     x = torch.randn(2, 9, 12)

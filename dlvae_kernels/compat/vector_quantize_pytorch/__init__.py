@@ -1,5 +1,9 @@
 """The quantizers of vector-quantize-pytorch 1.32 under its names, on the operations of dlvae_kernels."""
 
+from __future__ import annotations
+
+from typing import NoReturn
+
 from .arguments import NOT_IMPLEMENTED
 from .finite_scalar_quantization import FSQ
 from .residual_fsq import GroupedResidualFSQ, ResidualFSQ

@@ -14,7 +14,7 @@ from ...layers.maps import long_indices
 from ...layers.projection import project, zeros_where_masked
 from .finite_scalar_quantization import FSQ
 from .layout import check_features, indices_to_map, to_map, to_sequence
-from .levels import LevelDropout, get_maybe_sync_seed
+from .levels import LevelDropout, draw_seed
 
 _NEWEST = "1.26"
 
@@ -132,7 +132,7 @@ class ResidualFSQ(nn.Module):
         return torch.stack([self._layer(i).implicit_codebook for i in range(self.num_quantizers)])
 
     def forward(
-        self, x: Tensor, return_all_codes: bool = False, rand_quantize_dropout_fixed_seed: int | None = None
+        self, x: Tensor, return_all_codes: bool = False, rand_quantize_dropout_fixed_seed: int | Tensor | None = None
     ) -> tuple[Tensor, ...]:
         """Quantize vectors or maps.
 
@@ -154,12 +154,15 @@ class ResidualFSQ(nn.Module):
             residual = (residual / self.soft_clamp_input_value).tanh() * self.soft_clamp_input_value
         if self.semantics == "1.18":
             residual = self._layer(0)._bounded(residual)
-        num_levels = self._draw_num_levels(x, rand_quantize_dropout_fixed_seed)
+        runs = self._levels_to_run(x, rand_quantize_dropout_fixed_seed)
+        num_levels = runs if isinstance(runs, int) else self.num_quantizers
         quantized = torch.zeros_like(residual)
         all_indices = []
-        for layer, scale in zip(self.layers[:num_levels], self.scales, strict=False):
-            codes, indices = layer(residual / scale)
-            codes = codes * scale
+        for i in range(num_levels):
+            codes, indices = self.layers[i](residual / self.scales[i])
+            codes = codes * self.scales[i]
+            if isinstance(runs, Tensor):
+                codes, indices = torch.where(runs[i], codes, 0), torch.where(runs[i], indices, -1)
             residual = residual - codes.detach()
             quantized = quantized + codes
             all_indices.append(indices)
@@ -203,10 +206,14 @@ class ResidualFSQ(nn.Module):
     def _drops_levels(self) -> bool:
         return self.training and self.quantize_dropout and torch.is_grad_enabled()
 
-    def _draw_num_levels(self, x: Tensor, seed: int | None) -> int:
+    def _levels_to_run(self, x: Tensor, seed: int | Tensor | None) -> int | Tensor:
+        """The number of levels that run, or in compiled code these levels, [L] bool."""
         if not self._drops_levels():
             return self.num_quantizers
-        return self._dropout.draw(get_maybe_sync_seed(x.device) if seed is None else seed)
+        seed = draw_seed(x.device) if seed is None else seed
+        if isinstance(seed, Tensor) and torch.compiler.is_compiling():
+            return self._dropout.draw_in_graph(seed)
+        return self._dropout.draw(int(seed))
 
     def _with_levels_last(self, indices: Tensor) -> Tensor:
         """Check indices and view them as [b, *spatial, n]."""
@@ -298,7 +305,7 @@ class GroupedResidualFSQ(nn.Module):
             ValueError: x has not dim features.
         """
         check_features(x, self.dim, self.split_dim == 1, "accept_image_fmap")
-        seed = get_maybe_sync_seed(x.device) if self._group(0)._drops_levels() else None
+        seed = draw_seed(x.device) if self._group(0)._drops_levels() else None
         chunks = x.movedim(self.split_dim, self._group_dim).chunk(self.groups, self._group_dim)
         results = [rvq(chunk, return_all_codes, seed) for rvq, chunk in zip(self.rvqs, chunks, strict=True)]
         quantized, *others = zip(*results, strict=True)
