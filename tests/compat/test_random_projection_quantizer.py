@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from dlvae_kernels.compat.vector_quantize_pytorch.random_projection_quantizer import RandomProjectionQuantizer
+from dlvae_kernels.compat.vector_quantize_pytorch import RandomProjectionQuantizer
 
 from .comparison import compare
 

@@ -246,6 +246,21 @@ def test_sim_vq_compiles_without_graph_break_and_exports(make, rotation_trick):
             assert_close(actual, expected, rtol=1e-4, atol=1e-5)
 
 
+def test_residual_sim_vq_dropout_compiles_without_graph_break():
+    _, module = residual(quantize_dropout=True)
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    counts = set()
+    for _ in range(12):
+        x = torch.randn(2, 6, D, requires_grad=True)
+        quantized, indices, losses = compiled(x)
+        (quantized.sum() + losses.sum()).backward()
+        runs = indices[0, 0] >= 0
+        counts.add(int(runs.sum()))
+        assert ((losses != 0) == runs).all()
+        assert_close(module.get_output_from_indices(indices), quantized)
+    assert len(counts) > 1
+
+
 @pytest.mark.parametrize("make", [sim_vq, residual])
 def test_sim_vq_copies_and_pickles(make):
     _, module = make(init_fn=lambda codes: codes * 2)

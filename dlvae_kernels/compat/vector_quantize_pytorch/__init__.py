@@ -6,6 +6,7 @@ from typing import NoReturn
 
 from .arguments import NOT_IMPLEMENTED
 from .finite_scalar_quantization import FSQ
+from .random_projection_quantizer import RandomProjectionQuantizer
 from .residual_fsq import GroupedResidualFSQ, ResidualFSQ
 from .residual_sim_vq import ResidualSimVQ
 from .residual_vq import GroupedResidualVQ, ResidualVQ
@@ -16,6 +17,7 @@ __all__ = [
     "FSQ",
     "GroupedResidualFSQ",
     "GroupedResidualVQ",
+    "RandomProjectionQuantizer",
     "ResidualFSQ",
     "ResidualSimVQ",
     "ResidualVQ",

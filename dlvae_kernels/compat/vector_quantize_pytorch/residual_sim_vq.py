@@ -7,10 +7,10 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from ...functional.gather_codes import gather_codes
-from ...functional.residual_quantize import residual_decode, residual_quantize
+from ...functional.residual_quantize import ResidualGradient, residual_decode, residual_quantize
 from ...layers.maps import codes_to_map, long_indices
 from .layout import indices_to_map, to_map
-from .levels import LevelDropout, get_maybe_sync_seed
+from .levels import LevelDropout, draw_seed
 from .sim_vq import SimVQ
 
 
@@ -105,12 +105,12 @@ class ResidualSimVQ(nn.Module):
             ValueError: the shape, dtype or device of x does not fit.
         """
         vectors, spatial = self._first._sequence(x)
-        num_levels = self._draw_num_levels(x.device, rand_quantize_dropout_fixed_seed)
+        levels = self._levels_to_run(x.device, rand_quantize_dropout_fixed_seed)
+        num_levels, flags = (self.num_quantizers, levels) if isinstance(levels, Tensor) else (levels, None)
         # The options of the loss are those of the first level: the constructor gives all levels the same.
         first, missing = self._first, self.num_quantizers - num_levels
-        out = residual_quantize(
-            vectors, self._codebooks(num_levels), gradient="rotation_each" if first.rotation_trick else "each"
-        )
+        gradient: ResidualGradient = "rotation_each" if first.rotation_trick else "each"
+        out = residual_quantize(vectors, self._codebooks(num_levels), levels=flags, gradient=gradient)
         quantized = to_map(out.quantized, spatial, self.channel_first)
         indices = indices_to_map(pad(out.indices, (0, missing), value=-1), spatial)
         losses = pad(first._loss(out.codebook_loss, out.commitment_loss), (0, missing))
@@ -143,10 +143,13 @@ class ResidualSimVQ(nn.Module):
     def _level_dropout(self) -> LevelDropout:
         return LevelDropout(self.num_quantizers, self.quantize_dropout_cutoff_index, self.quantize_dropout_multiple_of)
 
-    def _draw_num_levels(self, device: torch.device, seed: int | None) -> int:
+    def _levels_to_run(self, device: torch.device, seed: int | None) -> int | Tensor:
+        """The number of levels that run, or in compiled code these levels, [L] bool."""
         if not (self.training and self.quantize_dropout):
             return self.num_quantizers
-        return self._level_dropout().draw(get_maybe_sync_seed(device) if seed is None else seed)
+        if torch.compiler.is_compiling() and seed is None:
+            return self._level_dropout().draw_in_graph(draw_seed(device))
+        return self._level_dropout().draw(int(draw_seed(device)) if seed is None else seed)
 
     def _padded(self, indices: Tensor) -> Tensor:
         """Indices of all levels, with -1 for the missing ones."""
