@@ -7,9 +7,10 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
 from dlvae_kernels.compat import vector_quantize_pytorch as own
-from dlvae_kernels.compat.vector_quantize_pytorch.arguments import NOT_IMPLEMENTED, REFUSED, check_arguments
+from dlvae_kernels.compat.vector_quantize_pytorch.arguments import NOT_IMPLEMENTED, REFUSED
 
 PAGE = Path(__file__).parents[2] / "docs" / "vector-quantize-pytorch.md"
 ROW = re.compile(r"^\| `([\w.]+)` \| (`\w+`(?:, `\w+`)*) \| (supported|mended|refused) \| ([^|]*) ?\|$", re.MULTILINE)
@@ -61,14 +62,33 @@ def test_status_on_the_page_is_that_of_the_code(owner):
     assert [name for name in arguments(own, owner) if name in accepted] == order
 
 
-@pytest.mark.parametrize("owner", REFUSED)
-def test_refused_argument_has_the_default_of_vector_quantize_pytorch(owner):
+REQUIRED = {
+    "VectorQuantize": {"dim": 4, "codebook_size": 8},
+    "ResidualVQ": {"dim": 4, "codebook_size": 8, "num_quantizers": 2},
+}
+
+
+@pytest.mark.parametrize(("owner", "argument"), [(owner, name) for owner in REFUSED for name in REFUSED[owner]])
+def test_refused_argument_takes_the_default_of_vector_quantize_pytorch_alone(owner, argument):
     name, _, method = owner.partition(".")
-    parameters = inspect.signature(getattr(getattr(stock, name), method or "__init__")).parameters
-    for argument, default in REFUSED[owner].items():
-        assert parameters[argument].default == default, argument
-        check_arguments(owner, {argument: default})
-        with pytest.raises(TypeError, match=f"{owner} does not implement the argument '{argument}'.*leave it out"):
-            check_arguments(owner, {argument: "other"})
-    with pytest.raises(TypeError, match=f"{owner} got an unknown argument 'colour'"):
-        check_arguments(owner, {"colour": 1})
+    default = inspect.signature(getattr(getattr(stock, name), method or "__init__")).parameters[argument].default
+    assert REFUSED[owner][argument] == default
+
+    def use(value):
+        made = getattr(own, name)(**REQUIRED[name], **({} if method else {argument: value}))
+        return made(torch.randn(2, 5, 4), **({argument: value} if method else {}))
+
+    use(default)
+    with pytest.raises(TypeError, match=f"{owner} does not implement the argument '{argument}'.*leave it out"):
+        use("other")
+
+
+@pytest.mark.parametrize("name", REQUIRED)
+def test_unknown_argument_is_named(name):
+    with pytest.raises(TypeError, match="VectorQuantize got an unknown argument 'colour'"):
+        getattr(own, name)(**REQUIRED[name], colour=1)
+
+
+def test_refused_argument_of_a_group_is_named():
+    with pytest.raises(TypeError, match="ResidualVQ does not implement the argument 'beam_size'"):
+        own.GroupedResidualVQ(groups=2, **REQUIRED["ResidualVQ"], beam_size=2)

@@ -27,13 +27,14 @@ sys.meta_path.insert(0, Hidden())
 """
 SCRIPT = """
 import torch
-from vector_quantize_pytorch import SimVQ
+from vector_quantize_pytorch import ResidualVQ, SimVQ
 import vector_quantize_pytorch as vq
 from vector_quantize_pytorch.residual_sim_vq import ResidualSimVQ
 import vector_quantize_pytorch.sim_vq
 quantizer = ResidualSimVQ(dim=8, num_quantizers=2, codebook_size=16)
 quantized, indices, loss = quantizer(torch.randn(2, 5, 8))
 assert isinstance(quantizer.layers[0], SimVQ) and vq.SimVQ is SimVQ is vector_quantize_pytorch.sim_vq.SimVQ
+ResidualVQ(dim=8, num_quantizers=2, codebook_size=16)(quantized)
 print(SimVQ.__module__, *indices.shape)
 """
 
