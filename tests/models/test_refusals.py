@@ -135,7 +135,7 @@ def test_needed_bytes_equals_bytes_of_model_and_training(model):
     parameters = sum(each.nbytes for each in built.parameters())
     buffers = sum(each.nbytes for each in built.buffers())
     assert memory.needed_bytes(config) == parameters + buffers
-    assert memory.needed_bytes(config, 25) == 4 * parameters + buffers + 25 * 202 * 4
+    assert memory.needed_bytes(config, 25) == 4 * parameters + buffers + 25 * 205 * 4
 
 
 def test_available_bytes_with_control_group_are_at_most_its_limit(tmp_path, monkeypatch):

@@ -76,8 +76,9 @@ def test_run_on_two_ranks_equals_run_of_one_process(case, images, together, tmp_
     expected = rows(alone.folder)
     assert len(expected) == UPDATES
     for row, other in zip(rows(folder / case), expected, strict=True):
-        for name, value in row.items():
-            assert float(value) == pytest.approx(float(other[name]), rel=1e-3), name
+        # The counts of codes that learn by gradient and are not revived stay those of each rank.
+        for name in row if case != "vqvae" else ("update", "nmse", "loss", "perplexity", "lr"):
+            assert float(row[name]) == pytest.approx(float(other[name]), rel=1e-3, nan_ok=True), name
 
 
 @pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)])
