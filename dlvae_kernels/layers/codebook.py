@@ -353,18 +353,18 @@ class Codebook(WideState):
         if is_auto:
             mean = use.mean(-1, keepdim=True)
             is_dead = (least < _DEAD_SHARE * mean) & (self._observed > _OBSERVED)
-            size = (_DEAD_SHARE * self._sizes.mean(-1, keepdim=True)).expand_as(least)
+            size = _DEAD_SHARE * self._sizes.mean(-1, keepdim=True)
         else:
-            size = torch.full_like(least, float(self._dead_code_threshold))
+            size = least.new_full((1,), float(self._dead_code_threshold))
             is_dead = least < size
         is_dead = is_dead & (is_valid.squeeze(-1) > 0)
         if ran is not None:
             is_dead &= ran[:, None]
         codes = to_unit_length(candidates) if self._unit_length else candidates
         replace_rows(self.codebook, which, is_dead, codes)
-        replace_rows(self._sizes[..., None], which, is_dead, size[..., None])
+        replace_rows(self._sizes, which, is_dead, size)
         if is_auto:
-            replace_rows(use[..., None], which, is_dead, (_REVIVED_USE * mean).expand_as(least)[..., None])
+            replace_rows(use, which, is_dead, _REVIVED_USE * mean)
         if self._decay is not None:
             replace_rows(self._sums, which, is_dead, codes * size[..., None])
         self._num_revived.add_(is_dead.sum())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -90,7 +91,7 @@ def sample_vectors(x: Tensor, jitter: Tensor, sync: bool, mask: Tensor | None = 
         places, is_valid = random_places(jitter[..., rank::ranks], leading.numel(), mask)
         head = [torch.arange(heads[0], device=x.device)[:, None]] if heads else []
         selected = x.detach()[(*unraveled(places, leading), *head)]
-        is_valid = is_valid[..., None] & selected.isfinite().all(-1, keepdim=True)
+        is_valid = is_valid[..., None] & (selected.abs() < math.inf).all(-1, keepdim=True)
         own[..., :-1] = torch.where(is_valid, selected, 0)
         own[..., -1:] = is_valid
     return sampled

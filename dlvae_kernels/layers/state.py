@@ -71,7 +71,12 @@ def lookup(module: nn.Module, name: str) -> Tensor:
 
 
 def replace_rows(state: Tensor, which: Tensor, is_replaced: Tensor, values: Tensor) -> None:
-    """Write values [..., M, D] over the rows `which` [..., M] of state [..., K, D] where `is_replaced`."""
-    rows = which[..., None].expand_as(values)
-    kept = state.gather(-2, rows)
-    state.scatter_(-2, rows, torch.where(is_replaced[..., None], values.to(state.dtype), kept))
+    """Write values [..., M, D] over the rows `which` [..., M] of state [..., K, D] where `is_replaced`.
+
+    A state [..., K] takes values that broadcast to [..., M].
+    """
+    dim = which.ndim - 1
+    if state.ndim > which.ndim:
+        which, is_replaced = which[..., None].expand_as(values), is_replaced[..., None]
+    kept = state.gather(dim, which)
+    state.scatter_(dim, which, torch.where(is_replaced, values.to(state.dtype), kept))
