@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..functional.checks import check_same_device, check_size
 from .implicit_codebook_layer import ImplicitCodebookLayer
+from .maps import check_index_dtype
 
 # The bound exceeds the outermost levels by this fraction, so that a finite feature is assigned to them.
 _MARGIN = 1e-3
@@ -83,13 +84,7 @@ class FiniteScalarQuantizer(ImplicitCodebookLayer):
                 f"expected each of levels in [3, {_MOST_LEVELS}], got {self.levels}; pass preserve_symmetry=True"
             )
         super().__init__(dim, len(self.levels), num_codebooks, projection_bias, channel_last)
-        if index_dtype not in (torch.uint16, torch.int32, torch.int64):
-            raise ValueError(f"expected index_dtype to be torch.uint16, torch.int32 or torch.int64, got {index_dtype}")
-        if self.codebook_size - 1 > torch.iinfo(index_dtype).max:
-            raise ValueError(
-                f"expected levels of at most {torch.iinfo(index_dtype).max + 1} codes for index_dtype {index_dtype},"
-                f" got {self.codebook_size}; pass a wider index_dtype or fewer levels"
-            )
+        check_index_dtype(index_dtype, self.codebook_size)
         self._preserve_symmetry = preserve_symmetry
         self._index_dtype = index_dtype
         self.register_buffer("_levels", torch.empty(len(self.levels), dtype=torch.int64), persistent=False)
@@ -152,7 +147,9 @@ class FiniteScalarQuantizer(ImplicitCodebookLayer):
         return (bounded + (self._half_width(bounded.dtype) + 0.5)).floor()
 
     def _index(self, level: Tensor) -> Tensor:
-        return (level.nan_to_num(0).long() * self._places).sum(-1).to(self._index_dtype)
+        # From 2^24 levels on, float32 rounds the last level up.
+        number = torch.minimum(level.nan_to_num(0).long(), self._levels - 1)
+        return (number * self._places).sum(-1).to(self._index_dtype)
 
     def _indices_of(self, x: Tensor) -> Tensor:
         return self._index(self._level(self._bounded(x.detach())))

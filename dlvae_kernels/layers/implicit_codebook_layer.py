@@ -5,11 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..functional.checks import check_floating, check_layer_dtype, check_same_device, check_size, check_tensor
-from .maps import check_index_range, codes_to_map, features_last, spatial_shape, vectors_to_map
+from ..functional.checks import check_floating, check_layer_dtype, check_same_device, check_size
+from .maps import check_index_range, codes_to_map, features_last, long_indices, spatial_shape, vectors_to_map
 from .projection import project, zeros_where_masked
-
-_INDEX_DTYPES = (torch.uint16, torch.int32, torch.int64)
 
 
 class ImplicitCodebookLayer(nn.Module):
@@ -55,19 +53,17 @@ class ImplicitCodebookLayer(nn.Module):
         """The map of indices, float32 or in the dtype of the projections.
 
         Args:
-            indices: integers as `forward` returns them; -1 stands for no code: it decodes to zeros, which, beside
-                other codebooks, are projected with their codes.
+            indices: as `forward` returns them, of any integer dtype; -1 stands for no code: it decodes to zeros,
+                which, beside other codebooks, are projected with their codes.
         Raises:
             ValueError: dtype or shape do not fit, or (on the CPU, outside graphs) an index lies outside [-1, K).
         """
-        check_tensor("indices", indices)
-        if indices.dtype not in _INDEX_DTYPES:
-            raise ValueError(f"expected indices of dtype uint16, int32 or int64, got {indices.dtype}")
+        indices = long_indices(indices)
         trailing = () if self.num_codebooks == 1 else (self.num_codebooks,)
         if indices.ndim < 1 + len(trailing) or indices.shape[indices.ndim - len(trailing) :] != trailing:
             expected = "[B, *spatial]" if self.num_codebooks == 1 else f"[B, *spatial, {self.num_codebooks}]"
             raise ValueError(f"expected indices of shape {expected}, got {tuple(indices.shape)}")
-        indices = indices.long().view(*indices.shape[: indices.ndim - len(trailing)], self.num_codebooks)
+        indices = indices.view(*indices.shape[: indices.ndim - len(trailing)], self.num_codebooks)
         check_index_range(indices, self.codebook_size)
         is_code = indices >= 0
         codes = torch.where(is_code[..., None], self._codes_at(indices), 0)

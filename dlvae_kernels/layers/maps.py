@@ -93,7 +93,8 @@ def check_index_dtype(dtype: torch.dtype, num_codes: int) -> None:
     if dtype not in _INDEX_DTYPES:
         raise ValueError(f"expected index_dtype to be one of {', '.join(map(str, _INDEX_DTYPES))}, got {dtype}")
     if num_codes > _INDEX_DTYPES[dtype]:
-        raise ValueError(f"expected index_dtype to hold {num_codes} codes, got {dtype}; pass torch.int64")
+        remedy = "torch.int64" if num_codes <= _INDEX_DTYPES[torch.int64] else "fewer codes"
+        raise ValueError(f"expected index_dtype to hold {num_codes} codes, got {dtype}; pass {remedy}")
 
 
 def check_holds_no_code(dtype: torch.dtype, reason: str) -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from dlvae_kernels import FiniteScalarQuantizer
+from dlvae_kernels import FiniteScalarQuantizer, LookupFreeQuantizer
 
 LEVELS = ([8, 5, 5, 5], [3], [4, 7, 6], [1000, 999])
 
@@ -148,6 +148,19 @@ def test_fsq_index_dtype_is_kept_and_decoded(index_dtype):
     assert torch.equal(layer.decode(indices), quantized)
 
 
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int16, torch.uint16, torch.int32, torch.int64])
+@pytest.mark.parametrize("layer", [FiniteScalarQuantizer([5, 4]), LookupFreeQuantizer(16)], ids=["fsq", "lfq"])
+def test_decode_takes_indices_of_any_integer_dtype(dtype, layer):
+    indices = torch.randint(0, 16, (2, 7))
+    assert torch.equal(layer.decode(indices.to(dtype)), layer.decode(indices))
+
+
+@pytest.mark.parametrize("level", [2**24, 2**25])
+def test_fsq_index_of_last_of_many_levels_is_below_k(level):
+    layer = FiniteScalarQuantizer([level], preserve_symmetry=True)
+    assert layer.encode(torch.tensor([[30.0], [-30.0], [torch.nan]])).tolist() == [level - 1, 0, 0]
+
+
 def test_fsq_indices_of_large_codebooks_are_exact():
     layer = FiniteScalarQuantizer([7] * 20, index_dtype=torch.int64, channel_last=True)
     indices = torch.randint(0, 7**20, (50,))
@@ -276,12 +289,16 @@ def test_fsq_repr_shows_every_argument():
         ({"levels": [1], "preserve_symmetry": True}, r"expected each of levels to be an integer of at least 2, got 1"),
         ({"levels": [5], "num_codebooks": 0}, r"expected num_codebooks to be an integer of at least 1, got 0"),
         ({"levels": [5], "dim": 0}, r"expected dim to be an integer of at least 1, got 0"),
-        ({"levels": [5], "index_dtype": torch.int8}, r"expected index_dtype to be torch.uint16, .*, got torch.int8"),
+        ({"levels": [5], "index_dtype": torch.int8}, r"expected index_dtype to be one of .*, got torch.int8"),
         (
             {"levels": [17, 16, 16, 16], "index_dtype": torch.uint16},
-            r"expected levels of at most 65536 codes for index_dtype torch.uint16, got 69632",
+            r"expected index_dtype to hold 69632 codes, got torch.uint16; pass torch.int64",
         ),
-        ({"levels": [256] * 4}, r"expected levels of at most 2147483648 codes for index_dtype torch.int32, got 42949"),
+        ({"levels": [256] * 4}, r"expected index_dtype to hold 4294967296 codes, got torch.int32; pass torch.int64"),
+        (
+            {"levels": [2**7] * 10, "index_dtype": torch.int64},
+            r"expected index_dtype to hold 1180591620717411303424 codes, got torch.int64; pass fewer codes",
+        ),
     ],
 )
 def test_fsq_bad_arguments_raise(arguments, message):
@@ -308,7 +325,7 @@ def test_fsq_bad_inputs_raise(dim, bad, message):
 @pytest.mark.parametrize(
     ("indices", "message"),
     [
-        (torch.zeros(2, 3), r"expected indices of dtype uint16, int32 or int64, got torch.float32"),
+        (torch.zeros(2, 3), r"expected indices of dtype torch.int64 or another integer, got torch.float32"),
         (torch.zeros(2, 3).int(), r"expected indices of shape \[B, \*spatial, 2\], got \(2, 3\)"),
         (torch.tensor([[0, 20]]).int(), r"expected indices in \[-1, 20\) .*, got 20"),
         (torch.tensor([[-2, 3]]), r"expected indices in \[-1, 20\) .*, got -2"),
