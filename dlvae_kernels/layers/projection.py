@@ -26,7 +26,7 @@ def to_unit_length(x: Tensor) -> Tensor:
     x = x.to(torch.promote_types(x.dtype, torch.float32))
     length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
     is_short = length < _SHORTEST
-    return torch.where(is_short, 0, x / torch.where(is_short, 1, length))
+    return x * torch.where(is_short, 0, 1 / torch.where(is_short, 1, length))
 
 
 def zeros_where_masked(vectors: Tensor, valid: Tensor | None) -> Tensor:

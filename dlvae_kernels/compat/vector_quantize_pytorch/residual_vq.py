@@ -227,10 +227,20 @@ class ResidualVQ(nn.Module):
         return torch.nn.functional.pad(indices, (0, missing), value=-1) if missing else indices
 
     def _stacked(self) -> Tensor:
-        """The codebooks of all levels, a copy [L, K, D]."""
+        """The codebooks of all levels, [L, K, D]: a copy in training, since a step changes them."""
         if self.shared_codebook:
             return self._level(0)._codebook.embed.repeat(self.num_quantizers, 1, 1)
-        return torch.cat([layer._codebook.embed for layer in self._levels()])
+        codebooks = [layer._codebook.embed for layer in self._levels()]
+        if self.training or codebooks[0].requires_grad or torch.compiler.is_compiling():
+            return torch.cat(codebooks)
+        if not _are_consecutive(codebooks):
+            # The buffers become views of one tensor, so that later forwards need no copy.
+            with torch.no_grad(), torch.inference_mode(False):
+                stacked = torch.cat(codebooks)
+                for codebook, view in zip(codebooks, stacked.split(1), strict=True):
+                    codebook.data = view
+        first = codebooks[0]
+        return first.detach().as_strided((len(codebooks), *first.shape[1:]), first.stride())
 
     def _is_fused(self, temperature: float | None) -> bool:
         """Whether all levels can run in one operation."""
@@ -285,21 +295,18 @@ class ResidualVQ(nn.Module):
         sync = used[0].is_synchronised
         statistics = residual_statistics(vectors, indices, codebooks)
         ran = torch.arange(len(codebooks), device=vectors.device) < levels if isinstance(levels, int) else levels
-        jitter = torch.rand(codebooks.shape[1], device=vectors.device) if used[0].revives else None
-
+        # Candidates to replace dead codes.
+        samples = statistics
+        if used[0].revives:
+            jitter = torch.rand(codebooks.shape[1], device=vectors.device)
+            samples = sample_residuals(vectors, indices, codebooks, jitter, sync, valid)
         if not self.shared_codebook:
             for level, codebook in enumerate(used):
-
-                def candidates(_: Tensor, level: int = level) -> Tensor:
-                    assert jitter is not None
-                    return sample_residuals(vectors, indices, codebooks, jitter, sync, valid)[level : level + 1]
-
                 part = slice(level, level + 1)
-                is_certain = isinstance(levels, int)
                 codebook.learn_from(
                     statistics[part],
-                    candidates,
-                    ran=None if is_certain else ran[part],
+                    lambda _, part=part: samples[part],  # type: ignore[misc]
+                    ran=None if isinstance(levels, int) else ran[part],
                     ema_update=codebook.ema_update,
                 )
             return
@@ -309,11 +316,10 @@ class ResidualVQ(nn.Module):
             shared.add_to_averages(level, has_run)
         if shared.ema_update:
             shared.update_ema(statistics[..., -1].sum(0, keepdim=True) > 0)
-        if jitter is not None:
+        if shared.revives:
             # Each of the levels gives every L-th candidate.
-            samples = all_reduce_sum(sample_residuals(vectors, indices, codebooks, jitter, sync, valid), sync)
-            place = torch.arange(len(jitter), device=vectors.device)
-            shared.replace_dead(samples[place % ran.sum(), place][None])
+            place = torch.arange(samples.shape[1], device=vectors.device)
+            shared.replace_dead(all_reduce_sum(samples, sync)[place % ran.sum(), place][None])
 
     def _quantize_by_level(
         self,
@@ -355,6 +361,18 @@ class ResidualVQ(nn.Module):
             masked = torch.zeros_like(sequence) if self.return_zeros_for_masked_padding else sequence
             output = torch.where(valid[..., None], output, masked)
         return to_map(output, spatial, self._is_channel_first)
+
+
+def _are_consecutive(codebooks: list[Tensor]) -> bool:
+    """Whether contiguous tensors [1, K, D] lie in one storage, each behind the one before it."""
+    first = codebooks[0]
+    storage, size = first.untyped_storage().data_ptr(), first.numel()
+    return all(
+        each.untyped_storage().data_ptr() == storage
+        and each.is_contiguous()
+        and each.storage_offset() == first.storage_offset() + level * size
+        for level, each in enumerate(codebooks)
+    )
 
 
 def _no_codes() -> NoReturn:
