@@ -5,9 +5,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..functional.bit_entropy import bit_entropy
 from ..functional.checks import check_at_least, check_flags, check_size
-from .distributed import all_reduce_mean, check_exportable
+from .bit_losses import bit_entropies, mean_of_valid
+from .distributed import check_exportable
 from .implicit_codebook_layer import ImplicitCodebookLayer
 from .maps import spatial_shape
 from .projection import to_unit_length, zeros_where_masked
@@ -170,7 +170,7 @@ class LookupFreeQuantizer(ImplicitCodebookLayer):
         merged = self._merge(quantized, inputs, mask)
         per_sample, batch = self._entropies(x, mask)
         errors = (x - codes).square().mean((-2, -1))
-        commitment = _mean(errors, mask)
+        commitment = mean_of_valid(errors, mask)
         loss = (
             self._entropy_loss_weight * (per_sample - self._diversity_gamma * batch)
             + self._commitment_loss_weight * commitment
@@ -193,14 +193,7 @@ class LookupFreeQuantizer(ImplicitCodebookLayer):
             return x.new_zeros(()), x.new_zeros(())
         # The odds of a bit are exp(2 inv_temperature x c) over exp(-2 inv_temperature x c).
         logits = x * (4 * self._inv_temperature * self._feature)
-        found = [bit_entropy(each, mask) for each in logits.unbind(-2)]
-        per_sample = _mean(torch.stack([each.entropies for each in found]).mean(0), mask)
-        probabilities = torch.stack([each.mean_probabilities for each in found])
-        count = x[..., 0, 0].numel() if mask is None else mask.sum()
-        probabilities = all_reduce_mean(probabilities, count, self._sync and self.training)
-        # The gradient of p log p is infinite at 0.
-        logarithms = probabilities.clamp(min=torch.finfo(x.dtype).tiny).log()
-        return per_sample, -(probabilities * logarithms).sum(1).mean()
+        return bit_entropies(logits, mask, self._sync and self.training)
 
     def _codes_of(self, bits: Tensor, dtype: torch.dtype) -> Tensor:
         return bits.to(dtype) * (2 * self._feature) - self._feature
@@ -236,10 +229,3 @@ def _places(num_bits: int, like: Tensor) -> Tensor:
 def _index(bits: Tensor) -> Tensor:
     """The integer of bits [..., d]."""
     return (bits.long() << _places(bits.shape[-1], bits)).sum(-1)
-
-
-def _mean(values: Tensor, mask: Tensor | None) -> Tensor:
-    """The mean over valid vectors, 0 if there is none; values of masked vectors are finite."""
-    if mask is None:
-        return values.sum() / max(1, values.numel())
-    return torch.where(mask, values, 0).sum() / mask.sum().clamp(min=1)

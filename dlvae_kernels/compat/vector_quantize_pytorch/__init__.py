@@ -6,8 +6,10 @@ from typing import NoReturn
 
 from .arguments import NOT_IMPLEMENTED
 from .finite_scalar_quantization import FSQ
+from .lookup_free_quantization import LFQ
 from .random_projection_quantizer import RandomProjectionQuantizer
 from .residual_fsq import GroupedResidualFSQ, ResidualFSQ
+from .residual_lfq import GroupedResidualLFQ, ResidualLFQ
 from .residual_sim_vq import ResidualSimVQ
 from .residual_vq import GroupedResidualVQ, ResidualVQ
 from .sim_vq import SimVQ
@@ -15,10 +17,13 @@ from .vector_quantize_pytorch import VectorQuantize
 
 __all__ = [
     "FSQ",
+    "LFQ",
     "GroupedResidualFSQ",
+    "GroupedResidualLFQ",
     "GroupedResidualVQ",
     "RandomProjectionQuantizer",
     "ResidualFSQ",
+    "ResidualLFQ",
     "ResidualSimVQ",
     "ResidualVQ",
     "SimVQ",
