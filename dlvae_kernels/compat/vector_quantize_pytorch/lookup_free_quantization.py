@@ -15,6 +15,7 @@ from ...layers.bit_losses import bit_entropies, mean_of_valid
 from ...layers.distributed import check_exportable
 from ...layers.maps import long_indices
 from ...layers.projection import project, to_unit_length, zeros_where_masked
+from .layout import check_features
 
 # The mean distribution over all codes, which the batch entropy needs, has 2^24 elements at most.
 _MOST_BITS_OF_ENTROPY = 24
@@ -260,7 +261,9 @@ class LFQ(nn.Module):
         check_floating("x", x)
         if self.training:
             check_exportable(type(self).__name__, sync=True)
-        vectors = channels_last(x, self.dim, self.has_channels_first(x.ndim))
+        channel_first = self.has_channels_first(x.ndim)
+        check_features(x, self.dim, channel_first)
+        vectors = x.movedim(1, -1) if channel_first else x
         valid = None if mask is None else valid_vectors(mask, vectors)
         z = self._features(vectors)
         bits = z.detach() > 0
@@ -271,15 +274,14 @@ class LFQ(nn.Module):
             activated = self.activation(z)
             quantized = codes + (activated - activated.detach())
         quantized = project(self.project_out, self._rotate_back(quantized).flatten(-2)).to(x.dtype)
-        if self.has_channels_first(x.ndim):
+        if channel_first:
             quantized = quantized.movedim(-1, 1)
         indices = (bits * self.mask).sum(-1)
         if not self.keep_num_codebooks_dim:
             indices = indices.squeeze(-1)
         loss, breakdown = self._losses(z, codes, valid, inv_temperature, return_loss_breakdown)
-        dtype = torch.float32 if self.force_quantization_f32 else x.dtype
-        if self.training:
-            loss, breakdown = loss.to(dtype), LossBreakdown(*(term.to(dtype) for term in breakdown))
+        if self.training and not self.force_quantization_f32:
+            loss, breakdown = loss.to(x.dtype), LossBreakdown(*(term.to(x.dtype) for term in breakdown))
         result = Return(quantized, indices, loss)
         return (result, breakdown) if return_loss_breakdown else result
 
@@ -349,18 +351,6 @@ class LFQ(nn.Module):
         # The valid vectors come first, in the same random order.
         order = torch.where(valid.flatten(), order, len(order)).argsort().argsort()
         return (order < (valid.sum().double() * self.frac_per_sample_entropy).long()).view(shape) & valid
-
-
-def channels_last(x: Tensor, dim: int, channel_first: bool) -> Tensor:
-    """The view [b, ..., dim] of x.
-
-    Raises:
-        ValueError: x does not have dim channels.
-    """
-    if x.ndim < 2 or x.shape[1 if channel_first else -1] != dim:
-        expected = f"[b, {dim}, ...]" if channel_first else f"[b, ..., {dim}]"
-        raise ValueError(f"expected x of shape {expected}, got {tuple(x.shape)}; see dim and channel_first")
-    return x.movedim(1, -1) if channel_first else x
 
 
 def valid_vectors(mask: Tensor, vectors: Tensor) -> Tensor:

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from ...functional.checks import check_floating, check_size
 from ...layers.maps import long_indices
 from ...layers.projection import project, zeros_where_masked
+from .layout import check_features
 from .levels import LevelDropout, get_maybe_sync_seed
-from .lookup_free_quantization import LFQ, channels_last, valid_vectors
+from .lookup_free_quantization import LFQ, valid_vectors
 
 
 class ResidualLFQ(nn.Module):
@@ -163,7 +164,9 @@ class ResidualLFQ(nn.Module):
             ValueError: shape, dtype or mask do not fit.
         """
         check_floating("x", x)
-        vectors = channels_last(x, self.dim, self._has_channels_first(x.ndim))
+        channel_first = self._has_channels_first(x.ndim)
+        check_features(x, self.dim, channel_first)
+        vectors = x.movedim(1, -1) if channel_first else x
         valid = None if mask is None else valid_vectors(mask, vectors)
         num_run = self.num_quantizers
         if self.drops_levels:
@@ -181,7 +184,7 @@ class ResidualLFQ(nn.Module):
         all_indices += [torch.full_like(all_indices[0], -1)] * num_left
         losses += [torch.zeros_like(losses[0])] * num_left
         output = project(self.project_out, total).to(x.dtype)
-        if self._has_channels_first(x.ndim):
+        if channel_first:
             output = output.movedim(-1, 1)
         result = output, torch.stack(all_indices, -1), torch.stack(losses)
         return (*result, self.get_codes_from_indices(result[1])) if return_all_codes else result
@@ -267,7 +270,11 @@ class GroupedResidualLFQ(nn.Module):
         Raises:
             ValueError: shape, dtype or mask do not fit.
         """
-        channels_last(x, self.dim, self.accept_image_fmap)
+        if x.ndim < 2 or x.shape[self.split_dim] != self.dim:
+            raise ValueError(
+                f"expected x with {self.dim} features in dimension {self.split_dim}, got {tuple(x.shape)};"
+                " see dim and accept_image_fmap"
+            )
         seed = get_maybe_sync_seed(x.device) if self._groups[0].drops_levels else None
         chunks = x.chunk(self.groups, self.split_dim)
         found = [rvq(each, mask, return_all_codes, seed) for rvq, each in zip(self._groups, chunks, strict=True)]
