@@ -166,6 +166,19 @@ def test_residual_lfq_map_is_its_vectors_in_both_layouts(channel_first):
     assert_close(rows[mask], expected_rows[0])
 
 
+@pytest.mark.parametrize(("accepts_maps", "shape"), [(True, (2, 14, 9)), (False, (2, 3, 5, 14)), (False, (6, 14))])
+def test_grouped_residual_lfq_has_channels_where_accept_image_fmap_says(accepts_maps, shape):
+    module = own.GroupedResidualLFQ(**{**PROJECTED, "dim": 14}, groups=2, accept_image_fmap=accepts_maps)
+    x = torch.randn(shape)
+    quantized, indices, _ = module(x)
+    rows = x.movedim(1, -1) if accepts_maps else x
+    vectors = rows[..., 7:].reshape(-1, 7)
+    expected = module.rvqs[1](vectors)
+    assert torch.equal(indices[1].flatten(), expected[1].flatten())
+    assert_close((quantized.movedim(1, -1) if accepts_maps else quantized)[..., 7:].reshape(-1, 7), expected[0])
+    assert torch.equal(module.get_output_from_indices(indices), quantized)
+
+
 def test_residual_lfq_dropout_needs_train_mode_and_gradients():
     module, x = own.ResidualLFQ(**SIZES, quantize_dropout=True), torch.randn(2, 3, 4)
     seen = {int((module(x)[1][0, 0] >= 0).sum()) for _ in range(50)}
@@ -235,7 +248,7 @@ def test_residual_lfq_bfloat16_has_the_dtypes_of_vector_quantize_pytorch(name):
         assert [each.dtype for each in found] == [each.dtype for each in expected]
         assert torch.equal(module.get_output_from_indices(found[1]), found[0])
     # Half precision beside float32 parameters is quantized in float32.
-    module.float()
+    module, x = getattr(own, name)(**SIZES), torch.randn(50, 4).bfloat16()
     assert torch.equal(module(x)[1], module(x.float())[1])
 
 
@@ -273,8 +286,10 @@ def test_residual_lfq_bad_inputs_raise():
         module(torch.zeros(2, 3, 5))
     with pytest.raises(ValueError, match=r"expected mask of shape \(2, 3\) .*, got \(2, 4\)"):
         module(torch.zeros(2, 3, 4), torch.ones(2, 4).bool())
-    with pytest.raises(ValueError, match=r"expected x with 8 features in dimension -1, got \(2, 3, 5\)"):
-        grouped(torch.zeros(2, 3, 5))
+    with pytest.raises(
+        ValueError, match=r"expected x of shape \[b, ..., 8\], got \(2, 8, 5\); .* pass accept_image_fmap=True"
+    ):
+        grouped(torch.zeros(2, 8, 5))
     with pytest.raises(
         ValueError, match=r"expected indices of shape \[b, ..., n\] with n in \[1, 4\], got \(2, 3, 5\)"
     ):

@@ -350,7 +350,7 @@ class LFQ(nn.Module):
             return (order < int(shape.numel() * self.frac_per_sample_entropy)).view(shape)
         # The valid vectors come first, in the same random order.
         order = torch.where(valid.flatten(), order, len(order)).argsort().argsort()
-        return (order < (valid.sum().double() * self.frac_per_sample_entropy).long()).view(shape) & valid
+        return (order < (valid.sum().double() * self.frac_per_sample_entropy).long()).view(shape)
 
 
 def valid_vectors(mask: Tensor, vectors: Tensor) -> Tensor:

@@ -250,7 +250,7 @@ class GroupedResidualLFQ(nn.Module):
         return torch.stack([rvq.get_codes_from_indices(each) for rvq, each in self._of_groups(indices)])
 
     def get_output_from_indices(self, indices: Tensor) -> Tensor:
-        """What `forward` returns as quantized for indices [G, b, *spatial, n]."""
+        """The output of `forward` of indices [G, b, *spatial, n]."""
         return torch.cat([rvq.get_output_from_indices(each) for rvq, each in self._of_groups(indices)], self.split_dim)
 
     def forward(
@@ -270,11 +270,7 @@ class GroupedResidualLFQ(nn.Module):
         Raises:
             ValueError: shape, dtype or mask do not fit.
         """
-        if x.ndim < 2 or x.shape[self.split_dim] != self.dim:
-            raise ValueError(
-                f"expected x with {self.dim} features in dimension {self.split_dim}, got {tuple(x.shape)};"
-                " see dim and accept_image_fmap"
-            )
+        check_features(x, self.dim, self.accept_image_fmap, "accept_image_fmap")
         seed = get_maybe_sync_seed(x.device) if self._groups[0].drops_levels else None
         chunks = x.chunk(self.groups, self.split_dim)
         found = [rvq(each, mask, return_all_codes, seed) for rvq, each in zip(self._groups, chunks, strict=True)]
