@@ -11,10 +11,12 @@ from torch import Tensor, nn
 from ...functional.autocast import without_autocast
 from ...functional.checks import check_between, check_size
 from ...functional.ema_update import ema_statistics
+from ...functional.gather_codes import gather_codes
+from ...functional.vector_quantize import VectorQuantizeOutput
 from ...layers.codebook import Codebook as Engine
 from ...layers.distributed import all_reduce_sum, sample_vectors
 from ...layers.initialisation import codes_from
-from ...layers.projection import to_unit_length
+from ...layers.projection import to_unit_length, zeros_where_masked
 from ...layers.state import StateNames
 
 _NAMES = StateNames(codes="embed", cluster_size="cluster_size", embed_sum="embed_avg", initialised="initted")
@@ -270,3 +272,20 @@ class Codebook(Engine):
         """Replace dead codes by vectors in the form of `sample_vectors`, summed over the ranks: [H, M, D + 1]."""
         found, is_valid = sampled.split([self._num_features, 1], dim=-1)
         self._revive(found, is_valid, None)
+
+
+def quantize_at(indices: Tensor, vectors: Tensor, codes: Tensor, valid: Tensor | None) -> VectorQuantizeOutput:
+    """The output of `vector_quantize` for given indices [..., H] of vectors [..., H, D], but for the counts."""
+    is_valid = None if valid is None else valid[..., None].expand(indices.shape)
+    if is_valid is not None:
+        indices = torch.where(is_valid, indices, -1)
+    quantized = gather_codes(codes, indices)
+    x = zeros_where_masked(vectors, is_valid)
+    count = indices.numel() if is_valid is None else is_valid.sum().clamp(min=1)
+    codebook_loss, commitment_loss = (
+        (a - b).float().square().sum() / (count * x.shape[-1])
+        for a, b in ((x.detach(), quantized), (x, quantized.detach()))
+    )
+    # The value is the code, and the gradient that of x.
+    routed = quantized.detach().to(x.dtype) + (x - x.detach())
+    return VectorQuantizeOutput(routed, indices, codebook_loss, commitment_loss, indices.new_zeros(()))

@@ -10,19 +10,12 @@ from torch import Tensor, nn
 
 from ...functional.checks import check_floating, check_size
 from ...functional.gather_codes import gather_codes
-from ...functional.residual_quantize import (
-    ResidualGradient,
-    residual_decode,
-    residual_quantize,
-    residual_statistics,
-)
-from ...layers.distributed import all_reduce_sum
-from ...layers.level_codebook import sample_residuals
+from ...functional.residual_quantize import ResidualGradient, residual_decode, residual_quantize
 from ...layers.projection import project, zeros_where_masked
 from ...layers.usage import CodebookUsage
 from .arguments import REFUSED, check_arguments
-from .codebook import Codebook
 from .layout import indices_to_map, to_map, to_sequence
+from .level_codebooks import learn_levels, stacked
 from .levels import LevelDropout, draw_seed
 from .vector_quantize_pytorch import VectorQuantize
 
@@ -230,17 +223,7 @@ class ResidualVQ(nn.Module):
         """The codebooks of all levels, [L, K, D]: a copy in training, since a step changes them."""
         if self.shared_codebook:
             return self._level(0)._codebook.embed.repeat(self.num_quantizers, 1, 1)
-        codebooks = [layer._codebook.embed for layer in self._levels()]
-        if self.training or codebooks[0].requires_grad or torch.compiler.is_compiling():
-            return torch.cat(codebooks)
-        if not _are_consecutive(codebooks):
-            # The buffers become views of one tensor, so that later forwards need no copy.
-            with torch.no_grad(), torch.inference_mode(False):
-                stacked = torch.cat(codebooks)
-                for codebook, view in zip(codebooks, stacked.split(1), strict=True):
-                    codebook.data = view
-        first = codebooks[0]
-        return first.detach().as_strided((len(codebooks), *first.shape[1:]), first.stride())
+        return stacked([layer._codebook.embed for layer in self._levels()], is_changed=self.training)
 
     def _is_fused(self, temperature: float | None) -> bool:
         """Whether all levels can run in one operation."""
@@ -271,7 +254,7 @@ class ResidualVQ(nn.Module):
         used = [layer._codebook for layer in self._levels()][:count]
         updates = [codebook.begin(vectors.numel(), _no_codes) for codebook in used]
         if updates[0] and not (is_frozen or first.freeze_codebook) and used[0].is_tracked:
-            self._learn(vectors.detach(), out.indices, codebooks.detach(), valid, used, levels)
+            learn_levels(used, vectors.detach(), out.indices, codebooks.detach(), levels, valid, self.shared_codebook)
         losses = torch.zeros_like(out.commitment_loss)
         if self.training and first.commitment_weight > 0:
             losses = out.commitment_loss
@@ -280,46 +263,6 @@ class ResidualVQ(nn.Module):
                 losses = losses + (out.codebook_loss - out.codebook_loss.detach())
             losses = losses * first.commitment_weight
         return quantized, out.indices, losses
-
-    @torch.no_grad()
-    def _learn(
-        self,
-        vectors: Tensor,
-        indices: Tensor,
-        codebooks: Tensor,
-        valid: Tensor | None,
-        used: list[Codebook],
-        levels: int | Tensor,
-    ) -> None:
-        """Update the codebooks by the levels that ran."""
-        sync = used[0].is_synchronised
-        statistics = residual_statistics(vectors, indices, codebooks)
-        ran = torch.arange(len(codebooks), device=vectors.device) < levels if isinstance(levels, int) else levels
-        # Candidates to replace dead codes.
-        samples = statistics
-        if used[0].revives:
-            jitter = torch.rand(codebooks.shape[1], device=vectors.device)
-            samples = sample_residuals(vectors, indices, codebooks, jitter, sync, valid)
-        if not self.shared_codebook:
-            for level, codebook in enumerate(used):
-                part = slice(level, level + 1)
-                codebook.learn_from(
-                    statistics[part],
-                    lambda _, part=part: samples[part],  # type: ignore[misc]
-                    ran=None if isinstance(levels, int) else ran[part],
-                    ema_update=codebook.ema_update,
-                )
-            return
-        (shared,) = used
-        statistics = all_reduce_sum(statistics, sync)
-        for level, has_run in zip(statistics.split(1), ran.split(1), strict=True):
-            shared.add_to_averages(level, has_run)
-        if shared.ema_update:
-            shared.update_ema(statistics[..., -1].sum(0, keepdim=True) > 0)
-        if shared.revives:
-            # Each of the levels gives every L-th candidate.
-            place = torch.arange(samples.shape[1], device=vectors.device)
-            shared.replace_dead(all_reduce_sum(samples, sync)[place % ran.sum(), place][None])
 
     def _quantize_by_level(
         self,
@@ -361,18 +304,6 @@ class ResidualVQ(nn.Module):
             masked = torch.zeros_like(sequence) if self.return_zeros_for_masked_padding else sequence
             output = torch.where(valid[..., None], output, masked)
         return to_map(output, spatial, self._is_channel_first)
-
-
-def _are_consecutive(codebooks: list[Tensor]) -> bool:
-    """Whether contiguous tensors [1, K, D] lie in one storage, each behind the one before it."""
-    first = codebooks[0]
-    storage, size = first.untyped_storage().data_ptr(), first.numel()
-    return all(
-        each.untyped_storage().data_ptr() == storage
-        and each.is_contiguous()
-        and each.storage_offset() == first.storage_offset() + level * size
-        for level, each in enumerate(codebooks)
-    )
 
 
 def _no_codes() -> NoReturn:

@@ -16,7 +16,7 @@ from ...functional.vector_quantize import VectorQuantizeOutput, vector_quantize
 from ...layers.projection import project, to_unit_length, zeros_where_masked
 from ...layers.usage import CodebookUsage
 from .arguments import check_arguments
-from .codebook import Codebook, EmaWeight
+from .codebook import Codebook, EmaWeight, quantize_at
 from .layout import indices_to_map, to_map, to_sequence
 from .regularization import diversity_loss, orthogonal_loss
 
@@ -342,7 +342,7 @@ class VectorQuantize(nn.Module):
         codes = codes if codes.dtype == vectors.dtype or vectors.dtype.itemsize < 4 else codes.to(vectors.dtype)
         gradient = "rotation" if self.rotation_trick else "straight_through"
         if self.training and self.stochastic_sample_codes and temperature > 0:
-            out = self._quantize_at(self._codebook.sample(vectors, temperature), vectors, codes, valid)
+            out = quantize_at(self._codebook.sample(vectors, temperature), vectors, codes, valid)
         else:
             mask = None if valid is None else valid[..., None].expand(vectors.shape[:-1])
             out = vector_quantize(vectors, codes, mask=mask)
@@ -353,24 +353,6 @@ class VectorQuantize(nn.Module):
             found = gather_codes(codes, out.indices) if codes.requires_grad else out.quantized.detach()
             return out._replace(quantized=found)
         return out
-
-    def _quantize_at(
-        self, indices: Tensor, vectors: Tensor, codes: Tensor, valid: Tensor | None
-    ) -> VectorQuantizeOutput:
-        """The output of `vector_quantize` for given indices [..., H], but for the counts."""
-        is_valid = None if valid is None else valid[..., None].expand(indices.shape)
-        if is_valid is not None:
-            indices = torch.where(is_valid, indices, -1)
-        quantized = gather_codes(codes, indices)
-        x = zeros_where_masked(vectors, is_valid)
-        count = indices.numel() if is_valid is None else is_valid.sum().clamp(min=1)
-        codebook_loss, commitment_loss = (
-            (a - b).float().square().sum() / (count * x.shape[-1])
-            for a, b in ((x.detach(), quantized), (x, quantized.detach()))
-        )
-        # The value is the code, and the gradient that of x.
-        routed = quantized.detach().to(x.dtype) + (x - x.detach())
-        return VectorQuantizeOutput(routed, indices, codebook_loss, commitment_loss, indices.new_zeros(()))
 
     def _losses(
         self, out: VectorQuantizeOutput, indices: Tensor, similarities: Tensor | None, is_frozen: bool
