@@ -30,6 +30,8 @@ from .memory import peak_on_cpu, peak_on_cuda
 # On the CPU a sample repeats a short call until it lasts this long, far above the resolution of the clock.
 _MIN_SAMPLE = 2e-3  # seconds
 _MIN_ROUNDS, _MAX_ROUNDS = 5, 41
+# A call that lasts this long needs no second one to warm up. If a round lasts longer, fewer rounds are enough.
+_SLOW, _SLOW_ROUND, _SLOW_ROUNDS = 1.0, 10.0, 3  # seconds, seconds, rounds
 # On a GPU each call finds the L2 cache overwritten.
 _FLUSH_BYTES = 256 * 2**20
 # The GPU first waits for about a millisecond: the host needs longer to launch several kernels than the GPU to run one.
@@ -113,10 +115,14 @@ def prepare(entry: Entry, implementation: Implementation, inputs: Inputs) -> Res
     try:
         call = implementation.prepare(inputs)
         judge = implementation.judge or entry.judge
-        result.verdict = judge(inputs, *call.judged(), implementation.tolerance_at(inputs.size))
-        result.call, begin = call, time.perf_counter()
-        result.repeats = max(1, round(_MIN_SAMPLE / max(sample(result, inputs.x.device)["forward"], 1e-7)))
-        result.duration = max(time.perf_counter() - begin, _MIN_SAMPLE)
+        begin = time.perf_counter()
+        judged = call.judged()
+        result.call, result.duration = call, time.perf_counter() - begin
+        result.verdict = judge(inputs, *judged, implementation.tolerance_at(inputs.size))
+        if result.duration < _SLOW or inputs.x.device.type == "cuda":
+            begin = time.perf_counter()
+            result.repeats = max(1, round(_MIN_SAMPLE / max(sample(result, inputs.x.device)["forward"], 1e-7)))
+            result.duration = max(time.perf_counter() - begin, _MIN_SAMPLE)
     except MissingError as error:
         result.reason = f"missing: {error}"
     except BackendUnavailable:
@@ -137,8 +143,9 @@ def _time(results: list[Result], device: torch.device, budget: float) -> None:
     gc.collect()
     gc.disable()
     try:
-        rounds = int(budget / sum(result.duration for result in results))
-        for number in range(max(_MIN_ROUNDS, min(_MAX_ROUNDS, rounds))):
+        duration = sum(result.duration for result in results)
+        least = _MIN_ROUNDS if duration < _SLOW_ROUND else _SLOW_ROUNDS
+        for number in range(max(least, min(_MAX_ROUNDS, int(budget / duration)))):
             # Each round begins with another implementation, so that none always follows the same one.
             first = number % len(results)
             for result in results[first:] + results[:first]:

@@ -20,7 +20,7 @@ from .calls import Call
 from .entry import Entry, Implementation
 from .inputs import Size, draw
 
-_SECONDS = 120
+_SECONDS = 300
 # Modules that take long to import. The server ignores those that are not installed.
 _PRELOADED = [
     *("benchmarks.registry", "torch._inductor.compile_fx"),
