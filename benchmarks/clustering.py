@@ -100,7 +100,7 @@ KMEANS = Entry(
     "kmeans",
     "tests/layers/test_kmeans.py",
     ("nearest_code", "ema_statistics"),
-    {"cpu": (sizes.CLUSTERS_SMALL, sizes.CLUSTERS), "cuda": (sizes.CLUSTERS,)},
+    {"cpu": (sizes.CLUSTERS, sizes.CLUSTERS_SMALL), "cuda": (sizes.CLUSTERS,)},
     (
         *_CLUSTER.library(_centroids),
         _CLUSTER.chosen("plain PyTorch", _plain),

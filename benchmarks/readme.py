@@ -31,7 +31,8 @@ def summary() -> str:
     text = f"Measured on {_machine(rows)}: time and speed-up of the forward / backward pass."
     lines = []
     for op, workload in SUMMARY:
-        name, size, time, *_, ratios = _cells([row for row in rows if (row["op"], row["workload"]) == (op, workload)])
+        found = [row for row in rows if (row["op"], row["workload"]) == (op, workload)]
+        name, size, time, *_, ratios = _cells(found, rows[0]["device"])
         lines.append(f"{name} | {size} | {time} | {ratios}")
     return _section(text, "operation | N x K x D (x k) | time, ms | speed-up over", lines)
 
@@ -142,7 +143,7 @@ def _operations(rows: list[Row], file: str) -> str:
         sizes = [list(group) for _, group in groupby(found, key=lambda row: (row["workload"], row["size"]))]
         for group in sizes if op == "nearest_code" else sizes[:1]:
             if op != "nearest_code" or group[0]["workload"] in _SHOWN:
-                lines.append(" | ".join(_cells(group)))
+                lines.append(" | ".join(_cells(group, timed[0]["device"])))
     return _section(text, header, lines)
 
 
@@ -150,8 +151,11 @@ def _machine(rows: list[Row]) -> str:
     return f"{rows[0]['threads']} threads of {rows[0]['device']}, {rows[0]['versions']}"
 
 
-def _cells(rows: list[Row]) -> tuple[str, ...]:
-    """The cells of an operation at a size, from the rows of all implementations and passes."""
+def _cells(rows: list[Row], device: str) -> tuple[str, ...]:
+    """The cells of an operation at a size, from the rows of all implementations and passes.
+
+    The size names the processor or GPU of the rows if it is not `device`.
+    """
     by_name = {name: list(group) for name, group in groupby(rows, key=lambda row: row["implementation"])}
     library = by_name.pop(LIBRARY)
     ratios = [
@@ -160,12 +164,16 @@ def _cells(rows: list[Row]) -> tuple[str, ...]:
     ]
     return (
         library[0]["op"],
-        f"{library[0]['size']} ({library[0]['workload']})",
+        f"{library[0]['size']} ({library[0]['workload']}){_other(library[0]['device'], device)}",
         _joined(library, "ms"),
         library[0]["backend"],
         f"{float(library[-1]['peak_mb']):.0f}",
         "; ".join(ratios),
     )
+
+
+def _other(measured: str, device: str) -> str:
+    return "" if measured == device else f", {measured}"
 
 
 def _joined(rows: list[Row], column: str) -> str:
