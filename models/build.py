@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from dlvae_kernels.layers.codebook import Init, Threshold
+from dlvae_kernels.layers.codebook_state import Init, Threshold
 from dlvae_kernels.layers.dictionary_learning import Gradient
 
 from .autoencoder import Autoencoder

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from dlvae_kernels import VectorQuantizer, VectorQuantizerEMA
-from dlvae_kernels.layers.codebook import Init, Threshold
+from dlvae_kernels.layers.codebook_state import Init, Threshold
 from dlvae_kernels.layers.usage import CodebookUsage
 
 from .autoencoder import Autoencoder, Coding

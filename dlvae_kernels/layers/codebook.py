@@ -7,22 +7,19 @@ residual quantizer one a level [L, K, D].
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..functional.checks import check_at_least, check_between, check_choice
 from ..functional.ema_update import ema_step
+from .codebook_state import INITS, CodebookState, Init, Threshold
 from .distributed import all_reduce_sum, all_reduce_sums, check_exportable, num_ranks, sample_vectors
 from .initialisation import codes_from
 from .projection import to_unit_length
-from .state import StateNames, WideState, lookup, register, replace_rows
+from .state import StateNames, lookup, replace_rows
 from .usage import CodebookUsage, CollapseWarning, usage_of
-
-Init = Literal["uniform", "normal", "data", "kmeans"]
-INITS = ("uniform", "normal", "data", "kmeans")
-Threshold = float | Literal["auto"]
 
 # Weight of the past in the counts of a codebook that learns by gradient.
 _USE_DECAY = 0.99
@@ -37,7 +34,7 @@ _OBSERVED = 0.15
 _REVIVED_USE = 0.3
 
 
-class Codebook(WideState):
+class Codebook(CodebookState):
     """A codebook [K, D], or several [H, K, D], with the statistics of its codes.
 
     The codes follow exponential moving averages of the vectors assigned to them (`decay` given), or learn by gradient
@@ -70,10 +67,6 @@ class Codebook(WideState):
     ['codes', 'cluster_size', 'embed_sum']
     """
 
-    _use: Tensor
-    _observed: Tensor
-    _num_revived: Tensor
-
     # K-means initialisation: the number of iterations, and whether the statistics start as those of its clusters, not
     # as those of one vector at each code.
     _kmeans_iterations = 10
@@ -96,75 +89,20 @@ class Codebook(WideState):
         trainable: bool | None = None,
         names: StateNames | None = None,
     ) -> None:
-        super().__init__()
         check_choice("init", init, INITS)
         if dead_code_threshold != "auto":
             check_at_least("dead_code_threshold", dead_code_threshold, 0)
         check_at_least("epsilon", epsilon, 0)
         if decay is not None:
             check_between("decay", decay, 0, 1)
-        self._num_codes = num_codes
-        self._num_features = num_features
-        self._num_heads = num_heads
-        self._decay = decay
+        super().__init__(num_codes, num_features, num_heads, decay, init, dead_code_threshold, trainable, names)
         self._epsilon = epsilon
-        self._init = init
-        self._dead_code_threshold = dead_code_threshold
         self._sync = sync
         self._unit_length = unit_length
-        self._names = names = names or StateNames()
-        # True until the first training batch has initialised the codebook, or it has been set otherwise.
-        self._is_uninitialised = init in ("data", "kmeans")
         # Recomputation under activation checkpointing must consume the same random numbers as the step did.
         self._initialised_in_last_step = False
         self._warning = CollapseWarning(self._collapse_remedy)
-
-        default = torch.get_default_dtype()
-        wide = torch.promote_types(default, torch.float32)
-        heads = () if num_heads is None else (num_heads,)
-        codes = torch.empty(*heads, num_codes, num_features, dtype=default if decay is None else wide)
-        trainable = decay is None if trainable is None else trainable
-        if trainable and decay is not None:
-            self._wide_parameters = (names.codes,)
-        register(self, names.codes, nn.Parameter(codes) if trainable else codes)
-        # Counts and sums start as those of one vector at each code, and so reproduce the codebook.
-        is_saved = decay is not None or dead_code_threshold != 0
-        register(self, names.cluster_size, torch.empty(*heads, num_codes, dtype=wide), persistent=is_saved)
-        if decay is not None:
-            register(self, names.embed_sum, torch.empty_like(codes))
-        if dead_code_threshold == "auto":
-            # No checkpoint holds these, because the notebook's layers have none: their averages begin anew.
-            self.register_buffer("_use", torch.zeros(*heads, num_codes, dtype=wide), persistent=False)
-            self.register_buffer("_observed", torch.zeros(*heads, 1, dtype=wide), persistent=False)
-        self.register_buffer("_num_revived", torch.zeros((), dtype=torch.int64), persistent=False)
-        if names.initialised is not None:
-            register(self, names.initialised, torch.tensor(not self._is_uninitialised))
-        self.register_load_state_dict_post_hook(_leave_meta)
         self.reset_parameters()
-
-    @property
-    def codebook(self) -> Tensor:
-        """The codes, [K, D] or [H, K, D]."""
-        return lookup(self, self._names.codes)
-
-    @property
-    def _sizes(self) -> Tensor:
-        """The moving average of the number of vectors assigned to each code in a batch, [K] or [H, K]."""
-        return lookup(self, self._names.cluster_size)
-
-    @property
-    def _sums(self) -> Tensor:
-        """The moving average of the sum of the vectors assigned to each code, of the shape of the codebook."""
-        return lookup(self, self._names.embed_sum)
-
-    def _tensors(self) -> list[Tensor]:
-        """Codes and statistics."""
-        return [self.codebook, self._sizes] + ([self._sums] if self.is_averaged else [])
-
-    @property
-    def is_averaged(self) -> bool:
-        """Whether the codes follow moving averages; otherwise they learn by gradient."""
-        return self._decay is not None
 
     @property
     def writes_codes(self) -> bool:
@@ -381,46 +319,3 @@ class Codebook(WideState):
         """Random numbers in [0, 1) to sample vectors: [count] or [H, count]."""
         heads = self.codebook.shape[:-2]
         return torch.rand(*heads, count, device=self.codebook.device)
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        names = self._names
-        averages = (names.codes, names.embed_sum) if self._decay is not None else ()
-        # Moving averages stay float32 buffers of this module, even where load_state_dict assigns the caller's tensors.
-        for name in (*averages, names.cluster_size):
-            if (value := state_dict.get(prefix + name)) is not None:
-                dtype = torch.promote_types(value.dtype, torch.float32)
-                state_dict[prefix + name] = value.detach().to(dtype, copy=True)
-        size, total = (state_dict.get(prefix + name) for name in (names.cluster_size, names.embed_sum))
-        if averages and size is not None and total is not None and total.shape[:-1] == size.shape:
-            # The layer of the VQ-VAE notebook starts with counts of 0 and random sums; a sum without vectors is 0.
-            total.masked_fill_(size[..., None] == 0, 0)
-        if self._decay is None:
-            # A codebook that saves its counts loads the checkpoint of one that does not, and the reverse.
-            if self._dead_code_threshold != 0:
-                state_dict.setdefault(prefix + names.cluster_size, self._sizes)
-            else:
-                state_dict.pop(prefix + names.cluster_size, None)
-        if (flag := state_dict.get(f"{prefix}{names.initialised}")) is not None:
-            # Older releases of some sources save one number.
-            state_dict[f"{prefix}{names.initialised}"] = flag.reshape(()).bool()
-        super()._load_from_state_dict(state_dict, prefix, *args)
-        if flag is not None:
-            self._is_uninitialised = not flag.is_meta and not bool(flag)
-            return
-        codes = state_dict.get(prefix + names.codes)
-        if codes is not None and codes.shape == self.codebook.shape:
-            is_zero = codes.is_meta or not codes.any()
-            self._is_uninitialised = self._init in ("data", "kmeans") and is_zero
-
-
-def _leave_meta(module: Codebook, incompatible_keys: object) -> None:
-    """Make anew the buffers that no checkpoint holds, if load_state_dict has assigned tensors to a meta module."""
-    if module.codebook.is_meta:
-        return
-    names = [(module._names.cluster_size, 1), ("_num_revived", 0)]
-    if module._dead_code_threshold == "auto":
-        names += [("_use", 0), ("_observed", 0)]
-    for name, value in names:
-        owner, _, leaf = name.rpartition(".")
-        if (buffer := lookup(module, name)).is_meta:
-            setattr(module.get_submodule(owner), leaf, torch.full_like(buffer, value, device=module.codebook.device))

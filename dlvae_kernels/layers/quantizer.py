@@ -13,7 +13,8 @@ from ..functional.gather_codes import gather_codes
 from ..functional.nearest_code import nearest_code
 from ..functional.one_hot import one_hot
 from ..functional.vector_quantize import GRADIENTS, Gradient, VectorQuantizeOutput, vector_quantize
-from .codebook import Codebook, Init, Threshold
+from .codebook import Codebook
+from .codebook_state import Init, Threshold
 from .distributed import sample_vectors
 from .maps import (
     check_holds_no_code,

@@ -12,7 +12,7 @@ from ..functional.residual_quantize import (
     residual_decode,
     residual_quantize,
 )
-from .codebook import Init, Threshold
+from .codebook_state import Init, Threshold
 from .level_codebook import LevelCodebook
 from .maps import (
     check_holds_no_code,

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from ..functional.vector_quantize import Gradient, VectorQuantizeOutput
-from .codebook import Init, Threshold
+from .codebook_state import Init, Threshold
 from .quantizer import Encodings, Metric, Quantizer
 from .state import StateNames
 

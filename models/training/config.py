@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, NoReturn, get_args, get_origin, get_
 import torch
 
 from dlvae_kernels.functional.checks import check_between, check_choice, check_size
-from dlvae_kernels.layers.codebook import Threshold
+from dlvae_kernels.layers.codebook_state import Threshold
 
 from ..build import NetworkConfig
 
