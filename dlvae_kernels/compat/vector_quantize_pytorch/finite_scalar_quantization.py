@@ -166,9 +166,9 @@ class FSQ(nn.Module):
             indices = indices.unsqueeze(-1)
         elif indices.shape[-1] != self.num_codebooks:
             raise ValueError(f"expected indices of shape [..., {self.num_codebooks}], got {tuple(indices.shape)}")
-        codes = self._indices_to_codes(indices)
-        vectors = zeros_where_masked(project(self.project_out, codes.flatten(-2)), (indices >= 0).any(-1))
+        vectors = self._rotate_back(self._indices_to_codes(indices)).flatten(-2)
         if isinstance(self.project_out, nn.Linear):
+            vectors = zeros_where_masked(project(self.project_out, vectors), (indices >= 0).any(-1))
             vectors = vectors.to(self.project_out.weight.dtype)
         return vectors.movedim(-1, 1) if is_map else vectors
 
@@ -234,13 +234,14 @@ class FSQ(nn.Module):
         return (level - half_width) / half_width
 
     def _indices_to_codes(self, indices: Tensor) -> Tensor:
-        """The codes [..., len(levels)] of indices [...], rotated back but not projected; zeros at -1."""
-        indices = long_indices(indices)
+        """The codes [..., len(levels)] of indices [...], neither rotated back nor projected; zeros at -1."""
+        # Division of int64 is slow.
+        indices = indices if indices.dtype == torch.int32 else long_indices(indices)
         check_index_range(indices, self.codebook_size)
         weight = getattr(self.project_out, "weight", self._levels)
         dtype = torch.promote_types(weight.dtype, torch.float32)
         codes = self._scale_and_shift_inverse(self.indices_to_level_indices(indices), dtype)
-        return self._rotate_back(zeros_where_masked(codes, indices >= 0))
+        return zeros_where_masked(codes, indices >= 0)
 
     def _rotate_back(self, codes: Tensor) -> Tensor:
         if not self.orthogonal_rotation:

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from ...functional.checks import check_choice, check_size
-from ...layers.maps import long_indices
 from ...layers.projection import project, zeros_where_masked
 from .finite_scalar_quantization import FSQ
 from .layout import check_features, indices_to_map, to_map, to_sequence
@@ -182,7 +181,8 @@ class ResidualFSQ(nn.Module):
                 [-1, codebook_size).
         """
         indices = self._with_levels_last(indices)
-        codes = [self._layer(i)._indices_to_codes(each) * self.scales[i] for i, each in enumerate(indices.unbind(-1))]
+        levels = self._layer(0)._indices_to_codes(indices).unbind(-2)
+        codes = [self._layer(i)._rotate_back(each) * self.scales[i] for i, each in enumerate(levels)]
         return torch.stack([*codes, *[torch.zeros_like(codes[0])] * (self.num_quantizers - len(codes))])
 
     def get_output_from_indices(self, indices: Tensor) -> Tensor:
@@ -192,9 +192,10 @@ class ResidualFSQ(nn.Module):
         """
         codes = self.get_codes_from_indices(indices)
         # The order of the sum is that of `forward`, and so are the bits of the result.
-        vectors = project(self.project_out, sum(codes.unbind(0), torch.zeros_like(codes[0])))
-        vectors = zeros_where_masked(vectors, (self._with_levels_last(indices) >= 0).any(-1))
+        vectors = sum(codes.unbind(0), torch.zeros_like(codes[0]))
         if isinstance(self.project_out, nn.Linear):
+            is_coded = (self._with_levels_last(indices) >= 0).any(-1)
+            vectors = zeros_where_masked(project(self.project_out, vectors), is_coded)
             vectors = vectors.to(self.project_out.weight.dtype)
         return vectors.movedim(-1, 1) if self.is_channel_first else vectors
 
@@ -218,7 +219,7 @@ class ResidualFSQ(nn.Module):
     def _with_levels_last(self, indices: Tensor) -> Tensor:
         """Check indices and view them as [b, *spatial, n]."""
         shape = indices.shape
-        indices = long_indices(indices).movedim(1 if self.is_channel_first else -1, -1)
+        indices = indices.movedim(1 if self.is_channel_first else -1, -1)
         if indices.ndim < 2 or not 1 <= indices.shape[-1] <= self.num_quantizers:
             expected = "[b, n, ...]" if self.is_channel_first else "[b, ..., n]"
             raise ValueError(
