@@ -10,10 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from ...functional.autocast import without_autocast
-from ...functional.checks import check_between, check_size
+from ...functional.checks import check_between, check_floating, check_size
 from ...layers.maps import check_index_range, long_indices
 from ...layers.projection import project, zeros_where_masked
-from .layout import check_features
 
 # Without preserve_symmetry, the bound exceeds the outermost levels by a fraction of 1e-3; with more levels, that is
 # half a level or more.
@@ -108,9 +107,8 @@ class FSQ(nn.Module):
         if self.has_projections:
             self.project_in = nn.Linear(self.dim, self.effective_codebook_dim, bias=projection_has_bias)
             self.project_out = nn.Linear(self.effective_codebook_dim, self.dim, bias=projection_has_bias)
-        self.register_buffer("_levels", torch.empty(self.codebook_dim, dtype=torch.int32), persistent=False)
-        self.register_buffer("_basis", torch.empty(self.codebook_dim, dtype=torch.int32), persistent=False)
-        self._fill_buffers()
+        for name, values in self._constants(torch.get_default_device()).items():
+            self.register_buffer(name, values, persistent=False)
         if orthogonal_rotation:
             self.register_buffer("orthogonal_rot", torch.empty(self.codebook_dim, self.codebook_dim))
             nn.init.orthogonal_(self.orthogonal_rot)
@@ -132,10 +130,14 @@ class FSQ(nn.Module):
             indices: int32 [b, n] or [b, *spatial], followed by c with keep_num_codebooks_dim. The first level has the
                 lowest place value. None without return_indices.
         Raises:
-            ValueError: z has not dim features.
+            ValueError: z is not floating, or has not dim features.
         """
         is_map = self.channel_first or z.ndim >= 4
-        check_features(z, self.dim, is_map)
+        check_floating("z", z)
+        if z.shape[1 if is_map else -1] != self.dim:
+            expected = f"[b, {self.dim}, ...]" if is_map else f"[b, n, {self.dim}]"
+            remedy = "four or more dimensions are channel-first, others with channel_first=True"
+            raise ValueError(f"expected z of shape {expected}, got {tuple(z.shape)}; {remedy}")
         vectors = z.movedim(1, -1) if is_map else z
         if self.force_quantization_f32 and z.dtype not in self.allowed_dtypes:
             vectors = vectors.float()
@@ -166,10 +168,8 @@ class FSQ(nn.Module):
             indices = indices.unsqueeze(-1)
         elif indices.shape[-1] != self.num_codebooks:
             raise ValueError(f"expected indices of shape [..., {self.num_codebooks}], got {tuple(indices.shape)}")
-        vectors = self._rotate_back(self._indices_to_codes(indices)).flatten(-2)
-        if isinstance(self.project_out, nn.Linear):
-            vectors = zeros_where_masked(project(self.project_out, vectors), (indices >= 0).any(-1))
-            vectors = vectors.to(self.project_out.weight.dtype)
+        codes = self._rotate_back(self._indices_to_codes(indices)).flatten(-2)
+        vectors = project_codes(self.project_out, codes, (indices >= 0).any(-1))
         return vectors.movedim(-1, 1) if is_map else vectors
 
     def indices_to_level_indices(self, indices: Tensor) -> Tensor:
@@ -252,12 +252,15 @@ class FSQ(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FSQ:
         """Move or convert the module; `to_empty` leaves the buffers that no checkpoint holds as they were."""
         super()._apply(fn, recurse)
-        self._fill_buffers()
+        for name, values in self._constants(self._levels.device).items():
+            setattr(self, name, values)
         return self
 
-    def _fill_buffers(self) -> None:
-        self._levels.copy_(torch.tensor(self._sizes))
-        self._basis.copy_(torch.tensor([1, *self._sizes[:-1]]).cumprod(0))
+    def _constants(self, device: torch.device) -> dict[str, Tensor]:
+        """The buffers that no checkpoint holds: the levels of each feature, and its place value in an index."""
+        levels = torch.tensor(self._sizes, dtype=torch.int32, device=device)
+        places = torch.tensor([1, *self._sizes[:-1]], device=device).cumprod(0, dtype=torch.int32)
+        return {"_levels": levels, "_basis": places}
 
     def _check_arguments(self) -> None:
         if not self._sizes:
@@ -282,6 +285,13 @@ class FSQ(nn.Module):
             )
         if self.orthogonal_rotation and len(set(self._sizes)) > 1:
             warnings.warn("orthogonal_rotation mixes features of unequal numbers of levels", stacklevel=3)
+
+
+def project_codes(projection: nn.Module, codes: Tensor, is_coded: Tensor) -> Tensor:
+    """Decoded codes, projected in float32 or wider, in the dtype of the projection; zeros where is_coded is False."""
+    if not isinstance(projection, nn.Linear):
+        return codes
+    return zeros_where_masked(project(projection, codes), is_coded).to(projection.weight.dtype)
 
 
 def _squash(hard_clamp: bool) -> Callable[[Tensor], Tensor]:

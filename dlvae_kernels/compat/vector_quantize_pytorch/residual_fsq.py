@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from ...functional.checks import check_choice, check_size
-from ...layers.projection import project, zeros_where_masked
-from .finite_scalar_quantization import FSQ
+from ...functional.checks import check_choice, check_floating, check_size
+from ...layers.projection import project
+from .finite_scalar_quantization import FSQ, project_codes
 from .layout import check_features, indices_to_map, to_map, to_sequence
 from .levels import LevelDropout, draw_seed
 
@@ -144,8 +144,9 @@ class ResidualFSQ(nn.Module):
             indices: int32 [b, *spatial, L], or [b, L, *spatial] with is_channel_first; -1 for a dropped level.
             all_codes, with return_all_codes: see `get_codes_from_indices`.
         Raises:
-            ValueError: x has not dim features.
+            ValueError: x is not floating, or has not dim features.
         """
+        check_floating("x", x)
         check_features(x, self.dim, self.is_channel_first, "is_channel_first")
         vectors, spatial = to_sequence(x, self.is_channel_first)
         residual = project(self.project_in, vectors.to(torch.promote_types(x.dtype, torch.float32)))
@@ -192,11 +193,8 @@ class ResidualFSQ(nn.Module):
         """
         codes = self.get_codes_from_indices(indices)
         # The order of the sum is that of `forward`, and so are the bits of the result.
-        vectors = sum(codes.unbind(0), torch.zeros_like(codes[0]))
-        if isinstance(self.project_out, nn.Linear):
-            is_coded = (self._with_levels_last(indices) >= 0).any(-1)
-            vectors = zeros_where_masked(project(self.project_out, vectors), is_coded)
-            vectors = vectors.to(self.project_out.weight.dtype)
+        total = sum(codes.unbind(0), torch.zeros_like(codes[0]))
+        vectors = project_codes(self.project_out, total, (self._with_levels_last(indices) >= 0).any(-1))
         return vectors.movedim(-1, 1) if self.is_channel_first else vectors
 
     def _layer(self, index: int) -> FSQ:
