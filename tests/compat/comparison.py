@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from types import ModuleType
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
@@ -48,6 +50,13 @@ def compare(
         with torch.no_grad():
             outputs = [dict(enumerate(_tensors(module(x, **options)))) for module in (stock, own)]
         _assert_close(outputs, "eval", rtol, atol)
+
+
+def check_only_own(check: Callable[[ModuleType], None], own: ModuleType, stock: ModuleType) -> None:
+    """Run a check of what is mended: the compatibility package passes it, and vector-quantize-pytorch fails it."""
+    check(own)
+    with pytest.raises((AssertionError, AttributeError, RuntimeError)):
+        check(stock)
 
 
 def _step(

@@ -12,8 +12,9 @@ from torch.testing import assert_close
 
 from dlvae_kernels.compat import vector_quantize_pytorch as own
 
-from .comparison import compare
-from .test_lfq import only_own, stock
+from .comparison import check_only_own, compare
+
+stock = pytest.importorskip("vector_quantize_pytorch", reason="the extra 'bench' is not installed")
 
 SIZES = {"dim": 4, "codebook_size": 16, "num_quantizers": 4}
 PROJECTED = {**SIZES, "dim": 7}
@@ -108,7 +109,7 @@ def test_residual_lfq_decodes_codes_that_are_not_those_of_the_codebook(option):
         quantized, indices, _ = module(x)
         assert_close(module.get_output_from_indices(indices), quantized)
 
-    only_own(check)
+    check_only_own(check, own, stock)
 
 
 def test_residual_lfq_decodes_fewer_levels_without_dropout():
@@ -124,7 +125,7 @@ def test_residual_lfq_decodes_fewer_levels_without_dropout():
         assert not found[2:].any()
         assert_close(module.get_output_from_indices(indices[..., :2]), module.project_out(codes[:2].sum(0)))
 
-    only_own(check)
+    check_only_own(check, own, stock)
 
 
 def test_residual_lfq_position_without_codes_decodes_to_zeros():
@@ -134,7 +135,7 @@ def test_residual_lfq_position_without_codes_decodes_to_zeros():
         assert decoded[0, 0].any()
         assert not decoded[0, 1].any()
 
-    only_own(check)
+    check_only_own(check, own, stock)
 
 
 @pytest.mark.parametrize("option", ["projections", "dropout", "decoding"])
@@ -150,7 +151,7 @@ def test_grouped_residual_lfq_image_works_with_every_option(option):
             assert (quantized.shape, indices.shape, losses.shape) == (x.shape, (3, 2, 3, 5, 4), (3, 4))
             assert_close(module.get_output_from_indices(indices), quantized)
 
-    only_own(check)
+    check_only_own(check, own, stock)
 
 
 @pytest.mark.parametrize("channel_first", [True, False])
@@ -200,7 +201,7 @@ def test_residual_lfq_autocast_changes_no_index():
         assert torch.equal(found[1], expected[1])
         assert torch.equal(found[0], expected[0])
 
-    only_own(check)
+    check_only_own(check, own, stock)
 
 
 def test_residual_lfq_attributes_of_vector_quantize_pytorch_exist():
