@@ -123,9 +123,8 @@ def _leave_meta(module: CodebookState, incompatible_keys: object) -> None:
     """Make anew the buffers that no checkpoint holds, if load_state_dict has assigned tensors to a meta module."""
     if module.codebook.is_meta:
         return
-    names = [(module._names.cluster_size, 1), ("_num_revived", 0)]
-    if module._dead_code_threshold == "auto":
-        names += [("_use", 0), ("_observed", 0)]
+    zeros = [name for name in ("_num_revived", "_use", "_observed", "_used") if hasattr(module, name)]
+    names = [(module._names.cluster_size, 1), *((name, 0) for name in zeros)]
     for name, value in names:
         owner, _, leaf = name.rpartition(".")
         if (buffer := lookup(module, name)).is_meta:

@@ -31,8 +31,10 @@ def check_exportable(owner: str, sync: bool) -> None:
 
 
 def all_reduce_sum(tensor: Tensor, sync: bool) -> Tensor:
-    """The sum of `tensor` over all ranks, in place if there is more than one."""
+    """The sum of `tensor` over all ranks, which may overwrite it."""
     if num_ranks(sync) > 1:
+        # An all-reduce of a strided view would add other elements.
+        tensor = tensor.contiguous()
         dist.all_reduce(tensor)
     return tensor
 

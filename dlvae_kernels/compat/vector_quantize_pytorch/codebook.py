@@ -22,6 +22,8 @@ from ...layers.state import StateNames
 _NAMES = StateNames(codes="embed", cluster_size="cluster_size", embed_sum="embed_avg", initialised="initted")
 # Sampling looks at this many distances at once.
 _DISTANCES = 1 << 20
+# Below this count a quotient of averages loses digits.
+_LEAST_COUNT = 1e-30
 
 EmaWeight = Tensor | Callable[[Tensor, Tensor], Tensor] | None
 
@@ -50,6 +52,7 @@ class Codebook(Engine):
     embed_avg: Tensor
     cluster_size: Tensor
     initted: Tensor
+    _used: Tensor
 
     def __init__(
         self,
@@ -86,6 +89,8 @@ class Codebook(Engine):
         if not ema_update:
             # A codebook that learns by gradient alone has the dtype of its module.
             self._wide_parameters = ()
+        # The codes that have got vectors since they last followed their averages.
+        self.register_buffer("_used", torch.zeros_like(self.cluster_size, dtype=torch.bool), persistent=False)
         self._sync_kmeans = sync_kmeans
         self.ema_update = ema_update
         self.manual_ema_update = manual_ema_update
@@ -241,20 +246,22 @@ class Codebook(Engine):
         share = torch.as_tensor(1.0 if weight is None else weight, device=counts.device) * (1 - self.decay)
         self.cluster_size.lerp_(counts, share.to(counts.dtype).expand_as(counts))
         self.embed_avg.lerp_(sums, share.to(sums.dtype).expand_as(counts)[..., None])
+        self._used |= counts > 0
         if is_applied:
-            self.update_ema(counts > 0)
+            self.update_ema()
 
     @torch.no_grad()
-    def update_ema(self, is_used: Tensor | None = None) -> None:
-        """Set the codes to the quotients of their averages, smoothed where `is_used` [H, K] (None: everywhere)."""
+    def update_ema(self) -> None:
+        """Set the codes that got vectors since the last call to the quotients of their averages, smoothed."""
         counts = self.cluster_size
         total = counts.sum(-1, keepdim=True)
         sizes = (counts + self._epsilon) / (total + self._num_codes * self._epsilon) * total
-        if is_used is not None:
-            # Smoothing would pull an unused code to zero.
-            sizes = torch.where(is_used, sizes, counts)
-        codes = torch.where(sizes[..., None] > 0, self.embed_avg / sizes[..., None], self.embed)
-        self.embed.copy_(to_unit_length(codes) if self._unit_length else codes)
+        # Smoothing would pull a code without vectors to zero. It stays, or returns from where a gradient has moved it.
+        codes = self.embed_avg / torch.where(self._used, sizes, counts)[..., None]
+        codes = to_unit_length(codes) if self._unit_length else codes
+        is_moved = (self._used | self.embed.requires_grad) & (counts > _LEAST_COUNT)
+        self.embed.copy_(torch.where(is_moved[..., None], codes, self.embed))
+        self._used.zero_()
 
     @torch.no_grad()
     def expire_codes_(self, batch_samples: Tensor, seq_mask: Tensor | None = None) -> None:

@@ -85,7 +85,7 @@ def _learn_shared(codebook: Codebook, statistics: Tensor, samples: Tensor | None
     for level, has_run in zip(statistics.split(1), ran.split(1), strict=True):
         codebook.add_to_averages(level, has_run)
     if codebook.ema_update:
-        codebook.update_ema(statistics[..., -1].sum(0, keepdim=True) > 0)
+        codebook.update_ema()
     if samples is not None:
         # Each of the levels gives every L-th candidate.
         place = torch.arange(samples.shape[1], device=samples.device)

@@ -245,7 +245,8 @@ class VectorQuantize(nn.Module):
         similarities = None
         if indices is not None or (self.training and self.codebook_diversity_loss_weight > 0):
             codes = codes.clone()
-            similarities = codebook.similarities(vectors, codes).view(*sequence.shape[:2], self.heads, -1)
+            similarities = codebook.similarities(vectors, codes)
+            similarities = similarities.view(*sequence.shape[:2], self.heads, self.codebook_size)
         is_routed = self.training and x.requires_grad and self.route_gradients_to_input
         out = self._quantize(vectors, codes, positions, temperature, is_routed)
         if updates and not is_frozen:
@@ -381,7 +382,7 @@ class VectorQuantize(nn.Module):
 
     def _as_output(self, quantized: Tensor, sequence: Tensor, valid: Tensor | None, spatial: torch.Size) -> Tensor:
         """Quantized vectors of the codebooks as a map like the input."""
-        merged = quantized.reshape(*sequence.shape[:2], -1)
+        merged = quantized.reshape(*sequence.shape[:2], self.heads * quantized.shape[-1])
         output = project(self.project_out, merged).to(sequence.dtype)
         if valid is not None:
             masked = torch.zeros_like(sequence) if self.return_zeros_for_masked_padding else sequence
