@@ -89,8 +89,6 @@ class Codebook(Engine):
         if not ema_update:
             # A codebook that learns by gradient alone has the dtype of its module.
             self._wide_parameters = ()
-        # The codes that have got vectors since they last followed their averages.
-        self.register_buffer("_used", torch.zeros_like(self.cluster_size, dtype=torch.bool), persistent=False)
         self._sync_kmeans = sync_kmeans
         self.ema_update = ema_update
         self.manual_ema_update = manual_ema_update
@@ -140,6 +138,11 @@ class Codebook(Engine):
     def is_tracked(self) -> bool:
         """Whether training steps change the moving averages."""
         return self.ema_update or self.revives
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        # The codes that have got vectors since they last followed their averages.
+        self.register_buffer("_used", torch.zeros_like(self.cluster_size, dtype=torch.bool), persistent=False)
 
     def _draw(self, codes: Tensor) -> Tensor:
         return nn.init.kaiming_uniform_(codes)

@@ -70,8 +70,6 @@ class VectorQuantize(nn.Module):
     Source: van den Oord et al. 2017, arXiv:1711.00937; Fifty et al. 2024, arXiv:2410.06424 (rotation trick).
     """
 
-    zero: Tensor
-
     def __init__(
         self,
         dim: int,
@@ -171,7 +169,6 @@ class VectorQuantize(nn.Module):
             use_cosine_sim=use_cosine_sim,
             sync=sync_codebook is not False,
         )
-        self.register_buffer("zero", torch.zeros(()), persistent=False)
 
     @property
     def codebook_size(self) -> int:
@@ -359,7 +356,7 @@ class VectorQuantize(nn.Module):
         self, out: VectorQuantizeOutput, indices: Tensor, similarities: Tensor | None, is_frozen: bool
     ) -> tuple[Tensor, LossBreakdown]:
         """The loss and its terms; all are 0 in eval mode."""
-        zero = torch.zeros_like(self.zero)
+        zero = torch.zeros_like(out.commitment_loss)
         loss = commitment = diversity = orthogonal = zero
         if self.training:
             if self.codebook_diversity_loss_weight > 0:
