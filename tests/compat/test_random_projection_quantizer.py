@@ -36,9 +36,11 @@ def pair(name: str) -> tuple[torch.nn.Module, torch.nn.Module]:
 @pytest.mark.parametrize("name", OPTIONS)
 def test_random_projection_quantizer_labels_as_vector_quantize_pytorch(name):
     like, module = pair(name)
-    assert all(torch.equal(module.state_dict()[key], value) for key, value in like.state_dict().items())
+    # One seed gives the same weights; the unit length of a code is rounded.
+    for key, value in like.state_dict().items():
+        assert_close(module.state_dict()[key], value, rtol=1e-6, atol=1e-7)
     inputs = [3 * torch.randn(2, 40, DIM) + 1 for _ in range(2)]
-    before = copy.deepcopy(module.state_dict())
+    before = copy.deepcopy(like.state_dict())
     compare(like, module, inputs)
     assert all(torch.equal(before[key], value) for key, value in module.state_dict().items())
     assert not module.vq.training
