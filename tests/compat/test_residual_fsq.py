@@ -65,11 +65,11 @@ class StockResidualFSQ(stock.ResidualFSQ):
 
 
 class StockGroupedResidualFSQ(stock.GroupedResidualFSQ):
-    """Those of all groups in one tensor, as are the codes in the compatibility package."""
+    """The indices of vector-quantize-pytorch are int64 where a level is dropped, and int32 otherwise."""
 
     def forward(self, *args, **kwargs):
         quantized, indices, *codes = super().forward(*args, **kwargs)
-        return quantized, indices.int(), *map(torch.stack, codes)
+        return quantized, indices.int(), *codes
 
 
 def residual(**options) -> tuple[nn.Module, own.ResidualFSQ]:
@@ -150,6 +150,7 @@ def round_trips(module: nn.Module, x: torch.Tensor) -> bool:
     """Whether the indices of a module decode to its output, in all ways."""
     try:
         quantized, indices, codes = module(x, return_all_codes=True)
+        codes = torch.stack(codes) if isinstance(codes, tuple) else codes
         decoded = module.get_output_from_indices(indices)
         return bool(
             decoded.shape == quantized.shape == x.shape

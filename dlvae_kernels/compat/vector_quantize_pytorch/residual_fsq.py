@@ -12,6 +12,7 @@ from torch.nn.functional import pad
 from ...functional.checks import check_choice, check_floating, check_size
 from ...layers.projection import project
 from .finite_scalar_quantization import FSQ, project_codes
+from .grouped import GroupedResidual
 from .layout import check_features, indices_to_map, to_map, to_sequence
 from .levels import LevelDropout, draw_seed
 
@@ -202,12 +203,13 @@ class ResidualFSQ(nn.Module):
         assert isinstance(layer, FSQ)
         return layer
 
-    def _drops_levels(self) -> bool:
+    @property
+    def drops_levels(self) -> bool:
         return self.training and self.quantize_dropout and torch.is_grad_enabled()
 
     def _levels_to_run(self, x: Tensor, seed: int | Tensor | None) -> int | Tensor:
         """The number of levels that run, or in compiled code these levels, [L] bool."""
-        if not self._drops_levels():
+        if not self.drops_levels:
             return self.num_quantizers
         seed = draw_seed(x.device) if seed is None else seed
         if isinstance(seed, Tensor) and torch.compiler.is_compiling():
@@ -234,7 +236,7 @@ class ResidualFSQ(nn.Module):
         return self
 
 
-class GroupedResidualFSQ(nn.Module):
+class GroupedResidualFSQ(GroupedResidual):
     """Groups of features with a `ResidualFSQ` each, with the interface of vector-quantize-pytorch 1.32.
 
     Differences from vector-quantize-pytorch: maps are quantized with accept_image_fmap alone and with is_channel_first
@@ -259,6 +261,8 @@ class GroupedResidualFSQ(nn.Module):
     Source: Yang et al. 2023, arXiv:2305.02765, with `ResidualFSQ` as the quantizer.
     """
 
+    quantizer = ResidualFSQ
+
     def __init__(
         self,
         *,
@@ -268,29 +272,11 @@ class GroupedResidualFSQ(nn.Module):
         is_channel_first: bool = False,
         **kwargs: Any,
     ) -> None:
-        super().__init__()
-        self.dim = check_size("dim", dim, 1)
-        self.groups = check_size("groups", groups, 1)
-        if dim % groups:
-            raise ValueError(f"expected groups to divide dim, got {groups} groups of {dim} features")
-        self.accept_image_fmap = accept_image_fmap
-        self.is_channel_first = is_channel_first
-        self.rvqs = nn.ModuleList(
-            ResidualFSQ(dim=dim // groups, is_channel_first=is_channel_first, **kwargs) for _ in range(groups)
-        )
-        self.codebook_size = self._group(0).codebook_size
+        kwargs["is_channel_first"] = is_channel_first
+        super().__init__(dim, groups, accept_image_fmap, is_channel_first, kwargs)
+        self.codebook_size = self.rvqs[0].codebook_size
 
-    @property
-    def codebooks(self) -> Tensor:
-        """The codes [g, L, K, len(levels)] of all groups and levels, not scaled."""
-        return torch.stack([self._group(i).codebooks for i in range(self.groups)])
-
-    @property
-    def split_dim(self) -> int:
-        """The dimension of the features."""
-        return 1 if self.accept_image_fmap or self.is_channel_first else -1
-
-    def forward(self, x: Tensor, return_all_codes: bool = False) -> tuple[Tensor, ...]:
+    def forward(self, x: Tensor, return_all_codes: bool = False) -> tuple[Tensor | tuple[Tensor, ...], ...]:
         """Quantize vectors or maps.
 
         Args:
@@ -299,44 +285,12 @@ class GroupedResidualFSQ(nn.Module):
         Returns:
             quantized: shape and dtype of x.
             indices: int32 [g, b, *spatial, L], or [g, b, L, *spatial] with is_channel_first; -1 for a dropped level.
-            all_codes, with return_all_codes: [g, L, b, *spatial, len(levels)].
+            all_codes, with return_all_codes: a tuple of [L, b, *spatial, len(levels)] of each group.
         Raises:
             ValueError: x has not dim features.
         """
-        check_features(x, self.dim, self.split_dim == 1, "accept_image_fmap")
-        seed = draw_seed(x.device) if self._group(0)._drops_levels() else None
-        chunks = x.movedim(self.split_dim, self._group_dim).chunk(self.groups, self._group_dim)
-        results = [rvq(chunk, return_all_codes, seed) for rvq, chunk in zip(self.rvqs, chunks, strict=True)]
-        quantized, *others = zip(*results, strict=True)
-        return (self._merge(quantized), *map(torch.stack, others))
-
-    def get_codes_from_indices(self, indices: Tensor) -> Tensor:
-        """The scaled codes [g, L, b, *spatial, len(levels)] of indices as `forward` returns them."""
-        chunks = self._of_groups(indices)
-        return torch.stack([self._group(i).get_codes_from_indices(chunk) for i, chunk in enumerate(chunks)])
-
-    def get_output_from_indices(self, indices: Tensor) -> Tensor:
-        """The output of `forward` for these indices; see `ResidualFSQ.get_output_from_indices`."""
-        chunks = self._of_groups(indices)
-        return self._merge([self._group(i).get_output_from_indices(chunk) for i, chunk in enumerate(chunks)])
-
-    @property
-    def _group_dim(self) -> int:
-        """The dimension of the features in the inputs of the groups."""
-        return 1 if self.is_channel_first else -1
-
-    def _group(self, index: int) -> ResidualFSQ:
-        rvq = self.rvqs[index]
-        assert isinstance(rvq, ResidualFSQ)
-        return rvq
-
-    def _merge(self, chunks: Sequence[Tensor]) -> Tensor:
-        return torch.cat(tuple(chunks), self._group_dim).movedim(self._group_dim, self.split_dim)
-
-    def _of_groups(self, indices: Tensor) -> tuple[Tensor, ...]:
-        if indices.shape[0] != self.groups:
-            raise ValueError(f"expected indices of shape [{self.groups}, b, ...], got {tuple(indices.shape)}")
-        return indices.unbind(0)
+        quantized, indices, *codes = self._outputs(x, return_all_codes=return_all_codes)
+        return self._joined(quantized), torch.stack(indices), *codes
 
 
 def _check_semantics(semantics: str, bound_hard_clamp: bool, preserve_symmetry: bool, has_soft_clamp: bool) -> None:

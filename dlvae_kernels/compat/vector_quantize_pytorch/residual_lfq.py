@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ...functional.checks import check_floating, check_size
 from ...layers.maps import long_indices
 from ...layers.projection import project, zeros_where_masked
+from .grouped import GroupedResidual
 from .layout import check_features
 from .levels import LevelDropout, get_maybe_sync_seed
 from .lookup_free_quantization import LFQ, valid_vectors
@@ -197,7 +198,7 @@ class ResidualLFQ(nn.Module):
         return num_dims >= 4 if self.channel_first is None else self.channel_first
 
 
-class GroupedResidualLFQ(nn.Module):
+class GroupedResidualLFQ(GroupedResidual):
     """Splits the features into groups and quantizes each with a `ResidualLFQ` of its own; interface as in 1.32.
 
     Unlike in vector-quantize-pytorch, maps work with projections and quantizer dropout, and decode in their layout.
@@ -223,35 +224,11 @@ class GroupedResidualLFQ(nn.Module):
     Source: Yang et al. 2023, arXiv:2305.02765; interface: lucidrains, vector-quantize-pytorch.
     """
 
+    quantizer = ResidualLFQ
+
     def __init__(self, *, dim: int, groups: int = 1, accept_image_fmap: bool = False, **kwargs: Any) -> None:
-        super().__init__()
-        self.dim = check_size("dim", dim, 1)
-        self.groups = check_size("groups", groups, 1)
-        if self.dim % self.groups:
-            raise ValueError(f"expected dim to be a multiple of groups={self.groups}, got {self.dim}")
-        self.accept_image_fmap = accept_image_fmap
-        self.rvqs = nn.ModuleList(
-            ResidualLFQ(dim=self.dim // self.groups, channel_first=accept_image_fmap, **kwargs)
-            for _ in range(self.groups)
-        )
-
-    @property
-    def codebooks(self) -> Tensor:
-        """The codes of all groups and levels, [G, L, K, d]."""
-        return torch.stack([rvq.codebooks for rvq in self._groups])
-
-    @property
-    def split_dim(self) -> int:
-        """The dimension of x that holds the features."""
-        return 1 if self.accept_image_fmap else -1
-
-    def get_codes_from_indices(self, indices: Tensor) -> Tensor:
-        """The codes of each group and level, [G, L, b, *spatial, d], of indices [G, b, *spatial, n]."""
-        return torch.stack([rvq.get_codes_from_indices(each) for rvq, each in self._of_groups(indices)])
-
-    def get_output_from_indices(self, indices: Tensor) -> Tensor:
-        """The output of `forward` of indices [G, b, *spatial, n]."""
-        return torch.cat([rvq.get_output_from_indices(each) for rvq, each in self._of_groups(indices)], self.split_dim)
+        kwargs["channel_first"] = accept_image_fmap
+        super().__init__(dim, groups, accept_image_fmap, accept_image_fmap, kwargs)
 
     def forward(
         self, x: Tensor, mask: Tensor | None = None, return_all_codes: bool = False
@@ -270,18 +247,5 @@ class GroupedResidualLFQ(nn.Module):
         Raises:
             ValueError: shape, dtype or mask do not fit.
         """
-        check_features(x, self.dim, self.accept_image_fmap, "accept_image_fmap")
-        seed = get_maybe_sync_seed(x.device) if self._groups[0].drops_levels else None
-        chunks = x.chunk(self.groups, self.split_dim)
-        found = [rvq(each, mask, return_all_codes, seed) for rvq, each in zip(self._groups, chunks, strict=True)]
-        quantized, indices, losses, *codes = zip(*found, strict=True)
-        return torch.cat(quantized, self.split_dim), torch.stack(indices), torch.stack(losses), *codes
-
-    @property
-    def _groups(self) -> list[ResidualLFQ]:
-        return cast(list[ResidualLFQ], list(self.rvqs))
-
-    def _of_groups(self, indices: Tensor) -> list[tuple[ResidualLFQ, Tensor]]:
-        if indices.ndim == 0 or len(indices) != self.groups:
-            raise ValueError(f"expected indices of shape [{self.groups}, b, ..., n], got {tuple(indices.shape)}")
-        return list(zip(self._groups, indices, strict=True))
+        quantized, indices, losses, *codes = self._outputs(x, mask=mask, return_all_codes=return_all_codes)
+        return self._joined(quantized), torch.stack(indices), torch.stack(losses), *codes

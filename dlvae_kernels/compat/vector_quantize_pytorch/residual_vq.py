@@ -14,7 +14,8 @@ from ...functional.residual_quantize import ResidualGradient, residual_decode, r
 from ...layers.projection import project, zeros_where_masked
 from ...layers.usage import CodebookUsage
 from .arguments import REFUSED, check_arguments
-from .layout import indices_to_map, to_map, to_sequence
+from .grouped import GroupedResidual
+from .layout import check_features, indices_to_map, to_map, to_sequence
 from .level_codebooks import learn_levels, stacked
 from .levels import LevelDropout, draw_seed
 from .vector_quantize_pytorch import VectorQuantize
@@ -128,6 +129,11 @@ class ResidualVQ(nn.Module):
         return torch.stack(codebooks) if self.uniform_codebook_size else codebooks
 
     @property
+    def drops_levels(self) -> bool:
+        """Whether a forward now leaves out a random number of levels."""
+        return self.training and self.quantize_dropout
+
+    @property
     def usage(self) -> CodebookUsage:
         """How evenly the codes of each level are used, [L]."""
         levels = [layer.usage for layer in self._levels()]
@@ -160,17 +166,14 @@ class ResidualVQ(nn.Module):
         """
         check_arguments("ResidualVQ.forward", {"beam_size": beam_size})
         check_floating("x", x)
-        channel = 1 if self._is_channel_first else -1
-        if x.ndim < 2 or x.shape[channel] != self.dim:
-            expected = f"[b, {self.dim}, ...]" if self._is_channel_first else f"[b, ..., {self.dim}]"
-            raise ValueError(f"expected x of shape {expected}, got {tuple(x.shape)}")
+        check_features(x, self.dim, self._is_channel_first, "accept_image_fmap")
         sequence, spatial = to_sequence(x, self._is_channel_first)
         valid = None if mask is None else mask.reshape(sequence.shape[:2])
         vectors = sequence
         if self.has_projections:
             vectors = project(self.project_in, zeros_where_masked(sequence, valid))
         levels: int | Tensor = self.num_quantizers
-        if self.training and self.quantize_dropout and indices is None:
+        if self.drops_levels and indices is None:
             seed = rand_quantize_dropout_fixed_seed
             levels = self._levels_to_run(draw_seed(x.device) if seed is None else seed)
         if indices is None and self._is_fused(sample_codebook_temp):
@@ -310,7 +313,7 @@ def _no_codes() -> NoReturn:
     raise AssertionError("the codebooks of fused levels are initialised")
 
 
-class GroupedResidualVQ(nn.Module):
+class GroupedResidualVQ(GroupedResidual):
     """Residual vector quantizers of groups of features, with the interface of vector-quantize-pytorch 1.32.
 
     Args:
@@ -332,32 +335,12 @@ class GroupedResidualVQ(nn.Module):
     Source: Yang et al. 2023, arXiv:2305.02765, section 3.
     """
 
+    quantizer = ResidualVQ
+
     def __init__(self, *, dim: int, groups: int = 1, accept_image_fmap: bool = False, **kwargs: Any) -> None:
-        super().__init__()
-        self.dim = check_size("dim", dim, 1)
-        self.groups = check_size("groups", groups, 1)
-        if self.dim % self.groups:
-            raise ValueError(f"expected dim to be a multiple of groups, got {dim} and {groups}")
-        self.accept_image_fmap = accept_image_fmap
         is_channel_first = accept_image_fmap or not kwargs.get("channel_last", True)
-        self._channel = 1 if is_channel_first else -1
-        self.rvqs = nn.ModuleList(
-            ResidualVQ(dim=self.dim // self.groups, accept_image_fmap=accept_image_fmap, **kwargs)
-            for _ in range(self.groups)
-        )
-
-    def _groups(self) -> Iterator[ResidualVQ]:
-        return iter(self.rvqs)  # type: ignore[arg-type]
-
-    @property
-    def codebooks(self) -> Tensor:
-        """The codes of all groups and levels, a copy [G, L, K, D]."""
-        return torch.stack([group.codebooks for group in self._groups()])  # type: ignore[misc]
-
-    @property
-    def split_dim(self) -> int:
-        """The dimension of the input that the groups divide."""
-        return self._channel
+        kwargs["accept_image_fmap"] = accept_image_fmap
+        super().__init__(dim, groups, accept_image_fmap, is_channel_first, kwargs)
 
     def forward(
         self,
@@ -377,37 +360,19 @@ class GroupedResidualVQ(nn.Module):
             ValueError: a shape, dtype or device does not fit.
         """
         check_floating("x", x)
-        if x.ndim < 2 or x.shape[self._channel] != self.dim:
-            raise ValueError(f"expected x with {self.dim} features in dimension {self._channel}, got {tuple(x.shape)}")
         if indices is not None and len(indices) not in (0, self.groups):
             raise ValueError(f"expected indices of {self.groups} groups, got {len(indices)}")
-        targets = [None] * self.groups if indices is None or len(indices) == 0 else list(indices)
-        options: dict[str, Any] = {
-            "mask": mask,
-            "return_all_codes": return_all_codes,
-            "sample_codebook_temp": sample_codebook_temp,
-            "freeze_codebook": freeze_codebook,
-        }
-        if self.training and next(self._groups()).quantize_dropout:
-            options["rand_quantize_dropout_fixed_seed"] = draw_seed(x.device)
-        parts = x.chunk(self.groups, self._channel)
-        outputs = [
-            group(part, indices=target, **options)
-            for group, part, target in zip(self._groups(), parts, targets, strict=True)
-        ]
-        quantized, *others = zip(*outputs, strict=True)
-        joined = torch.cat(quantized, self._channel)
-        if targets[0] is not None:
+        targets = None if indices is None or len(indices) == 0 else list(indices)
+        quantized, *others = self._outputs(
+            x,
+            targets,
+            mask=mask,
+            return_all_codes=return_all_codes,
+            sample_codebook_temp=sample_codebook_temp,
+            freeze_codebook=freeze_codebook,
+        )
+        joined = self._joined(quantized)
+        if targets is not None:
             return joined, torch.stack(others[0]).sum()
         found, losses, *codes = others
         return joined, torch.stack(found), torch.stack(losses), *codes
-
-    def get_codes_from_indices(self, indices: Tensor) -> Tensor:
-        """The codes at indices [G, b, ..., n]: [G, L, b, ..., D]."""
-        parts = zip(self._groups(), indices, strict=True)
-        return torch.stack([group.get_codes_from_indices(part) for group, part in parts])
-
-    def get_output_from_indices(self, indices: Tensor) -> Tensor:
-        """The output of `forward` for its indices [G, b, ..., n], in its layout."""
-        parts = zip(self._groups(), indices, strict=True)
-        return torch.cat([group.get_output_from_indices(part) for group, part in parts], self._channel)

@@ -17,7 +17,7 @@ from ...layers.projection import project, to_unit_length, zeros_where_masked
 from ...layers.usage import CodebookUsage
 from .arguments import check_arguments
 from .codebook import Codebook, EmaWeight, quantize_at
-from .layout import indices_to_map, to_map, to_sequence
+from .layout import check_features, indices_to_map, to_map, to_sequence
 from .regularization import diversity_loss, orthogonal_loss
 
 
@@ -299,10 +299,7 @@ class VectorQuantize(nn.Module):
     ) -> tuple[Tensor, Tensor | None, torch.Size]:
         """Check x; the sequence [b, n, dim], its mask [b, n] and the spatial shape of the map."""
         check_floating("x", x)
-        channel = 1 if self._is_channel_first else -1
-        if x.ndim < 2 or x.shape[channel] != self.dim:
-            expected = f"[b, {self.dim}, ...]" if self._is_channel_first else f"[b, ..., {self.dim}]"
-            raise ValueError(f"expected x of shape {expected}, got {tuple(x.shape)}")
+        check_features(x, self.dim, self._is_channel_first, "accept_image_fmap")
         check_same_device("x", x, "the codebook", self._codebook.embed)
         sequence, spatial = to_sequence(x, self._is_channel_first)
         if mask is not None and lens is not None:
