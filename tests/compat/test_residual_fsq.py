@@ -23,7 +23,11 @@ RESIDUAL = {
     "projections": ({"dim": 7}, (2, 20, 7), {}),
     "all_codes": ({"dim": 7}, (2, 20, 7), {"return_all_codes": True}),
     "levels_of_two": ({"levels": [2, 4]}, (2, 20, 2), {}),
-    "one_quantizer": ({"num_quantizers": 1, "quantize_dropout": True}, (2, 20, 3), {}),
+    "one_quantizer": (
+        {"num_quantizers": 1, "quantize_dropout": True, "quantize_dropout_cutoff_index": 1},
+        (2, 20, 3),
+        {},
+    ),
     "tanh": ({"bound_hard_clamp": False}, (2, 20, 3), {}),
     "soft_clamp": ({"bound_hard_clamp": False, "soft_clamp_input_value": 1.3}, (2, 20, 3), {}),
     "soft_clamps": ({"bound_hard_clamp": False, "soft_clamp_input_value": [1.3, 2.0, 0.7]}, (2, 20, 3), {}),
