@@ -16,7 +16,7 @@ from typing import Any
 from dlvae_kernels.functional.checks import check_size
 from models.training.device import pick_device
 
-from . import collapse, gpu, latency, plot, readme, results, run, targets, training, verify
+from . import codec, collapse, gpu, latency, plot, readme, results, run, targets, training, verify
 from .registry import ENTRIES
 
 _RECIPES = f"default: all; one of {', '.join(map(repr, training.RECIPES))}"
@@ -120,6 +120,15 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--csv", type=Path, default=collapse.PATH, help="file of the rows; default: benchmarks/results/collapse-cpu.csv"
     )
+    add = command(
+        "codec",
+        lambda given: codec.write(given.wav, given.steps, given.seed, given.csv),
+        "train the audio codec of examples/ with the residual quantizers of two libraries",
+    )
+    add("--wav", type=Path, help="folder of WAV files; default: speech of espeak-ng")
+    add("--steps", type=int, default=300, help="updates of each codec")
+    add("--seed", nargs="+", type=int, default=[0, 1], help="seeds of the runs")
+    add("--csv", type=Path, default=codec.PATH, help="file of the rows; default: benchmarks/results/codec-cpu.csv")
     add = command(
         "train",
         lambda given: results.write_training(given.runs, results.FOLDER / "training-cpu.csv", pick_device("cpu")),

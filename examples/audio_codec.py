@@ -45,6 +45,7 @@ HELD_OUT = 8  # One of so many sentences, or files, is held out.
 HEARD_LEVELS = (1, 2, 4, 8)  # the bit rates of the audio files and spectrograms
 
 HOP = math.prod(STRIDES)
+CACHE = Path("data/espeak-ng")  # the speech of espeak-ng
 SENTENCES = Path(__file__).with_name("sentences.txt")
 # The variant, pitch and words per minute of each voice of espeak-ng.
 VOICES = (
@@ -364,10 +365,8 @@ def run(given: argparse.Namespace, new_quantizer: Callable[[], nn.Module]) -> No
         FileNotFoundError: there are no WAV files, and espeak-ng is not installed.
         ValueError: the WAV files do not fit.
     """
-    if given.steps < 1:
-        raise ValueError(f"expected steps of at least 1, got {given.steps}")
     torch.set_num_threads(given.threads)
-    training, held_out = load(given.wav, given.sample_rate, Path("data/espeak-ng"))
+    training, held_out = load(given.wav, given.sample_rate, CACHE)
     trainer = Trainer(new_quantizer, training, given.steps, given.sample_rate, given.seed)
     seconds = []
     for step in range(given.steps):

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from . import audio_codec as codec
 
 LIBRARIES = ("vector_quantize_pytorch", "dlvae_kernels.compat.vector_quantize_pytorch")
+# A tenth of the mean use: an update assigns about one vector to a code, so that the usual 2 would revive most codes.
+DEAD_CODE_THRESHOLD = 0.1
 
 
 class ResidualVQAdapter(nn.Module):
@@ -29,7 +31,7 @@ class ResidualVQAdapter(nn.Module):
             decay=codec.DECAY,
             commitment_weight=codec.COMMITMENT_COST,
             kmeans_init=True,
-            threshold_ema_dead_code=2,
+            threshold_ema_dead_code=DEAD_CODE_THRESHOLD,
             quantize_dropout=True,
             rotation_trick=rotation_trick,
         )

@@ -1,0 +1,111 @@
+"""Train the audio codec of examples/ with the residual quantizers of two libraries, which take turns in one process.
+
+All codecs start with equal convolutions and see the same crops. Times are processor times of one thread, means over
+the steps but the first, which has k-means; quantizer dropout runs other numbers of levels in each codec and step.
+quantizer_ms: forward and backward pass of the quantizer, with its update. A ratio is to the time of dlvae_kernels.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import statistics
+from collections.abc import Callable
+from functools import partial
+from itertools import groupby
+from pathlib import Path
+from time import process_time
+
+import torch
+from torch import nn
+
+from examples import audio_codec
+from examples.audio_codec import Trainer
+from examples.audio_codec_vqp import LIBRARIES, ResidualVQAdapter
+
+from . import results
+from .entry import LIBRARY
+from .results import Row
+
+PATH = results.FOLDER / "codec-cpu.csv"
+FIGURE = results.ROOT / "docs" / "images" / "audio-codec.png"
+_VQP, _COMPAT = LIBRARIES
+_RATE = 16000
+QUANTIZERS: dict[str, Callable[[], nn.Module]] = {
+    LIBRARY: audio_codec.new_quantizer,
+    f"{LIBRARY}, ResidualVQ": partial(ResidualVQAdapter, _COMPAT),
+    "vector-quantize-pytorch": partial(ResidualVQAdapter, _VQP),
+    "vector-quantize-pytorch, no rotation": partial(ResidualVQAdapter, _VQP, rotation_trick=False),
+}
+
+
+def timed_step(trainer: Trainer) -> tuple[float, float]:
+    """`Trainer.step`, with its milliseconds and those of the quantizer."""
+    codec = trainer.codec
+    begin = process_time()
+    signals = audio_codec.crops(trainer.utterances, trainer.length, trainer.generator)
+    latents = codec.encoder(signals)
+    inputs = latents.detach().requires_grad_()
+    begin_forward = process_time()
+    quantizer_loss, quantized, *_ = codec.quantizer(inputs)
+    end_forward = process_time()
+    decoder_inputs = quantized.detach().requires_grad_()
+    audio_codec.reconstruction_loss(signals, codec.decoder(decoder_inputs)).backward()
+    begin_backward = process_time()
+    torch.autograd.backward([quantizer_loss, quantized], [None, decoder_inputs.grad])
+    end_backward = process_time()
+    latents.backward(inputs.grad)
+    trainer.update()
+    quantizer = end_forward - begin_forward + end_backward - begin_backward
+    return 1000 * (process_time() - begin), 1000 * quantizer
+
+
+def _rows(wav: Path | None, steps: int, seed: int) -> list[Row]:
+    """Train all codecs with one seed: a row for each codec and number of levels."""
+    training, held_out = audio_codec.load(wav, _RATE, audio_codec.CACHE)
+    trainers = {name: Trainer(new, training, steps, _RATE, seed) for name, new in QUANTIZERS.items()}
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in QUANTIZERS}
+    for step in range(steps):
+        for name, trainer in trainers.items():
+            times[name].append(timed_step(trainer))
+        print(f"seed {seed}, step {step + 1}", end="\r", flush=True)
+    rows = []
+    means = {
+        name: [statistics.mean(column) for column in zip(*found[1:], strict=True)] for name, found in times.items()
+    }
+    for name, trainer in trainers.items():
+        columns: Row = {"implementation": name, "seed": seed, "steps": steps}
+        for column, own, base in zip(("step", "quantizer"), means[name], means[LIBRARY], strict=True):
+            columns |= {f"{column}_ms": f"{own:.4g}", f"{column}_ratio": f"{own / base:.3f}"}
+        if name.startswith("vector"):
+            columns["package"] = "vector-quantize-pytorch"
+        for found in audio_codec.evaluate(trainer.codec, held_out, _RATE):
+            rows.append({**columns, **{key: f"{value:.4f}" for key, value in found.items()}})
+    return rows
+
+
+def write(wav: Path | None, steps: int, seeds: list[int], path: Path) -> None:
+    """Train with all seeds and write the rows to a CSV file."""
+    torch.set_num_threads(1)
+    rows = [row for seed in seeds for row in _rows(wav, steps, seed)]
+    table = results.completed(rows, torch.device("cpu"))
+    with results.writing(path, table[0]) as add:
+        add(table)
+
+
+def draw(path: Path = PATH, figure: Path = FIGURE) -> None:
+    """The rate-distortion curves of the rows, means over the seeds, as a PNG file with the hash of the rows."""
+    curves: dict[str, list[dict[str, float]]] = {}
+    for (name, _), runs in groupby(sorted(results.read(path), key=_by_level), _by_level):
+        curves.setdefault(name, []).append(mean_row(list(runs)))
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    audio_codec.rate_distortion(curves).savefig(figure, dpi=80, metadata={"Source": digest})
+
+
+def _by_level(row: Row) -> tuple[str, int]:
+    return row["implementation"], int(row["levels"])
+
+
+def mean_row(runs: list[Row]) -> dict[str, float]:
+    """The means over the seeds of the numbers of a row."""
+    columns = "levels", "kbit_per_s", "si_sdr_db", "spectral_distance", "step_ms", "step_ratio", "quantizer_ms"
+    return {key: statistics.mean(float(run[key]) for run in runs) for key in (*columns, "quantizer_ratio")}
