@@ -1,12 +1,14 @@
 """Train the audio codec of examples/ with the residual quantizers of two libraries, which take turns in one process.
 
-All codecs start with equal convolutions and see the same crops. Times are processor times of one thread, means over
-the steps but the first, which has k-means; quantizer dropout runs other numbers of levels in each codec and step.
-quantizer_ms: forward and backward pass of the quantizer, with its update. A ratio is to the time of dlvae_kernels.
+All codecs share the updates without a quantizer, then see the same crops. Times are processor times of one thread,
+means over the updates with a quantizer but the first, which has k-means. Quantizer dropout runs another number of
+levels in each update. quantizer_ms: forward and backward pass of the quantizer, with the update of its codes. A ratio
+is to the time of dlvae_kernels.
 """
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import statistics
 from collections.abc import Callable
@@ -62,12 +64,15 @@ def timed_step(trainer: Trainer) -> tuple[float, float]:
 def _rows(wav: Path | None, steps: int, seed: int) -> list[Row]:
     """Train all codecs with one seed: a row for each codec and number of levels."""
     training, held_out = audio_codec.load(wav, _RATE, audio_codec.CACHE)
-    trainers = {name: Trainer(new, training, steps, _RATE, seed) for name, new in QUANTIZERS.items()}
+    warm = Trainer(nn.Identity, training, steps, _RATE, seed)
+    while not warm.is_warm:
+        warm.step()
+    trainers = {name: _continued(warm, new) for name, new in QUANTIZERS.items()}
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in QUANTIZERS}
-    for step in range(steps):
+    for step in range(warm.steps_done, steps):
         for name, trainer in trainers.items():
             times[name].append(timed_step(trainer))
-        print(f"seed {seed}, step {step + 1}", end="\r", flush=True)
+        print(f"seed {seed}, step {step + 1}", flush=True)
     rows = []
     means = {
         name: [statistics.mean(column) for column in zip(*found[1:], strict=True)] for name, found in times.items()
@@ -81,6 +86,13 @@ def _rows(wav: Path | None, steps: int, seed: int) -> list[Row]:
         for found in audio_codec.evaluate(trainer.codec, held_out, _RATE):
             rows.append({**columns, **{key: f"{value:.4f}" for key, value in found.items()}})
     return rows
+
+
+def _continued(warm: Trainer, new_quantizer: Callable[[], nn.Module]) -> Trainer:
+    """A copy of a trainer after the warm-up, with a new quantizer."""
+    trainer = copy.deepcopy(warm)
+    trainer.codec.quantizer = new_quantizer()
+    return trainer
 
 
 def write(wav: Path | None, steps: int, seeds: list[int], path: Path) -> None:

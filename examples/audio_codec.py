@@ -20,7 +20,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -36,9 +36,10 @@ from dlvae_kernels import ResidualVectorQuantizer
 STRIDES = (8, 5, 4)
 WIDTHS = (32, 64, 128)
 NUM_FEATURES, NUM_CODES, NUM_LEVELS = 128, 1024, 8
-COMMITMENT_COST, DECAY = 0.25, 0.99
+COMMITMENT_COST, DECAY = 0.25, 0.95
 BATCH, SECONDS = 16, 0.65  # crops in an update, and their length
 LEARNING_RATE = 2e-3
+WARM_UP = 0.4  # part of the updates, the first, without a quantizer; then k-means finds its codes
 WAVEFORM_WEIGHT, SPECTRAL_WEIGHT = 50, 0.5
 WINDOWS = (256, 1024)  # of the spectral loss, in samples
 HELD_OUT = 8  # One of so many sentences, or files, is held out.
@@ -70,9 +71,12 @@ def read_wav(path: Path, sample_rate: int) -> Tensor:
     """A WAV file as float32 mono at `sample_rate`, with a peak of 0.9.
 
     Raises:
-        ValueError: the file is no WAV file, or is silent.
+        ValueError: the file is no WAV file, is silent, or has samples that are not finite.
     """
-    rate, samples = wavfile.read(path)
+    try:
+        rate, samples = wavfile.read(path)
+    except ValueError as error:
+        raise ValueError(f"expected a WAV file of PCM or float samples, got {path} ({error})") from error
     if samples.dtype == np.uint8:
         samples = samples.astype(np.float64) - 128
     if samples.ndim == 2:
@@ -157,7 +161,7 @@ class ResidualUnit(nn.Module):
         return x + self.layers(x)
 
 
-def strided(kind: type[nn.Module], channels_in: int, channels_out: int, stride: int) -> nn.Module:
+def strided(kind: Callable[..., nn.Module], channels_in: int, channels_out: int, stride: int) -> nn.Module:
     """A convolution, or a transposed one, that divides, or multiplies, the length by its stride exactly."""
     kernel = 2 * stride + stride % 2
     return kind(channels_in, channels_out, kernel, stride, (kernel - stride) // 2)
@@ -176,12 +180,7 @@ class Codec(nn.Module):
         for stride, narrow, wide in reversed(list(zip(STRIDES[1:], WIDTHS, WIDTHS[1:], strict=False))):
             decoder += [nn.ELU(), strided(nn.ConvTranspose1d, wide, narrow, stride), ResidualUnit(narrow)]
         self.decoder = nn.Sequential(*decoder, nn.ELU(), strided(nn.ConvTranspose1d, WIDTHS[0], 1, STRIDES[0]))
-        self.quantizer = new_quantizer()
-
-    def forward(self, signals: Tensor) -> tuple[Tensor, Tensor]:
-        """The loss of the quantizer, and the decoded signals [B, 1, samples], of signals of whole frames."""
-        loss, quantized, *_ = self.quantizer(self.encoder(signals))
-        return loss, self.decoder(quantized)
+        self.quantizer: Any = new_quantizer()
 
     @torch.no_grad()
     def encode(self, signal: Tensor) -> Tensor:
@@ -243,8 +242,7 @@ def bit_rate(num_levels: int, sample_rate: int) -> float:
 
 def reconstruction_loss(signals: Tensor, decoded: Tensor) -> Tensor:
     """The losses of the waveform and of its spectra."""
-    waveform_loss = F.l1_loss(decoded, signals)
-    return WAVEFORM_WEIGHT * waveform_loss + SPECTRAL_WEIGHT * spectral_loss(signals, decoded)
+    return WAVEFORM_WEIGHT * F.l1_loss(decoded, signals) + SPECTRAL_WEIGHT * spectral_loss(signals, decoded)
 
 
 class Trainer:
@@ -259,15 +257,24 @@ class Trainer:
         self.schedule = torch.optim.lr_scheduler.LambdaLR(
             self.optimizer, lambda step: min(1, (step + 1) / 20) * (0.5 + 0.5 * math.cos(math.pi * step / steps))
         )
+        self.steps, self.steps_done = steps, 0
         self.utterances = utterances
         self.length = int(SECONDS * rate) // HOP * HOP
         self.generator = torch.Generator().manual_seed(seed)
 
+    @property
+    def is_warm(self) -> bool:
+        """Whether the next update has the quantizer."""
+        return self.steps_done >= WARM_UP * self.steps
+
     def step(self) -> Tensor:
         """Update the codec once and return the loss."""
         signals = crops(self.utterances, self.length, self.generator)
-        quantizer_loss, decoded = self.codec(signals)
-        loss = quantizer_loss + reconstruction_loss(signals, decoded)
+        latents = self.codec.encoder(signals)
+        quantizer_loss, quantized = latents.new_zeros(()), latents
+        if self.is_warm:
+            quantizer_loss, quantized, *_ = self.codec.quantizer(latents)
+        loss = quantizer_loss + reconstruction_loss(signals, self.codec.decoder(quantized))
         loss.backward()
         self.update()
         return loss.detach()
@@ -277,6 +284,7 @@ class Trainer:
         nn.utils.clip_grad_norm_(self.codec.parameters(), 1.0)
         self.optimizer.step()
         self.schedule.step()
+        self.steps_done += 1
         self.optimizer.zero_grad()
 
 
@@ -313,7 +321,7 @@ def write_examples(codec: Codec, utterances: list[Utterance], rate: int, out: Pa
         for n in HEARD_LEVELS:
             heard[f"{bit_rate(n, rate):g} kbit/s"] = codec.decode(indices[:, :n])[: len(signal)]
         for axes, (title, each) in zip(row, heard.items(), strict=True):
-            write_wav(audio / f"{name}, {title.replace('/', 'p')}.wav".replace(", ", "-").replace(" ", "-"), each, rate)
+            write_wav(audio / f"{name}-{title.replace(' kbit/s', 'k')}.wav", each, rate)
             decibels = 20 * (spectrum(each, 512).abs() + 1e-4).log10()
             extent = (0, len(signal) / rate, 0, rate / 2000)
             axes.imshow(decibels, vmin=-60, vmax=20, origin="lower", aspect="auto", extent=extent)
@@ -337,10 +345,7 @@ def rate_distortion(curves: dict[str, list[dict[str, float]]]) -> Figure:
 
 def table(rows: list[dict[str, float]]) -> str:
     lines = ["levels  kbit/s  SI-SDR, dB  spectral distance"]
-    lines += [
-        f"{row['levels']:>6}  {row['kbit_per_s']:>6g}  {row['si_sdr_db']:>10.2f}  {row['spectral_distance']:>17.3f}"
-        for row in rows
-    ]
+    lines += ["{levels:6}  {kbit_per_s:6g}  {si_sdr_db:10.2f}  {spectral_distance:17.3f}".format(**row) for row in rows]
     return "\n".join(lines)
 
 

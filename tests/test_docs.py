@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
-SOURCES = ("dlvae_kernels", "csrc", "models", "benchmarks", "tools", "tests", "setup.py", "Makefile")
+SOURCES = ("dlvae_kernels", "csrc", "models", "benchmarks", "examples", "tools", "tests", "setup.py", "Makefile")
 SUFFIXES = (".py", ".h", ".cpp", ".cu", ".cuh", "Makefile")
 NO_RUN = re.compile(r"<!-- no-run: \S.* -->\n\n?$")
 

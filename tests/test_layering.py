@@ -25,12 +25,13 @@ LEVELS = {
     "models.training": 6,
     "models.report": 7,
     "models.train": 8,
+    "examples": 8,
     "tests.oracles": 8,
     "benchmarks": 9,
     "tests": 10,
 }
 TRITON = "dlvae_kernels.backends.triton"
-OWN = ("dlvae_kernels", "models", "benchmarks", "tools", "tests")
+OWN = ("dlvae_kernels", "models", "examples", "benchmarks", "tools", "tests")
 
 pytestmark = pytest.mark.small
 
