@@ -72,6 +72,8 @@ def _verify(given: argparse.Namespace) -> None:
 def _plot(given: argparse.Namespace) -> None:
     for csv in sorted(results.FOLDER.glob("[cg]pu.csv")):
         print(*plot.write(csv, results.FOLDER), sep="\n")
+    codec.draw()
+    print(codec.FIGURE)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -138,7 +140,7 @@ def _parser() -> argparse.ArgumentParser:
     add = command("verify", _verify, "test an operation, then compare its time with that of another commit")
     _add_selection(add, "store")
     add("--base", default="main", help="the commit to compare with")
-    command("plot", _plot, "draw the PNG files of benchmarks/results/ from its CSV files")
+    command("plot", _plot, "draw the PNG files of the rows in benchmarks/results/")
     command("readme-table", lambda given: readme.write(), "write the tables of README.md and docs/benchmarks.md")
     return parser
 

@@ -4,6 +4,8 @@ All codecs share the updates without a quantizer, then see the same crops. Times
 means over the updates with a quantizer but the first, which has k-means. Quantizer dropout runs another number of
 levels in each update. quantizer_ms: forward and backward pass of the quantizer, with the update of its codes. A ratio
 is to the time of dlvae_kernels.
+
+Functions import examples/ when they run, as collapse.py imports models/.
 """
 
 from __future__ import annotations
@@ -16,32 +18,46 @@ from functools import partial
 from itertools import groupby
 from pathlib import Path
 from time import process_time
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
-
-from examples import audio_codec
-from examples.audio_codec import Trainer
-from examples.audio_codec_vqp import LIBRARIES, ResidualVQAdapter
 
 from . import results
 from .entry import LIBRARY
 from .results import Row
 
+if TYPE_CHECKING:
+    from examples.audio_codec import Trainer
+
 PATH = results.FOLDER / "codec-cpu.csv"
 FIGURE = results.ROOT / "docs" / "images" / "audio-codec.png"
-_VQP, _COMPAT = LIBRARIES
+_VQP = "vector-quantize-pytorch"
 _RATE = 16000
-QUANTIZERS: dict[str, Callable[[], nn.Module]] = {
-    LIBRARY: audio_codec.new_quantizer,
-    f"{LIBRARY}, ResidualVQ": partial(ResidualVQAdapter, _COMPAT),
-    "vector-quantize-pytorch": partial(ResidualVQAdapter, _VQP),
-    "vector-quantize-pytorch, no rotation": partial(ResidualVQAdapter, _VQP, rotation_trick=False),
-}
+_AVERAGED = (
+    *("levels", "kbit_per_s", "si_sdr_db", "spectral_distance"),
+    *("step_ms", "step_ratio", "quantizer_ms", "quantizer_ratio"),
+)
+
+
+def quantizers() -> dict[str, Callable[[], nn.Module]]:
+    """The constructors of the quantizers by implementation."""
+    from examples.audio_codec import new_quantizer
+    from examples.audio_codec_vqp import LIBRARIES, ResidualVQAdapter
+
+    vqp, compat = LIBRARIES
+    return {
+        LIBRARY: new_quantizer,
+        f"{LIBRARY}, ResidualVQ": partial(ResidualVQAdapter, compat),
+        _VQP: partial(ResidualVQAdapter, vqp),
+        f"{_VQP}, no rotation": partial(ResidualVQAdapter, vqp, rotation_trick=False),
+    }
 
 
 def timed_step(trainer: Trainer) -> tuple[float, float]:
     """`Trainer.step`, with its milliseconds and those of the quantizer."""
+    from examples import audio_codec
+
     codec = trainer.codec
     begin = process_time()
     signals = audio_codec.crops(trainer.utterances, trainer.length, trainer.generator)
@@ -63,12 +79,14 @@ def timed_step(trainer: Trainer) -> tuple[float, float]:
 
 def _rows(wav: Path | None, steps: int, seed: int) -> list[Row]:
     """Train all codecs with one seed: a row for each codec and number of levels."""
+    from examples import audio_codec
+
     training, held_out = audio_codec.load(wav, _RATE, audio_codec.CACHE)
-    warm = Trainer(nn.Identity, training, steps, _RATE, seed)
+    warm = audio_codec.Trainer(nn.Identity, training, steps, _RATE, seed)
     while not warm.is_warm:
         warm.step()
-    trainers = {name: _continued(warm, new) for name, new in QUANTIZERS.items()}
-    times: dict[str, list[tuple[float, float]]] = {name: [] for name in QUANTIZERS}
+    trainers = {name: _continued(warm, new) for name, new in quantizers().items()}
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in trainers}
     for step in range(warm.steps_done, steps):
         for name, trainer in trainers.items():
             times[name].append(timed_step(trainer))
@@ -81,10 +99,10 @@ def _rows(wav: Path | None, steps: int, seed: int) -> list[Row]:
         columns: Row = {"implementation": name, "seed": seed, "steps": steps}
         for column, own, base in zip(("step", "quantizer"), means[name], means[LIBRARY], strict=True):
             columns |= {f"{column}_ms": f"{own:.4g}", f"{column}_ratio": f"{own / base:.3f}"}
-        if name.startswith("vector"):
-            columns["package"] = "vector-quantize-pytorch"
+        if name.startswith(_VQP):
+            columns["package"] = _VQP
         for found in audio_codec.evaluate(trainer.codec, held_out, _RATE):
-            rows.append({**columns, **{key: f"{value:.4f}" for key, value in found.items()}})
+            rows.append({**columns, **{key: f"{value:.6g}" for key, value in found.items()}})
     return rows
 
 
@@ -104,20 +122,26 @@ def write(wav: Path | None, steps: int, seeds: list[int], path: Path) -> None:
         add(table)
 
 
+def by_level(rows: list[Row]) -> dict[str, list[dict[str, float]]]:
+    """The means of the rows of each implementation over the seeds, a row for each number of levels."""
+    curves: dict[str, list[dict[str, float]]] = {}
+    for name in dict.fromkeys(row["implementation"] for row in rows):
+        own = sorted((row for row in rows if row["implementation"] == name), key=_levels)
+        curves[name] = [
+            {key: statistics.mean(float(row[key]) for row in runs) for key in _AVERAGED}
+            for runs in (list(group) for _, group in groupby(own, _levels))
+        ]
+    return curves
+
+
+def _levels(row: Row) -> int:
+    return int(row["levels"])
+
+
 def draw(path: Path = PATH, figure: Path = FIGURE) -> None:
     """The rate-distortion curves of the rows, means over the seeds, as a PNG file with the hash of the rows."""
-    curves: dict[str, list[dict[str, float]]] = {}
-    for (name, _), runs in groupby(sorted(results.read(path), key=_by_level), _by_level):
-        curves.setdefault(name, []).append(mean_row(list(runs)))
+    from examples import audio_codec
+
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    curves = by_level(results.read(path))
     audio_codec.rate_distortion(curves).savefig(figure, dpi=80, metadata={"Source": digest})
-
-
-def _by_level(row: Row) -> tuple[str, int]:
-    return row["implementation"], int(row["levels"])
-
-
-def mean_row(runs: list[Row]) -> dict[str, float]:
-    """The means over the seeds of the numbers of a row."""
-    columns = "levels", "kbit_per_s", "si_sdr_db", "spectral_distance", "step_ms", "step_ratio", "quantizer_ms"
-    return {key: statistics.mean(float(run[key]) for run in runs) for key in (*columns, "quantizer_ratio")}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from itertools import groupby
 
-from . import results
+from . import codec, results
 from .entry import LIBRARY
 from .layers import NOTEBOOK
 from .registry import ENTRIES
@@ -51,8 +51,33 @@ def tables() -> str:
     return "\n\n".join(section(results.read(path), path.name) for path, section in paths.items() if path.exists())
 
 
+def codecs() -> str:
+    """The text and the table of the audio codecs in docs/audio-codec.md."""
+    rows = results.read(codec.PATH)
+    seeds = len({row["seed"] for row in rows})
+    lines = []
+    for name, levels in codec.by_level(rows).items():
+        first, last = levels[0], levels[-1]
+        times = (f"{two_digits(last[f'{part}_ms'])} ({last[f'{part}_ratio']:.2f})" for part in ("step", "quantizer"))
+        distances = f"{first['spectral_distance']:.3f} to {last['spectral_distance']:.3f}"
+        lines.append(
+            " | ".join([name, f"{first['si_sdr_db']:.2f} to {last['si_sdr_db']:.2f}", distances, *times]),
+        )
+    text = (
+        f"{rows[0]['steps']} updates, means of {seeds} seeds, {_machine(rows)}. SI-SDR (higher is better) and spectral"
+        f" distance (lower is better) of held-out sentences at {float(first['kbit_per_s']):g} and"
+        f" {float(last['kbit_per_s']):g} kbit/s; processor time of an update and its quantizer, and its ratio to that"
+        f" of {LIBRARY}:"
+    )
+    return _section(text, "quantizer | SI-SDR, dB | spectral distance | update, ms | its quantizer, ms", lines)
+
+
 # The generated part of each page.
-PAGES: dict[str, Callable[[], str]] = {"README.md": summary, "docs/benchmarks.md": tables}
+PAGES: dict[str, Callable[[], str]] = {
+    "README.md": summary,
+    "docs/audio-codec.md": codecs,
+    "docs/benchmarks.md": tables,
+}
 
 
 def _section(text: str, header: str, lines: Iterable[str]) -> str:

@@ -322,7 +322,7 @@ def write_examples(codec: Codec, utterances: list[Utterance], rate: int, out: Pa
             heard[f"{bit_rate(n, rate):g} kbit/s"] = codec.decode(indices[:, :n])[: len(signal)]
         for axes, (title, each) in zip(row, heard.items(), strict=True):
             write_wav(audio / f"{name}-{title.replace(' kbit/s', 'k')}.wav", each, rate)
-            decibels = 20 * (spectrum(each, 512).abs() + 1e-4).log10()
+            decibels = 20 * (spectrum(each, 512).abs() + 1e-4).log10().numpy()
             extent = (0, len(signal) / rate, 0, rate / 2000)
             axes.imshow(decibels, vmin=-60, vmax=20, origin="lower", aspect="auto", extent=extent)
             axes.set(title=title, xlabel="s")
