@@ -364,12 +364,7 @@ def parser(description: str | None = __doc__) -> argparse.ArgumentParser:
 
 
 def run(given: argparse.Namespace, new_quantizer: Callable[[], nn.Module]) -> None:
-    """Train a codec, evaluate it on what was held out, and write all outputs.
-
-    Raises:
-        FileNotFoundError: there are no WAV files, and espeak-ng is not installed.
-        ValueError: the WAV files do not fit.
-    """
+    """Train a codec, evaluate it on what was held out, and write all outputs; `load` says what it raises."""
     torch.set_num_threads(given.threads)
     training, held_out = load(given.wav, given.sample_rate, CACHE)
     trainer = Trainer(new_quantizer, training, given.steps, given.sample_rate, given.seed)
