@@ -54,7 +54,7 @@ def tables() -> str:
 def codecs() -> str:
     """The text and the table of the audio codecs in docs/audio-codec.md."""
     rows = results.read(codec.PATH)
-    seeds = ", ".join(sorted({row["seed"] for row in rows}))
+    seeds = " and ".join(sorted({row["seed"] for row in rows}))
     lines = []
     for name, levels in codec.by_level(rows).items():
         first, last = levels[0], levels[-1]
@@ -64,8 +64,8 @@ def codecs() -> str:
             " | ".join([name, f"{first['si_sdr_db']:.2f} to {last['si_sdr_db']:.2f}", distances, *times]),
         )
     text = (
-        f"{rows[0]['steps']} updates, mean of the seeds {seeds}, {_machine(rows)}. SI-SDR (higher is better) and spectral"
-        f" distance (lower is better) of held-out sentences at {float(first['kbit_per_s']):g} and"
+        f"{rows[0]['steps']} updates, mean of the seeds {seeds}, on {_machine(rows)}. SI-SDR (higher is better) and"
+        f" spectral distance (lower is better) of held-out sentences at {float(first['kbit_per_s']):g} and"
         f" {float(last['kbit_per_s']):g} kbit/s; processor time of an update and its quantizer, and its ratio to that"
         f" of {LIBRARY}:"
     )
