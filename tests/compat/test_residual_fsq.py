@@ -304,9 +304,9 @@ def test_residual_fsq_wrong_inputs_are_refused():
     _, module = grouped()
     with pytest.raises(ValueError, match=r"shape \[b, ..., 12\], got \(2, 12, 9\); .* pass accept_image_fmap=True"):
         module(torch.randn(2, 12, 9))
-    with pytest.raises(ValueError, match=r"indices of shape \[2, b, ...\], got \(3, 2, 9, 4\)"):
+    with pytest.raises(ValueError, match=r"indices of shape \[2, b, ..., n\], got \(3, 2, 9, 4\)"):
         module.get_output_from_indices(torch.zeros(3, 2, 9, L, dtype=torch.int32))
-    with pytest.raises(ValueError, match="groups to divide dim, got 5 groups of 12 features"):
+    with pytest.raises(ValueError, match="dim to be a multiple of groups=5, got 12"):
         own.GroupedResidualFSQ(dim=12, groups=5, levels=LEVELS, num_quantizers=L)
 
 
