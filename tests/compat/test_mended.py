@@ -180,6 +180,19 @@ def check_losses_of_levels_with_a_mask_are_those_of_valid_vectors(package, name)
     assert_close(*losses)
 
 
+@mend(diversity={"codebook_diversity_loss_weight": 1.0, "codebook_diversity_temperature": 1.0})
+@mend(cosine={"use_cosine_sim": True})
+def check_masked_vectors_of_nan_reach_no_loss_or_gradient(package, **arguments):
+    results = []
+    for value in (0.0, torch.nan):
+        layer, x = vector_quantize(package, **arguments), data(2, 7, 8)
+        x[~MASK] = value
+        loss = layer(x.requires_grad_(), mask=MASK)[2]
+        loss.backward()
+        results.append((loss, x.grad))
+    assert_close(*results)
+
+
 @mend(image={"arguments": IMAGE, "shape": IMAGES}, one_token={"arguments": {}, "shape": (4, 8)})
 def check_mask_of_any_layout_is_taken(package, arguments, shape):
     layer = vector_quantize(package, **arguments).eval()

@@ -242,6 +242,7 @@ class Codebook(Engine):
             self._accumulate(statistics)
             statistics = torch.cat([self.embed_avg.grad, self.cluster_size.grad[..., None]], -1)  # type: ignore[index]
             self.embed_avg.grad = self.cluster_size.grad = None
+        statistics = statistics.to(self.cluster_size.dtype)
         sums, counts = statistics[..., :-1], statistics[..., -1]
         if callable(weight):
             weight = weight(sums, counts)
@@ -291,9 +292,10 @@ def quantize_at(indices: Tensor, vectors: Tensor, codes: Tensor, valid: Tensor |
         indices = torch.where(is_valid, indices, -1)
     quantized = gather_codes(codes, indices)
     x = zeros_where_masked(vectors, is_valid)
-    count = indices.numel() if is_valid is None else is_valid.sum().clamp(min=1)
+    count = max(indices.numel(), 1) if is_valid is None else is_valid.sum().clamp(min=1)
+    dtype = torch.promote_types(x.dtype, torch.float32)
     codebook_loss, commitment_loss = (
-        (a - b).float().square().sum() / (count * x.shape[-1])
+        (a - b).to(dtype).square().sum() / (count * x.shape[-1])
         for a, b in ((x.detach(), quantized), (x, quantized.detach()))
     )
     # The value is the code, and the gradient that of x.

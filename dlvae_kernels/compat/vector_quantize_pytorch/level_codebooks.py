@@ -19,7 +19,7 @@ def stacked(codebooks: Sequence[Tensor], is_changed: bool) -> Tensor:
     Otherwise the buffers become views of one tensor, so that later calls need no copy.
     """
     first = codebooks[0]
-    if is_changed or first.requires_grad or torch.compiler.is_compiling():
+    if is_changed or first.requires_grad or torch.compiler.is_compiling() or first.is_inference():
         return torch.cat(list(codebooks))
     if not _are_consecutive(codebooks):
         with torch.no_grad(), torch.inference_mode(False):

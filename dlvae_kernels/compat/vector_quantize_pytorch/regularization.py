@@ -35,10 +35,20 @@ def orthogonal_loss(codebooks: Tensor, indices: Tensor | None, max_codes: int | 
         count = torch.tensor(float(limit), device=codebooks.device)
     unit = to_unit_length(codebooks)
     squares = (unit.mT @ unit).square().sum()
-    return squares / (len(codebooks) * count.square()) - 1 / count
+    # Without any code it is 0.
+    least = count.clamp(min=1)
+    return squares / (len(codebooks) * least.square()) - count / least.square()
 
 
-def diversity_loss(similarities: Tensor, temperature: float) -> Tensor:
-    """Minus the entropy of the softmax of similarities [b, n, heads, K], averaged over b and heads before the log."""
-    mean = (similarities * temperature).softmax(-1).mean((0, 2))
-    return (mean * mean.clamp(min=1e-5).log()).sum(-1).mean()
+def diversity_loss(similarities: Tensor, is_valid: Tensor, temperature: float) -> Tensor:
+    """Minus the entropy of the mean softmax over b and heads, averaged over the positions n that have valid vectors.
+
+    Args:
+        similarities: [b, n, heads, K].
+        is_valid: [b, n, heads] bool.
+    """
+    is_valid = is_valid[..., None]
+    probabilities = (torch.where(is_valid, similarities, 0) * temperature).softmax(-1)
+    count = is_valid.sum((0, 2))
+    mean = (probabilities * is_valid).sum((0, 2)) / count.clamp(min=1)
+    return (mean * mean.clamp(min=1e-5).log()).sum() / (count > 0).sum().clamp(min=1)

@@ -247,6 +247,7 @@ class ResidualVQ(nn.Module):
         """Quantized vectors, indices and losses of the levels that run, in one operation."""
         first = self._level(0)
         codebooks = self._stacked()
+        codebooks = codebooks if vectors.dtype.itemsize < 4 else codebooks.to(vectors.dtype)
         gradient: ResidualGradient = "rotation_each" if first.rotation_trick else "each"
         out = residual_quantize(vectors, codebooks, levels=levels, mask=valid, gradient=gradient)
         quantized = out.quantized

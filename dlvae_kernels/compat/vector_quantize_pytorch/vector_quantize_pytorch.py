@@ -312,7 +312,7 @@ class VectorQuantize(nn.Module):
 
     def _as_vectors(self, sequence: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """The vectors of the codebooks, [b, n, H, D] or [b, n * heads, 1, D], projected; and their mask."""
-        x = zeros_where_masked(sequence, valid) if self.has_projections else sequence
+        x = zeros_where_masked(sequence, valid)
         if isinstance(self.project_in, nn.Sequential):
             linear, norm = self.project_in
             x = project(linear, x)
@@ -358,7 +358,7 @@ class VectorQuantize(nn.Module):
         if self.training:
             if self.codebook_diversity_loss_weight > 0:
                 assert similarities is not None
-                diversity = diversity_loss(similarities, self.codebook_diversity_temperature)
+                diversity = diversity_loss(similarities, indices >= 0, self.codebook_diversity_temperature)
                 loss = loss + diversity * self.codebook_diversity_loss_weight
             if self.commitment_weight > 0:
                 commitment = out.commitment_loss
