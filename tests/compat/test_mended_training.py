@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from dlvae_kernels.compat import vector_quantize_pytorch as own
 
+from ..allocations import Allocations
 from ..layers.test_host_reads import HostReads
 from .mends import Mends
 
@@ -157,6 +158,15 @@ def check_training_step_reads_nothing_on_the_host(package, **arguments):
         quantized, _, loss = layer(x)
         (quantized.sum() + loss.sum()).backward()
     assert reads.found == []
+
+
+@mend(**KINDS, revival={**KINDS["residual"], **REVIVAL})
+def check_training_step_makes_no_matrix_of_vectors_by_codes(package, **arguments):
+    layer, x = make(package, **{**arguments, "codebook_size": 400}), data(1, 1000, 8).requires_grad_()
+    with Allocations() as allocations:
+        quantized, _, loss = layer(x)
+        (quantized.sum() + loss.sum()).backward()
+    assert allocations.elements < 1000 * 400 / 2, allocations.operation
 
 
 @mend(one=VECTOR, separate=KINDS["separate"])
