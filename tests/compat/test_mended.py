@@ -18,6 +18,7 @@ SHARED = {"heads": 2}
 SEPARATE = {"heads": 2, "separate_codebook_per_head": True}
 IMAGE, IMAGES = {"accept_image_fmap": True}, (2, 8, 5, 3)
 CHANNEL_FIRST = {"channel_last": False}
+DIVERSITY = {"codebook_diversity_loss_weight": 1.0, "codebook_diversity_temperature": 1.0}
 MASK = torch.tensor([[True] * 4 + [False] * 3, [False, True] * 3 + [False]])
 
 
@@ -180,7 +181,17 @@ def check_losses_of_levels_with_a_mask_are_those_of_valid_vectors(package, name)
     assert_close(*losses)
 
 
-@mend(diversity={"codebook_diversity_loss_weight": 1.0, "codebook_diversity_temperature": 1.0})
+@mend(diversity=DIVERSITY)
+def check_loss_of_a_masked_sequence_is_that_of_its_valid_part(package, **arguments):
+    x = data(1, 7, 8)
+    losses = [
+        vector_quantize(package, **arguments)(x, mask=MASK[:1])[2],
+        vector_quantize(package, **arguments)(x[:, :4])[2],
+    ]
+    assert_close(*losses)
+
+
+@mend(diversity=DIVERSITY)
 @mend(cosine={"use_cosine_sim": True})
 def check_masked_vectors_of_nan_reach_no_loss_or_gradient(package, **arguments):
     results = []

@@ -48,7 +48,7 @@ def diversity_loss(similarities: Tensor, is_valid: Tensor, temperature: float) -
         is_valid: [b, n, heads] bool.
     """
     is_valid = is_valid[..., None]
-    probabilities = (torch.where(is_valid, similarities, 0) * temperature).softmax(-1)
+    probabilities = (similarities * temperature).softmax(-1)
     count = is_valid.sum((0, 2))
     mean = (probabilities * is_valid).sum((0, 2)) / count.clamp(min=1)
     return (mean * mean.clamp(min=1e-5).log()).sum() / (count > 0).sum().clamp(min=1)
