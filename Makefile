@@ -33,9 +33,9 @@ train: setup
 smoke: setup
 	$(PYTHON) -m pytest -m small $(ARGS)
 
-# Threads that wait let the other processes run.
+# Threads that wait let the other processes run. A process that has run out of tests takes some from the other.
 test: setup
-	OMP_WAIT_POLICY=passive $(PYTHON) -m pytest -n $(TEST_PROCESSES) $(ARGS)
+	OMP_WAIT_POLICY=passive $(PYTHON) -m pytest -n $(TEST_PROCESSES) --dist worksteal $(ARGS)
 
 # Tests of the C++ kernels without torch, on every instruction set that this processor supports.
 test-asan: build/asan/tests
