@@ -63,19 +63,22 @@ def _distinct(arch: int) -> list[str]:
 
 
 def cases() -> dict[str, Callable[[], Any]]:
-    """Calls that together launch every kernel in every configuration, by name."""
+    """Calls that together launch every kernel in every configuration, by name.
+
+    No kernel runs, so that large inputs are left uninitialised: zeros would take a second for each case.
+    """
     found: dict[str, Callable[[], Any]] = {}
     for d, dtype, precision, num_codes in _searches():
-        x, codebook = torch.zeros(65_536, d, dtype=dtype), torch.zeros(num_codes, d, dtype=dtype)
+        x, codebook = torch.empty(65_536, d, dtype=dtype), torch.empty(num_codes, d, dtype=dtype)
         found[_name(d, dtype, precision, num_codes)] = partial(_search, x, codebook, precision)
-    x, codebook = torch.zeros(65_536, 64, dtype=torch.bfloat16), torch.zeros(16_384, 64, dtype=torch.bfloat16)
+    x, codebook = torch.empty(65_536, 64, dtype=torch.bfloat16), torch.empty(16_384, 64, dtype=torch.bfloat16)
     found["D=64 K=16384 bfloat16 float32"] = partial(_search, x, codebook, "float32")
-    x, codebook = torch.zeros(1_024, 64), torch.zeros(16_384, 64)
+    x, codebook = torch.empty(1_024, 64), torch.empty(16_384, 64)
     found["few rows"] = lambda: kernels.nearest_code(x, codebook, False, "float32")
-    map = torch.zeros(64, 64, 256).transpose(1, 2)
+    map = torch.empty(64, 64, 256).transpose(1, 2)
     found["map"] = lambda: kernels.nearest_code(map, codebook[:512], False, "float32")
     indices, one = torch.zeros(1_024, dtype=torch.int64), torch.ones(())
-    many, few = torch.zeros(65_536, 64), codebook[:512]
+    many, few = torch.empty(65_536, 64), codebook[:512]
     found["quantize, fused"] = lambda: kernels.vector_quantize_fwd(many, few, True, "float32", None)
     found["quantize, fused, bfloat16"] = lambda: kernels.vector_quantize_fwd(
         many.bfloat16(), few.bfloat16(), True, "float32", None
@@ -98,9 +101,9 @@ def cases() -> dict[str, Callable[[], Any]]:
     found["ema, few codes, many vectors"] = lambda: kernels.ema_statistics(many, torch.zeros(65_536).long(), 512, 1)
     found["ema, few codes, bfloat16"] = lambda: kernels.ema_statistics(x.bfloat16(), indices, 512, 1)
     # Four heads, and a mask.
-    of_heads, codebooks = torch.zeros(16_384, 4, 64), torch.zeros(4, 512, 64)
+    of_heads, codebooks = torch.empty(16_384, 4, 64), torch.empty(4, 512, 64)
     codes_of_heads, mask = torch.zeros(16_384, 4, dtype=torch.int64), torch.ones(16_384, 4, dtype=torch.bool)
-    map_of_heads = torch.zeros(64, 4, 64, 256).permute(0, 3, 1, 2)
+    map_of_heads = torch.empty(64, 4, 64, 256).permute(0, 3, 1, 2)
     for d, dtype, precision in (
         (8, torch.float32, "exact"),
         (64, torch.float16, "float32"),
@@ -108,7 +111,7 @@ def cases() -> dict[str, Callable[[], Any]]:
     ):
         name = f"heads D={d} {str(dtype)[6:]} {precision}"
         found[name] = partial(_search, of_heads[..., :d].to(dtype), codebooks[..., :d].to(dtype), precision)
-    wide = torch.zeros(16_384, 4, 256), torch.zeros(4, 512, 256)
+    wide = torch.empty(16_384, 4, 256), torch.empty(4, 512, 256)
     found["heads D=256 float32 exact"] = lambda: _search(*wide, "exact")
     found["heads, map"] = lambda: kernels.vector_quantize_fwd(map_of_heads, codebooks, True, "float32", None)
     found["heads, mask"] = lambda: kernels.vector_quantize_fwd(of_heads, codebooks, True, "float32", mask)
@@ -140,20 +143,20 @@ def cases() -> dict[str, Callable[[], Any]]:
         ("few atoms, float16", 16_384, 256, 256, 100, torch.float16),
     ):
         values, atoms = torch.ones(n, k, dtype=dtype), torch.zeros(n, k, dtype=torch.int64)
-        inputs = values, atoms, torch.zeros(num_atoms, d, dtype=dtype)
+        inputs = values, atoms, torch.empty(num_atoms, d, dtype=dtype)
         found[f"sparse decode, {name}"] = partial(kernels.sparse_decode_fwd, *inputs)
         found[f"sparse decode, {name}, backward"] = partial(
-            kernels.sparse_decode_bwd, torch.zeros(n, d, dtype=dtype), *inputs, True, True
+            kernels.sparse_decode_bwd, torch.empty(n, d, dtype=dtype), *inputs, True, True
         )
     for d, num_codes, dtype in ((256, 512, torch.float32), (256, 512, torch.bfloat16), (64, 8_192, torch.float32)):
         name = f"kept softmax D={d} K={num_codes} {str(dtype)[6:]}"
-        found[name] = partial(_softmax, torch.zeros(16_384, d, dtype=dtype), torch.zeros(num_codes, d, dtype=dtype))
+        found[name] = partial(_softmax, torch.empty(16_384, d, dtype=dtype), torch.empty(num_codes, d, dtype=dtype))
     # The features of a vector of a channel-first map are not contiguous.
-    found["kept softmax, map"] = lambda: _softmax(torch.zeros(64, 256, 256).transpose(1, 2), torch.zeros(512, 256))
+    found["kept softmax, map"] = lambda: _softmax(torch.empty(64, 256, 256).transpose(1, 2), torch.empty(512, 256))
     for d, num_codes, dtype in ((32, 4_096, torch.float32), (256, 16_384, torch.float32), (64, 4_096, torch.bfloat16)):
         name = f"code entropy D={d} K={num_codes} {str(dtype)[6:]}"
-        found[name] = partial(_entropy, torch.zeros(16_384, d, dtype=dtype), torch.zeros(num_codes, d, dtype=dtype))
-    found["code entropy, map"] = lambda: _entropy(torch.zeros(64, 256, 256).transpose(1, 2), torch.zeros(512, 256))
+        found[name] = partial(_entropy, torch.empty(16_384, d, dtype=dtype), torch.empty(num_codes, d, dtype=dtype))
+    found["code entropy, map"] = lambda: _entropy(torch.empty(64, 256, 256).transpose(1, 2), torch.empty(512, 256))
     # Small codebooks keep all scores on the chip; large codebooks stream tiles of scores.
     for n, num_codes, d, k, metric, dtype in (
         (16_384, 512, 256, 100, "l2", torch.float32),
@@ -164,9 +167,9 @@ def cases() -> dict[str, Callable[[], Any]]:
         (2_048, 2_048, 64, 2, "l2", torch.float32),
         (2_048, 4_096, 64, 256, "l2", torch.float32),
     ):
-        bias = torch.zeros(num_codes, dtype=dtype) if metric == "dot" else None
+        bias = torch.empty(num_codes, dtype=dtype) if metric == "dot" else None
         found[f"topk K={num_codes} D={d} k={k} {metric} {str(dtype)[6:]}"] = partial(
-            kernels.topk_codes, torch.zeros(n, d, dtype=dtype), torch.zeros(num_codes, d, dtype=dtype), k, metric, bias
+            kernels.topk_codes, torch.empty(n, d, dtype=dtype), torch.empty(num_codes, d, dtype=dtype), k, metric, bias
         )
     return found
 
@@ -186,20 +189,20 @@ def _residual_cases() -> dict[str, Callable[[], Any]]:
         (65_536, 128, torch.float16, "float32"),
         (65_536, 8, torch.float32, "exact"),
     ):
-        x, codebooks = torch.zeros(n, d, dtype=dtype), torch.zeros(8, 1_024, d, dtype=dtype)
+        x, codebooks = torch.empty(n, d, dtype=dtype), torch.empty(8, 1_024, d, dtype=dtype)
         flags = (torch.ones(8, dtype=torch.bool), torch.ones(n, dtype=torch.bool)) if n > 4_800 else (None, None)
         found[f"residual N={n} D={d} {str(dtype)[6:]} {precision}"] = partial(
             kernels.residual_quantize_fwd, x, codebooks, *flags, precision, "once"
         )
     indices, losses = torch.zeros(4_800, 8, dtype=torch.int64), torch.ones(8)
     for d, gradient in ((128, "once"), (128, "each"), (128, "rotation"), (128, "rotation_each"), (1_000, "rotation")):
-        x, codebooks = torch.zeros(4_800, d), torch.zeros(8, 1_024, d)
+        x, codebooks = torch.empty(4_800, d), torch.empty(8, 1_024, d)
         found[f"residual D={d} {gradient}, backward"] = partial(
             kernels.residual_quantize_bwd, x, losses, losses, x, indices, codebooks, gradient, True, True
         )
-    x = torch.zeros(4_800, 128)
+    x = torch.empty(4_800, 128)
     for num_codes in (1_024, 2_048):
-        codebooks = torch.zeros(8, num_codes, 128)
+        codebooks = torch.empty(8, num_codes, 128)
         found[f"residual statistics K={num_codes}"] = partial(kernels.residual_statistics, x, indices, codebooks)
     return found
 
