@@ -34,6 +34,11 @@ _OBSERVED = 0.15
 _REVIVED_USE = 0.3
 
 
+def is_recomputed() -> bool:
+    """Whether activation checkpointing repeats this forward inside a backward; compiled code cannot tell."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
 class Codebook(CodebookState):
     """A codebook [K, D], or several [H, K, D], with the statistics of its codes.
 
@@ -153,7 +158,9 @@ class Codebook(CodebookState):
             self._use.zero_()
             self._observed.zero_()
 
-    def begin(self, num_vectors: int, initial_codes: Callable[[], tuple[Tensor, Tensor]]) -> bool:
+    def begin(
+        self, num_vectors: int, initial_codes: Callable[[], tuple[Tensor, Tensor]], is_frozen: bool = False
+    ) -> bool:
         """Begin a forward; initialise an uninitialised codebook. Returns whether this forward updates the state.
 
         Only a forward in training mode does, and not its recomputation under activation checkpointing, which repeats
@@ -162,6 +169,7 @@ class Codebook(CodebookState):
         Args:
             num_vectors: the number of vectors of the batch.
             initial_codes: returns the initial codes and counts; see `initial_codes` below.
+            is_frozen: the forward will not call `update`.
         Raises:
             ValueError: the layer is exported in train mode while its codebook is uninitialised or ranks all-reduce.
         """
@@ -174,14 +182,14 @@ class Codebook(CodebookState):
                 f" codebook (init={self._init!r}): run one training step first, or call .eval()"
             )
         self._read_initialised()
-        if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
+        if is_recomputed():
             if self._initialised_in_last_step:
                 self._jitter(self._num_codes)
-            if self._dead_code_threshold != 0:
+            if self._dead_code_threshold != 0 and not is_frozen:
                 self._jitter(self._num_revivable)
             return False
         self._initialise(num_vectors, initial_codes)
-        return True
+        return not is_frozen
 
     def _read_initialised(self) -> None:
         """Look at the buffer that tells whether the codebook is initialised, where no device has to be waited for."""

@@ -14,6 +14,7 @@ from ...functional.ema_update import ema_statistics
 from ...functional.gather_codes import gather_codes
 from ...functional.vector_quantize import VectorQuantizeOutput
 from ...layers.codebook import Codebook as Engine
+from ...layers.codebook import is_recomputed
 from ...layers.distributed import all_reduce_sum, sample_vectors
 from ...layers.initialisation import codes_from
 from ...layers.projection import to_unit_length, zeros_where_masked
@@ -226,9 +227,9 @@ class Codebook(Engine):
         self.update(statistics, candidates, ran, average)
 
     def _accumulate(self, statistics: Tensor) -> None:
-        sums, counts = statistics[..., :-1], statistics[..., -1]
-        for state, new in ((self.embed_avg, sums), (self.cluster_size, counts)):
-            state.grad = new.to(state.dtype, copy=True) if state.grad is None else state.grad + new
+        statistics = statistics.to(self.embed_avg.dtype)
+        for state, new in ((self.embed_avg, statistics[..., :-1]), (self.cluster_size, statistics[..., -1])):
+            state.grad = new.clone() if state.grad is None else state.grad + new
 
     @torch.no_grad()
     def add_to_averages(self, statistics: Tensor, weight: EmaWeight = None, is_applied: bool = False) -> None:
@@ -275,14 +276,21 @@ class Codebook(Engine):
             seq_mask: [...] bool: True for the vectors to draw from.
         """
         if self.training and self.revives:
-            sampled = sample_vectors(batch_samples, self._jitter(self._num_codes), self._sync, seq_mask)
-            self.replace_dead(all_reduce_sum(sampled, self._sync))
+            jitter = self._jitter(self._num_codes)
+            if not is_recomputed():
+                sampled = sample_vectors(batch_samples, jitter, self._sync, seq_mask)
+                self.replace_dead(all_reduce_sum(sampled, self._sync))
 
     @torch.no_grad()
     def replace_dead(self, sampled: Tensor) -> None:
         """Replace dead codes by vectors in the form of `sample_vectors`, summed over the ranks: [H, M, D + 1]."""
         found, is_valid = sampled.split([self._num_features, 1], dim=-1)
         self._revive(found, is_valid, None)
+
+
+def codes_like(codes: Tensor, vectors: Tensor) -> Tensor:
+    """Codes in the dtype of vectors, or as they are for vectors in half precision."""
+    return codes if vectors.dtype.itemsize < 4 else codes.to(vectors.dtype)
 
 
 def quantize_at(indices: Tensor, vectors: Tensor, codes: Tensor, valid: Tensor | None) -> VectorQuantizeOutput:

@@ -11,12 +11,14 @@ from torch import Tensor, nn
 from ...functional.checks import check_floating, check_size
 from ...functional.gather_codes import gather_codes
 from ...functional.residual_quantize import ResidualGradient, residual_decode, residual_quantize
+from ...layers.codebook import is_recomputed
 from ...layers.projection import project, zeros_where_masked
 from ...layers.usage import CodebookUsage
 from .arguments import REFUSED, check_arguments
+from .codebook import codes_like
 from .grouped import GroupedResidual
 from .layout import check_features, indices_to_map, to_map, to_sequence
-from .level_codebooks import learn_levels, stacked
+from .level_codebooks import learn_levels, own_storage, stacked
 from .levels import LevelDropout, draw_seed
 from .vector_quantize_pytorch import VectorQuantize
 
@@ -103,9 +105,13 @@ class ResidualVQ(nn.Module):
         self.layers = nn.ModuleList(VectorQuantize(self.codebook_dim, size, **vq_kwargs) for size in sizes)
         if self._level(0).has_projections:
             raise ValueError("expected codebook_dim of the residual quantizer, which projects once for all levels")
-        if shared_codebook:
-            for layer in self._levels():
+        for layer in self._levels():
+            if shared_codebook:
                 layer._codebook = self._level(0)._codebook
+            else:
+                layer._codebook.register_state_dict_pre_hook(own_storage)
+        # Recomputation under activation checkpointing takes the path of the last forward.
+        self._was_fused = False
         self.quantize_dropout = quantize_dropout and self.num_quantizers > 1
         self.quantize_dropout_cutoff_index = quantize_dropout_cutoff_index
         self.quantize_dropout_multiple_of = quantize_dropout_multiple_of
@@ -230,9 +236,11 @@ class ResidualVQ(nn.Module):
 
     def _is_fused(self, temperature: float | None) -> bool:
         """Whether all levels can run in one operation."""
+        if is_recomputed():
+            return self._was_fused
         layer = self._level(0)
         temperature = layer.sample_codebook_temp if temperature is None else temperature
-        return (
+        is_fused = (
             self.uniform_codebook_size
             and self.quant_grad_frac == 0
             and not layer.use_cosine_sim
@@ -240,14 +248,16 @@ class ResidualVQ(nn.Module):
             and layer.orthogonal_reg_weight == layer.codebook_diversity_loss_weight == 0
             and not (self.training and any(level._codebook.is_uninitialised for level in self._levels()))
         )
+        if not torch.compiler.is_compiling():
+            self._was_fused = is_fused
+        return is_fused
 
     def _quantize(
         self, vectors: Tensor, valid: Tensor | None, levels: int | Tensor, is_frozen: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Quantized vectors, indices and losses of the levels that run, in one operation."""
         first = self._level(0)
-        codebooks = self._stacked()
-        codebooks = codebooks if vectors.dtype.itemsize < 4 else codebooks.to(vectors.dtype)
+        codebooks = codes_like(self._stacked(), vectors)
         gradient: ResidualGradient = "rotation_each" if first.rotation_trick else "each"
         out = residual_quantize(vectors, codebooks, levels=levels, mask=valid, gradient=gradient)
         quantized = out.quantized
@@ -256,8 +266,9 @@ class ResidualVQ(nn.Module):
             quantized = residual_decode(codebooks, out.indices) if has_gradient else quantized.detach()
         count = 1 if self.shared_codebook else levels if isinstance(levels, int) else self.num_quantizers
         used = [layer._codebook for layer in self._levels()][:count]
-        updates = [codebook.begin(vectors.numel(), _no_codes) for codebook in used]
-        if updates[0] and not (is_frozen or first.freeze_codebook) and used[0].is_tracked:
+        is_frozen = is_frozen or first.freeze_codebook
+        updates = [codebook.begin(vectors.numel(), _no_codes, is_frozen) for codebook in used]
+        if updates[0] and used[0].is_tracked:
             learn_levels(used, vectors.detach(), out.indices, codebooks.detach(), levels, valid, self.shared_codebook)
         losses = torch.zeros_like(out.commitment_loss)
         if self.training and first.commitment_weight > 0:

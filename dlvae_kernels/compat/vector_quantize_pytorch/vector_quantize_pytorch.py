@@ -16,7 +16,7 @@ from ...functional.vector_quantize import VectorQuantizeOutput, vector_quantize
 from ...layers.projection import project, to_unit_length, zeros_where_masked
 from ...layers.usage import CodebookUsage
 from .arguments import check_arguments
-from .codebook import Codebook, EmaWeight, quantize_at
+from .codebook import Codebook, EmaWeight, codes_like, quantize_at
 from .layout import check_features, indices_to_map, to_map, to_sequence
 from .regularization import diversity_loss, orthogonal_loss
 
@@ -235,7 +235,7 @@ class VectorQuantize(nn.Module):
         vectors, positions = self._as_vectors(sequence, valid)
         codebook = self._codebook
         is_frozen = self.freeze_codebook if freeze_codebook is None else freeze_codebook
-        updates = codebook.begin(vectors.numel(), lambda: codebook.initial_codes(vectors, positions))
+        updates = codebook.begin(vectors.numel(), lambda: codebook.initial_codes(vectors, positions), is_frozen)
         temperature = self.sample_codebook_temp if sample_codebook_temp is None else sample_codebook_temp
         # The losses below need the codes as they were.
         codes = codebook.embed
@@ -246,7 +246,7 @@ class VectorQuantize(nn.Module):
             similarities = similarities.view(*sequence.shape[:2], self.heads, self.codebook_size)
         is_routed = self.training and x.requires_grad and self.route_gradients_to_input
         out = self._quantize(vectors, codes, positions, temperature, is_routed)
-        if updates and not is_frozen:
+        if updates:
             codebook.learn(
                 vectors,
                 out.indices,
@@ -334,7 +334,7 @@ class VectorQuantize(nn.Module):
         self, vectors: Tensor, codes: Tensor, valid: Tensor | None, temperature: float, is_routed: bool
     ) -> VectorQuantizeOutput:
         """The nearest or sampled codes, with a gradient to the vectors if it `is_routed`, otherwise to the codes."""
-        codes = codes if codes.dtype == vectors.dtype or vectors.dtype.itemsize < 4 else codes.to(vectors.dtype)
+        codes = codes_like(codes, vectors)
         gradient = "rotation" if self.rotation_trick else "straight_through"
         if self.training and self.stochastic_sample_codes and temperature > 0:
             out = quantize_at(self._codebook.sample(vectors, temperature), vectors, codes, valid)
@@ -368,7 +368,8 @@ class VectorQuantize(nn.Module):
                 loss = loss + commitment * self.commitment_weight
             if self.orthogonal_reg_weight > 0:
                 used = indices if self.orthogonal_reg_active_codes_only else None
-                orthogonal = orthogonal_loss(self._codebook.embed, used, self.orthogonal_reg_max_codes)
+                # The next forward changes the codes in place, perhaps before the backward of this one.
+                orthogonal = orthogonal_loss(self._codebook.embed.clone(), used, self.orthogonal_reg_max_codes)
                 loss = loss + orthogonal * self.orthogonal_reg_weight
             if torch.is_grad_enabled() and not loss.requires_grad and not torch.compiler.is_compiling():
                 loss = loss.clone().requires_grad_()
