@@ -41,6 +41,7 @@ from .layers import (
     VectorQuantizerOutput,
     kmeans,
 )
+from .patching import Patched, patch
 
 __version__ = "0.1.0"
 
@@ -55,6 +56,7 @@ __all__ = [
     "KMeansOutput",
     "LookupFreeQuantizer",
     "LookupFreeQuantizerOutput",
+    "Patched",
     "ResidualQuantizeOutput",
     "ResidualVectorQuantizer",
     "ResidualVectorQuantizerOutput",
@@ -77,6 +79,7 @@ __all__ = [
     "kmeans",
     "nearest_code",
     "one_hot",
+    "patch",
     "residual_decode",
     "residual_quantize",
     "rotation_trick",

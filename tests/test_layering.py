@@ -17,6 +17,7 @@ LEVELS = {
     "dlvae_kernels.functional": 2,
     "dlvae_kernels.layers": 3,
     "dlvae_kernels.compat": 4,
+    "dlvae_kernels.patching": 4,
     "dlvae_kernels.testing": 4,
     "dlvae_kernels": 4,
     "tools": 4,
