@@ -49,14 +49,16 @@ def recognise(module: Any) -> Method | str | None:
     state = {**module._buffers, **module._parameters}
     if any(value is not None and value.is_meta for value in state.values()):
         return "its codebook is on the meta device; load the weights first"
-    codebook = codebook_of(module)
-    # A model may be patched before its weights are loaded.
-    drop_cache(module)
-    if (reason := unusable(codebook)) is not None:
-        return reason
-    x = sample(codebook)
-    if not is_nearest(x, codebook, stock(module, "quantize")(x)):
-        return "its quantize does not give the nearest codes by Euclidean distance"
+    try:
+        codebook = codebook_of(module)
+        if (reason := unusable(codebook)) is not None:
+            return reason
+        x = sample(codebook)
+        if not is_nearest(x, codebook, stock(module, "quantize")(x)):
+            return "its quantize does not give the nearest codes by Euclidean distance"
+    finally:
+        # Weights may be loaded, or change, after the model is patched.
+        drop_cache(module)
     return Method(quantize, module)
 
 

@@ -75,8 +75,14 @@ def patch(model: nn.Module, *, fused: bool = True, verify: Any = None) -> Patche
     for name, module in reversed(list(model.named_modules())):
         if _LOOKS_LIKE_A_QUANTIZER.search(type(module).__name__) and is_unknown(module, changes, left_alone, model):
             left_alone[name] = "no handler knows its methods and state"
-    comparisons = () if verify is None else compare(model, [each[1:4] for each in changes], verify)
-    return Patched(changes, left_alone, comparisons)
+    patched = Patched(changes, left_alone)
+    if verify is not None:
+        try:
+            patched.comparisons += compare(model, [each[1:4] for each in changes], verify)
+        except BaseException:
+            patched.undo()
+            raise
+    return patched
 
 
 def recognise(module: nn.Module, handler: Handler, compiled: bool) -> Method | str | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -36,10 +35,10 @@ class Patched:
     >>> patched.undo()
     """
 
-    def __init__(self, changes: list[Change], left_alone: dict[str, str], comparisons: Sequence[Comparison] = ()):
+    def __init__(self, changes: list[Change], left_alone: dict[str, str]) -> None:
         self.changes = changes
         self.left_alone = left_alone
-        self.comparisons = list(comparisons)
+        self.comparisons: list[Comparison] = []
 
     def undo(self) -> None:
         """Give the modules their own methods back; a method that was replaced again meanwhile stays."""
