@@ -16,9 +16,9 @@ def codebook_of(module: Any) -> Tensor:
     """The codebook [K, D] of a module. Mimi's is a quotient that its class caches, here for one dtype and device."""
     if "embed_sum" not in module._buffers:
         return module.embed if isinstance(getattr(module, "embed", None), Tensor) else module.codebook
-    cached, total = module.__dict__.get(_CACHE), module.embed_sum
+    cached, total = getattr(module, _CACHE, None), module.embed_sum
     if cached is not None and (cached.device, cached.dtype) != (total.device, total.dtype):
-        module.__dict__[_CACHE] = None
+        setattr(module, _CACHE, None)
     return module.embed
 
 

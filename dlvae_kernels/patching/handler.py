@@ -51,6 +51,11 @@ def stock(module: nn.Module, method: str) -> Callable[..., Any]:
     return getattr(type(module), method).__get__(module, type(module))
 
 
+def is_own(method: Any) -> bool:
+    """Whether this package bound a method that stands on an instance."""
+    return isinstance(method, Method) and getattr(method.func, "__module__", "").startswith(__package__)
+
+
 def is_used(values: Sequence[Any]) -> bool:
     """Whether an optional argument has another value than None, False or zero."""
     return any(value is not None and value is not False and value != 0 for value in values)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import re
-from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
 from . import dot_product, euclidean, factorized, gumbel, image, residual_stack, vector_quantize_pytorch
-from .handler import Handler, Method
+from .handler import Handler, Method, is_own
 from .patched import Change, Patched
 from .verify import compare
 
@@ -89,8 +88,7 @@ def recognise(module: nn.Module, handler: Handler, compiled: bool) -> Method | s
     """The method to bind, or why the module is left alone, or None if the handler does not know it."""
     own = module.__dict__.get(handler.method)
     if own is not None:
-        ours = isinstance(own, partial) and own.func.__module__.startswith(__package__)
-        if ours:
+        if is_own(own):
             return _ALREADY
         return None if handler.recognise(module) is None else f"its {handler.method} was replaced on the instance"
     method = handler.recognise(module)

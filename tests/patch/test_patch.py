@@ -153,6 +153,14 @@ def test_method_that_was_replaced_on_the_instance_is_left_alone():
     assert patch(module).left_alone == {"": "its forward was replaced on the instance"}
 
 
+def test_stack_with_a_level_that_was_replaced_is_left_alone():
+    stack = models.ResidualStack()
+    stack.layers[1].codebook.quantize = lambda x: x
+    patched = patch(stack)
+    assert patched.left_alone[""] == "the quantize of a level was replaced on the instance"
+    assert [each.handler.method for each in patched.changes] == ["quantize"] * 3
+
+
 def test_undo_keeps_a_method_that_was_replaced_meanwhile():
     module = models.ImageQuantizer("indices")
     patched = patch(module)
@@ -161,13 +169,22 @@ def test_undo_keeps_a_method_that_was_replaced_meanwhile():
     assert module.forward is hooked
 
 
-def test_model_compiled_after_the_patch_runs_in_one_graph():
-    model = models.ImageQuantizer("indices")
-    z = torch.randn(1, 8, 4, 4)
-    expected = model(z)
-    patch(model)
-    compiled = torch.compile(model, fullgraph=True, backend="eager")
-    torch.testing.assert_close(compiled(z), expected)
+@pytest.mark.parametrize(
+    ("model", "shape"),
+    [
+        (models.ResidualStack, (1, 8, 10)),
+        (lambda: models.ResidualStack(kind=models.CachedCodebook), (1, 8, 10)),
+        (models.FactorizedQuantizer, (1, 16, 10)),
+        (lambda: models.ImageQuantizer("indices"), (1, 8, 4, 4)),
+        (lambda: models.GumbelQuantizer().eval(), (1, 10, 8)),
+    ],
+)
+def test_model_compiled_after_the_patch_runs_in_one_graph(model, shape):
+    module, x = model(), torch.randn(shape)
+    expected = module(x)
+    patch(module)
+    compiled = torch.compile(module, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(x), expected)
 
 
 def test_compiled_model_is_left_alone():

@@ -43,7 +43,7 @@ CASES = {
         lambda: transformers.EncodecConfig(codebook_size=128, codebook_dim=16, hidden_size=16),
         (2, 16, 100),
         "encode",
-        {"encode": 1, "quantize": 32},
+        {"encode": 1, "quantize": 45},
     ),
     ("xcodec", "XcodecResidualVectorQuantization"): (
         lambda: CODES,
@@ -84,7 +84,9 @@ CASES = {
     },
     **{
         (model, f"{name}GumbelVectorQuantizer"): (
-            lambda name=name: getattr(transformers, f"{name}Config")(num_codevectors_per_group=32),
+            lambda name=name: getattr(transformers, f"{name}Config")(
+                num_codevectors_per_group=32, hidden_size=512, num_attention_heads=8
+            ),
             (2, 40, 512),
             "forward",
             {"forward": 1},
