@@ -1,4 +1,4 @@
-"""What each handler gives: how to recognise a module, the method to bind, and what that method searches."""
+"""The interface of a handler, and the searches and checks that the handlers share."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def sample(codebook: Tensor, num_vectors: int = 64, seed: int = 0) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     codes = torch.randint(len(codebook), (num_vectors,), generator=generator).to(codebook.device)
     noise = torch.randn(num_vectors, codebook.shape[1], generator=generator).to(codebook)
-    return codebook[codes].detach() + noise * codebook.detach().float().std().to(codebook.dtype)
+    return codebook[codes].detach() + noise * codebook.detach().float().std(correction=0).to(codebook.dtype)
 
 
 def squared_distance(x: Tensor, codes: Tensor) -> Tensor:

@@ -78,7 +78,7 @@ def recognise(module: Any) -> Method | str | None:
         return "its levels have projections; their searches are patched one by one"
     codebooks = [getattr(level, names[1]) for level in levels]
     for codebook in codebooks:
-        if not is_own(vars(codebook).get("quantize", Method(encode))):
+        if "quantize" in vars(codebook) and not is_own(codebook.quantize):
             return "the quantize of a level was replaced on the instance"
         bound = recognise_level(codebook)
         if not isinstance(bound, Method):
