@@ -12,6 +12,8 @@ from .state import StateNames, WideState, lookup, register
 Init = Literal["uniform", "normal", "data", "kmeans"]
 INITS = ("uniform", "normal", "data", "kmeans")
 Threshold = float | Literal["auto"]
+# The buffers that no checkpoint holds; some codebooks lack some.
+_UNSAVED = ("_num_revived", "_use", "_observed", "_used")
 
 
 class CodebookState(WideState):
@@ -110,6 +112,10 @@ class CodebookState(WideState):
             # Older releases of some sources save one number.
             state_dict[f"{prefix}{names.initialised}"] = flag.reshape(()).bool()
         super()._load_from_state_dict(state_dict, prefix, *args)
+        if prefix + names.codes in state_dict:
+            # `to_empty` leaves any values in the buffers that no checkpoint holds.
+            for name in filter(self._buffers.__contains__, _UNSAVED):
+                getattr(self, name).zero_()
         if flag is not None:
             self._is_uninitialised = not flag.is_meta and not bool(flag)
             return
@@ -123,8 +129,7 @@ def _leave_meta(module: CodebookState, incompatible_keys: object) -> None:
     """Make anew the buffers that no checkpoint holds, if load_state_dict has assigned tensors to a meta module."""
     if module.codebook.is_meta:
         return
-    zeros = [name for name in ("_num_revived", "_use", "_observed", "_used") if hasattr(module, name)]
-    names = [(module._names.cluster_size, 1), *((name, 0) for name in zeros)]
+    names = [(module._names.cluster_size, 1), *((name, 0) for name in _UNSAVED if hasattr(module, name))]
     for name, value in names:
         owner, _, leaf = name.rpartition(".")
         if (buffer := lookup(module, name)).is_meta:

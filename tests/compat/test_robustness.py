@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_model, save_model
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
-from dlvae_kernels.compat.vector_quantize_pytorch import ResidualVQ, VectorQuantize
+from dlvae_kernels.compat.vector_quantize_pytorch import ResidualLFQ, ResidualVQ, VectorQuantize
 
 LEARNABLE = {"learnable_codebook": True, "ema_update": False}
 
@@ -182,3 +182,34 @@ def test_orthogonal_loss_of_active_codes_is_zero_without_a_vector(is_empty):
     loss.backward()
     assert loss == 0
     assert not layer._codebook.embed.grad.any()
+
+
+def test_codebook_of_to_empty_and_load_state_dict_has_no_arbitrary_values():
+    source = _residual_vq(threshold_ema_dead_code=2)
+    with torch.device("meta"):
+        layer = _residual_vq(threshold_ema_dead_code=2)
+    layer.to_empty(device="cpu")
+    for name, buffer in layer.named_buffers():
+        buffer.fill_(1 if name.endswith("initted") else 7)
+    layer.load_state_dict(source.state_dict())
+    for (name, buffer), expected in zip(layer.named_buffers(), source.buffers(), strict=True):
+        assert torch.equal(buffer, expected), name
+
+
+def test_residual_lfq_with_dropout_compiles_whole():
+    layer = ResidualLFQ(dim=8, num_quantizers=3, codebook_size=16, quantize_dropout=True)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    found = set()
+    for seed in range(8):
+        torch.manual_seed(seed)
+        x = torch.randn(2, 5, 8, requires_grad=True)
+        quantized, indices, losses = compiled(x)
+        runs = (indices >= 0).flatten(0, 1).all(0)
+        num_levels = int(runs.sum())
+        found.add(num_levels)
+        assert runs.tolist() == [True] * num_levels + [False] * (3 - num_levels)
+        assert not losses[num_levels:].any()
+        assert torch.allclose(quantized, layer.get_output_from_indices(indices), atol=1e-6)
+        quantized.sum().backward()
+        assert x.grad.isfinite().all()
+    assert found == {1, 2, 3}
