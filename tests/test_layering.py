@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -42,6 +43,7 @@ def modules() -> dict[str, Path]:
     return {".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): file for file in files}
 
 
+@cache
 def imported(name: str, file: Path) -> set[str]:
     """Absolute names of all modules that a file imports, at its top or within a function."""
     package = name.split(".") if file.name == "__init__.py" else name.split(".")[:-1]

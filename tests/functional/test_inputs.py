@@ -115,8 +115,8 @@ def test_sizes_numpy_integers_are_accepted():
 
 
 @pytest.mark.every_isa
-# More dimensions than kernels may join into one or two.
-@pytest.mark.parametrize("dimensions", [13, 14])
+# More dimensions than kernels may join into one or two. Triton's kernels copy an input of more than two, of any number.
+@pytest.mark.parametrize("dimensions", [6, *(pytest.param(number, marks=pytest.mark.large) for number in (13, 14))])
 def test_input_many_dimensions_of_any_strides_equals_its_vectors(device, dimensions):
     x = torch.randn([2] * dimensions, device=device).permute(*range(dimensions)[::-1])
     codebook = torch.randn(5, 2, device=device)

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import sys
+
 import pytest
 
 from .runs import SMALL, write_images
@@ -20,7 +22,10 @@ def _hidden_umap(tmp_path_factory):
     return folder
 
 
-@pytest.fixture
-def without_umap(_hidden_umap, monkeypatch):
-    """Hide UMAP from subprocesses, because it compiles for half a minute in each of them."""
-    monkeypatch.setenv("PYTHONPATH", str(_hidden_umap))
+@pytest.fixture(scope="module")
+def without_umap(_hidden_umap):
+    """Hide UMAP from this process and subprocesses, because it compiles for half a minute in each of them."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setitem(sys.modules, "umap", None)
+        monkeypatch.setenv("PYTHONPATH", str(_hidden_umap))
+        yield

@@ -14,6 +14,7 @@ import torch
 import torch.multiprocessing as mp
 from PIL import Image
 
+from models.train import main as train_main
 from models.training.ranks import end_process, join, leave
 
 ROOT = Path(__file__).parents[2]
@@ -35,6 +36,18 @@ def command(*flags, ranks=1):
 
 def train(*flags, ranks=1):
     return subprocess.run(command(*flags, ranks=ranks), cwd=ROOT, capture_output=True, text=True)
+
+
+def refused(capsys, *words, main=train_main):
+    """The error of a command in this process, which has to be one line."""
+    try:
+        status = main([str(word) for word in words])
+    except SystemExit as stop:
+        status = stop.code
+    (line,) = capsys.readouterr().err.splitlines()
+    assert status in (1, 2)
+    assert line.startswith("error: ")
+    return line
 
 
 def free_port():

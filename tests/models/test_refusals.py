@@ -18,21 +18,9 @@ from models.training import memory
 from models.training.config import Config, parse
 from models.training.run import Run
 
-from .runs import ROOT
+from .runs import ROOT, refused
 
 INSTALL = r"install them with: pip install 'dlvae-kernels\[viz\]'"
-
-
-def refused(capsys, *words, main=train.main):
-    """The error, which has to be one line."""
-    try:
-        status = main([str(word) for word in words])
-    except SystemExit as stop:
-        status = stop.code
-    (line,) = capsys.readouterr().err.splitlines()
-    assert status in (1, 2)
-    assert line.startswith("error: ")
-    return line
 
 
 @pytest.mark.parametrize(
