@@ -16,7 +16,7 @@ from typing import Any
 from dlvae_kernels.functional.checks import check_size
 from models.training.device import pick_device
 
-from . import codec, collapse, gpu, latency, plot, readme, results, run, targets, training, verify
+from . import codec, collapse, compat, gpu, latency, plot, readme, results, run, targets, training, verify
 from .registry import ENTRIES
 
 _RECIPES = f"default: all; one of {', '.join(map(repr, training.RECIPES))}"
@@ -132,6 +132,14 @@ def _parser() -> argparse.ArgumentParser:
     add("--seed", nargs="+", type=int, default=[0, 1], help="seeds of the runs")
     add("--csv", type=Path, default=codec.PATH, help="file of the rows; default: benchmarks/results/codec-cpu.csv")
     add = command(
+        "compat",
+        lambda given: compat.write(given.csv, given.only, given.seconds),
+        "compare the quantizers of dlvae_kernels.compat with those of vector-quantize-pytorch, on the CPU",
+    )
+    add("--only", metavar="NAME", help="part of the quantizers and options to measure, such as cosine; default: all")
+    add("--seconds", type=float, default=2.0, help="seconds per quantizer and pass")
+    add("--csv", type=Path, default=compat.PATH, help="file of the rows; default: benchmarks/results/compat-cpu.csv")
+    add = command(
         "train",
         lambda given: results.write_training(given.runs, results.FOLDER / "training-cpu.csv", pick_device("cpu")),
         "collect finished CPU runs in benchmarks/results/training-cpu.csv",
@@ -141,7 +149,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_selection(add, "store")
     add("--base", default="main", help="the commit to compare with")
     command("plot", _plot, "draw the PNG files of the rows in benchmarks/results/")
-    command("readme-table", lambda given: readme.write(), "write the tables of README.md and docs/benchmarks.md")
+    command("readme-table", lambda given: readme.write(), "write the tables of README.md and docs/")
     return parser
 
 

@@ -93,7 +93,7 @@ def race(
 
 
 @lru_cache
-def _keep_freed_memory() -> None:
+def keep_freed_memory() -> None:
     """Make the process keep freed memory.
 
     By default glibc returns some of it to the system, depending on earlier allocations. The page faults of allocating
@@ -110,7 +110,7 @@ def prepare(entry: Entry, implementation: Implementation, inputs: Inputs) -> Res
 
     An exception becomes the result's reason.
     """
-    _keep_freed_memory()
+    keep_freed_memory()
     result = Result(implementation)
     try:
         call = implementation.prepare(inputs)

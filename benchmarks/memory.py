@@ -10,8 +10,11 @@ import ctypes
 import dataclasses
 import gc
 import multiprocessing
+from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -25,7 +28,7 @@ _SECONDS = 300
 _MOST_VECTORS = 2**18
 # Modules that take long to import. The server ignores those that are not installed.
 _PRELOADED = [
-    *("benchmarks.registry", "torch._inductor.compile_fx"),
+    *("benchmarks.registry", "benchmarks.compat", "torch._inductor.compile_fx"),
     *("sklearn.metrics", "faiss", "vector_quantize_pytorch"),
 ]
 
@@ -46,17 +49,25 @@ def peak_on_cpu(entry: Entry, size: Size, implementation: Implementation, backen
     """Peak memory by pass in MB (10^6 bytes).
 
     Raises:
+        RuntimeError: see `in_child`.
+    """
+    arguments = entry.name, size, implementation.name, backend, torch.get_num_threads()
+    return in_child(_peaks, arguments, f"{implementation.name} in {entry.name} at {size}")
+
+
+def in_child(function: Callable[..., Any], arguments: tuple[Any, ...], name: str) -> Any:
+    """The result of a function in a child process. The error names the case.
+
+    Raises:
         RuntimeError: the child process was killed or did not finish in time.
     """
     server = multiprocessing.get_context("forkserver")
     server.set_forkserver_preload(_PRELOADED)
     with server.Pool(1) as pool:
-        arguments = entry.name, size, implementation.name, backend, torch.get_num_threads()
         try:
-            found = pool.apply_async(_peaks, arguments).get(_SECONDS)
+            found = pool.apply_async(function, arguments).get(_SECONDS)
         except multiprocessing.TimeoutError:
-            case = f"{implementation.name} in {entry.name} at {size}"
-            raise RuntimeError(f"expected the memory of {case} within {_SECONDS} s, got no answer") from None
+            raise RuntimeError(f"expected the memory of {name} within {_SECONDS} s, got no answer") from None
         # The child ends by itself and frees its resources; leaving the block would kill it.
         pool.close()
         pool.join()
@@ -75,16 +86,17 @@ def _peaks(entry_name: str, size: Size, name: str, backend: str | None, threads:
         part = dataclasses.replace(size, n=min(size.n, _MOST_VECTORS))
         first = call if part == size else implementation.prepare(draw(part, torch.device("cpu"), unit=entry.unit))
         first.run(call.passes[-1])
-        return {name: _growth(call, name) for name in call.passes}
+        return {name: growth(partial(call.run, name)) for name in call.passes}
 
 
-def _growth(call: Call, name: str) -> float:
+def growth(run: Callable[[], Any]) -> float:
+    """The growth of the resident set of this process during a call, in MB."""
     gc.collect()
     # Freed memory goes back to the system, so that a new allocation counts.
     ctypes.CDLL(None).malloc_trim(0)
     before = _resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # resets the peak
-    call.run(name)
+    run()
     return max(0.0, _resident("VmHWM") - before)
 
 

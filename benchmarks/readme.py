@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from itertools import groupby
 
-from . import codec, results
+from . import codec, compat, results
 from .entry import LIBRARY
 from .layers import NOTEBOOK
 from .registry import ENTRIES
@@ -72,11 +72,42 @@ def codecs() -> str:
     return _section(text, "quantizer | SI-SDR, dB | spectral distance | update, ms | its quantizer, ms", lines)
 
 
+def compatible() -> str:
+    """The text and the table of docs/vector-quantize-pytorch.md."""
+    rows = results.read(compat.PATH)
+    lines = []
+    for (name, options, size), group in groupby(rows, lambda row: (row["quantizer"], row["options"], row["size"])):
+        passes = {each: list(pair) for each, pair in groupby(group, lambda row: row["pass"])}
+        times = [part for each in ("train", "eval") for part in _time_and_ratio(passes.get(each))]
+        own, stock = passes.get("train") or passes["eval"]
+        peaks = " / ".join(two_digits(float(row["peak_mb"])) for row in (own, stock))
+        counts = (f"{own[key]} / {stock[key]}" for key in ("operations", "host_reads"))
+        wrong = " (wrong)" * (own["status"] != "ok")
+        cells = [f"`{name}`{wrong}", f"`{options}`" if options else "", size, *times, peaks, *counts]
+        lines.append(" | ".join(cells))
+    ratios = [float(row["ratio"]) for row in rows if row["implementation"] != LIBRARY]
+    text = (
+        f"Both packages with equal state on equal inputs in turns, {_machine(rows)}, {compat.VQP}"
+        f" {rows[1]['versions'].split()[-1]} (`python -m benchmarks compat`). A step is a forward in train mode and its"
+        f" backward. Speed-up: **above 1 {LIBRARY} is faster**; {sum(each < 1 for each in ratios)} of {len(ratios)} are"
+        " below 1. Peak memory, operations and host reads, here / VQP, are those of a step, or of eval where there is"
+        " no step. An operation is a dispatched operation that is not a view; a host read would wait for a GPU."
+    )
+    header = "quantizer | options | input and size | step, ms | speed-up | eval, ms | speed-up | peak memory, MB"
+    return _section(text, f"{header} | operations | host reads", lines)
+
+
+def _time_and_ratio(pair: list[Row] | None) -> tuple[str, str]:
+    """The time of this library and its speed-up over the other one."""
+    return (two_digits(float(pair[0]["ms"])), two_digits(float(pair[1]["ratio"]))) if pair else ("-", "-")
+
+
 # The generated part of each page.
 PAGES: dict[str, Callable[[], str]] = {
     "README.md": summary,
     "docs/audio-codec.md": codecs,
     "docs/benchmarks.md": tables,
+    "docs/vector-quantize-pytorch.md": compatible,
 }
 
 

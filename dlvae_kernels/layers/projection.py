@@ -25,8 +25,7 @@ def to_unit_length(x: Tensor) -> Tensor:
     """Vectors [..., D] divided by their lengths, in float32 or wider; below 1e-6 they give zeros and no gradient."""
     x = x.to(torch.promote_types(x.dtype, torch.float32))
     length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    is_short = length < _SHORTEST
-    return x * torch.where(is_short, 0, 1 / torch.where(is_short, 1, length))
+    return x * length.masked_fill(length < _SHORTEST, torch.inf).reciprocal()
 
 
 def zeros_where_masked(vectors: Tensor, valid: Tensor | None) -> Tensor:

@@ -64,6 +64,9 @@ class FSQ(nn.Module):
 
     _levels: Tensor
     _basis: Tensor
+    _steps: Tensor
+    _half_width: Tensor
+    _offset: Tensor
     orthogonal_rot: Tensor
 
     def __init__(
@@ -138,17 +141,12 @@ class FSQ(nn.Module):
             expected = f"[b, {self.dim}, ...]" if is_map else f"[b, n, {self.dim}]"
             remedy = "four or more dimensions are channel-first, others with channel_first=True"
             raise ValueError(f"expected z of shape {expected}, got {tuple(z.shape)}; {remedy}")
-        vectors = z.movedim(1, -1) if is_map else z
-        if self.force_quantization_f32 and z.dtype not in self.allowed_dtypes:
-            vectors = vectors.float()
+        vectors = self._widened(z.movedim(1, -1) if is_map else z)
         with without_autocast(z):
             vectors = project(self.project_in, vectors).unflatten(-1, (self.num_codebooks, self.codebook_dim))
-            if self.orthogonal_rotation:
-                vectors = vectors @ self.orthogonal_rot.to(vectors.dtype)
-            codes = self.quantize(vectors)
+            codes, output = self._encode(vectors)
             indices = self.codes_to_indices(codes.detach()) if self.return_indices else None
-            codes = self._rotate_back(self.maybe_apply_noise(codes))
-            quantized = project(self.project_out, codes.flatten(-2)).to(z.dtype)
+            quantized = project(self.project_out, output.flatten(-2)).to(z.dtype)
         if indices is not None and not self.keep_num_codebooks_dim:
             indices = indices.squeeze(-1)
         return quantized.movedim(-1, 1) if is_map else quantized, indices
@@ -184,8 +182,7 @@ class FSQ(nn.Module):
         """
         if zhat.shape[-1] != self.codebook_dim:
             raise ValueError(f"expected codes of shape [..., {self.codebook_dim}], got {tuple(zhat.shape)}")
-        half_width = self._half_width(torch.promote_types(zhat.dtype, torch.float32))
-        level = ((zhat + 1) * half_width).round().nan_to_num(0).long()
+        level = ((zhat + 1) * self._half_width).round().nan_to_num(0).long()
         return (level * self._basis).sum(-1).to(torch.int32)
 
     def quantize(self, z: Tensor) -> Tensor:
@@ -196,11 +193,11 @@ class FSQ(nn.Module):
     def bound(self, z: Tensor, eps: float = 1e-3, hard_clamp: bool = False) -> Tensor:
         """The codes of features without preserve_symmetry; the bound exceeds the levels by the fraction eps."""
         position = self._bounded(z, eps, hard_clamp)
-        return _straight_through(position, position.round()) / (self._levels // 2)
+        return _straight_through(position, position.round()) / self._half_width
 
     def symmetry_preserving_bound(self, z: Tensor, hard_clamp: bool = False) -> Tensor:
         """The codes of features with preserve_symmetry."""
-        steps = (self._levels - 1).to(torch.promote_types(z.dtype, torch.float32))
+        steps = self._steps.to(torch.promote_types(z.dtype, torch.float32))
         position = steps * (_squash(hard_clamp)(z) + 1) / 2 + 0.5
         return 2 / steps * _straight_through(position, position.floor()) - 1
 
@@ -214,23 +211,28 @@ class FSQ(nn.Module):
 
     def _bounded(self, z: Tensor, eps: float = 1e-3, hard_clamp: bool = False) -> Tensor:
         """Features in units of levels, relative to the level whose code is 0."""
-        levels = self._levels.to(torch.promote_types(z.dtype, torch.float32))
-        bound = (levels - 1) * (1 + eps) / 2
+        bound = self._steps.to(torch.promote_types(z.dtype, torch.float32)) * (1 + eps) / 2
         # For an even number of levels the interval reaches half a level farther down than up, and z = 0 has code 0.
-        offset = (self._levels % 2 == 0).to(levels.dtype) / 2
+        offset = self._offset.to(bound.dtype)
         shift = offset / bound if hard_clamp else (offset / bound).atanh()
         return _squash(hard_clamp)(z + shift) * bound - offset
 
-    def _half_width(self, dtype: torch.dtype) -> Tensor:
-        """Half of the distance between the codes -1 and 1, in levels."""
-        half_width = (self._levels - 1) / 2 if self.preserve_symmetry else self._levels // 2
-        return half_width.to(dtype)
+    def _widened(self, vectors: Tensor) -> Tensor:
+        is_allowed = not self.force_quantization_f32 or vectors.dtype in self.allowed_dtypes
+        return vectors if is_allowed else vectors.float()
+
+    def _encode(self, vectors: Tensor) -> tuple[Tensor, Tensor]:
+        """The codes of projected features [..., len(levels)], and those of the output: with noise, rotated back."""
+        if self.orthogonal_rotation:
+            vectors = vectors @ self.orthogonal_rot.to(vectors.dtype)
+        codes = self.quantize(vectors)
+        return codes, self._rotate_back(self.maybe_apply_noise(codes))
 
     def _scale_and_shift_inverse(self, level: Tensor, dtype: torch.dtype) -> Tensor:
         """The codes of levels [..., len(levels)], by the operations of `quantize`."""
         if self.preserve_symmetry:
-            return level * (2 / (self._levels - 1).to(dtype)) - 1
-        half_width = self._half_width(dtype)
+            return level * (2 / self._steps.to(dtype)) - 1
+        half_width = self._half_width.to(dtype)
         return (level - half_width) / half_width
 
     def _indices_to_codes(self, indices: Tensor) -> Tensor:
@@ -257,10 +259,20 @@ class FSQ(nn.Module):
         return self
 
     def _constants(self, device: torch.device) -> dict[str, Tensor]:
-        """The buffers that no checkpoint holds: the levels of each feature, and its place value in an index."""
+        """The buffers that no checkpoint holds, for each feature; the floating ones stay float32.
+
+        They are the levels, its place value in an index, the distances from the first level to the last one and between
+        the codes 0 and 1, in levels, and the offset that makes 0 a level.
+        """
         levels = torch.tensor(self._sizes, dtype=torch.int32, device=device)
         places = torch.tensor([1, *self._sizes[:-1]], device=device).cumprod(0, dtype=torch.int32)
-        return {"_levels": levels, "_basis": places}
+        return {
+            "_levels": levels,
+            "_basis": places,
+            "_steps": (levels - 1).float(),
+            "_half_width": (levels - 1).float() / 2 if self.preserve_symmetry else (levels // 2).float(),
+            "_offset": (levels % 2 == 0).float() / 2,
+        }
 
     def _check_arguments(self) -> None:
         if not self._sizes:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
+from ...functional.autocast import without_autocast
 from ...functional.checks import check_choice, check_floating, check_size
 from ...layers.projection import project
 from .finite_scalar_quantization import FSQ, project_codes
@@ -158,17 +159,23 @@ class ResidualFSQ(nn.Module):
         runs = self._levels_to_run(x, rand_quantize_dropout_fixed_seed)
         num_levels = runs if isinstance(runs, int) else self.num_quantizers
         quantized = torch.zeros_like(residual)
-        all_indices = []
-        for i in range(num_levels):
-            codes, indices = self.layers[i](residual / self.scales[i])
-            codes = codes * self.scales[i]
-            if isinstance(runs, Tensor):
-                codes, indices = torch.where(runs[i], codes, 0), torch.where(runs[i], indices, -1)
-            residual = residual - codes.detach()
-            quantized = quantized + codes
-            all_indices.append(indices)
+        first, all_codes = self._layer(0), []
+        with without_autocast(x):
+            for i, scale in enumerate(self.scales[:num_levels].unbind(0)):
+                codes, output = self._layer(i)._encode(first._widened(residual / scale))
+                output = output.to(residual.dtype) * scale
+                if isinstance(runs, Tensor):
+                    output = torch.where(runs[i], output, 0)
+                residual = residual - output.detach()
+                quantized = quantized + output
+                all_codes.append(codes.detach())
+        indices = first.codes_to_indices(torch.stack(all_codes, -2))
+        if isinstance(runs, Tensor):
+            indices = torch.where(runs, indices, -1)
+        if first.keep_num_codebooks_dim:
+            indices = indices.unsqueeze(-2)
         output = to_map(project(self.project_out, quantized).to(x.dtype), spatial, self.is_channel_first)
-        stacked = pad(torch.stack(all_indices, -1), (0, self.num_quantizers - num_levels), value=-1)
+        stacked = pad(indices, (0, self.num_quantizers - num_levels), value=-1)
         stacked = indices_to_map(stacked, spatial)
         stacked = stacked.movedim(-1, 1) if self.is_channel_first else stacked
         return (output, stacked, self.get_codes_from_indices(stacked)) if return_all_codes else (output, stacked)
