@@ -244,7 +244,7 @@ def _excess(case: Case, own: Quantizer, actual: Tensor, expected: Tensor) -> flo
 
 
 def _error(actual: Tensor, expected: Tensor) -> float:
-    return float((actual - expected).detach().norm() / expected.norm().clamp(min=1e-30))
+    return float((actual - expected).detach().norm() / expected.detach().norm().clamp(min=1e-30))
 
 
 def _times(pair: dict[str, Quantizer], name: str, budget: float) -> dict[str, list[float]]:
