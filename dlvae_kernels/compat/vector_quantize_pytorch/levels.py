@@ -7,6 +7,9 @@ import random
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn.functional import pad
+
+from ...layers.maps import long_indices
 
 _LARGEST_SEED = 10_000
 
@@ -23,9 +26,18 @@ def draw_seed(device: torch.device | str, max_size: int = _LARGEST_SEED) -> Tens
     return seed
 
 
-def get_maybe_sync_seed(device: torch.device | str, max_size: int = _LARGEST_SEED) -> int:
-    """The number that `draw_seed` draws."""
-    return int(draw_seed(device, max_size))
+def padded_indices(indices: Tensor, num_levels: int) -> Tensor:
+    """Indices [b, ..., n] of the first n levels as int64 of all levels, with -1 for the others.
+
+    Raises:
+        ValueError: no integers, or n is not in [1, L].
+    """
+    indices = long_indices(indices)
+    if indices.ndim < 2 or not 1 <= indices.shape[-1] <= num_levels:
+        raise ValueError(
+            f"expected indices of shape [b, ..., n] with n in [1, {num_levels}], got {tuple(indices.shape)}"
+        )
+    return pad(indices, (0, num_levels - indices.shape[-1]), value=-1)
 
 
 class LevelDropout:
@@ -47,6 +59,13 @@ class LevelDropout:
         if multiple_of < 1:
             raise ValueError(f"expected quantize_dropout_multiple_of of at least 1, got {multiple_of}")
         self._num_levels, self._cutoff_index, self._multiple_of = num_levels, cutoff_index, multiple_of
+
+    def levels_to_run(self, device: torch.device, seed: int | Tensor | None) -> int | Tensor:
+        """The number of levels that run, or in compiled code these levels, [L] bool; a seed is drawn if it is None."""
+        seed = draw_seed(device) if seed is None else seed
+        if isinstance(seed, Tensor) and torch.compiler.is_compiling():
+            return self.draw_in_graph(seed)
+        return self.draw(int(seed))
 
     def draw(self, seed: int) -> int:
         """The number of levels that run with this seed, in [1, L]."""

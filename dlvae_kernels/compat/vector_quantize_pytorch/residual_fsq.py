@@ -15,7 +15,7 @@ from ...layers.projection import project
 from .finite_scalar_quantization import FSQ, project_codes
 from .grouped import GroupedResidual
 from .layout import check_features, indices_to_map, to_map, to_sequence
-from .levels import LevelDropout, draw_seed
+from .levels import LevelDropout
 
 _NEWEST = "1.26"
 
@@ -156,7 +156,9 @@ class ResidualFSQ(nn.Module):
             residual = (residual / self.soft_clamp_input_value).tanh() * self.soft_clamp_input_value
         if self.semantics == "1.18":
             residual = self._layer(0)._bounded(residual)
-        runs = self._levels_to_run(x, rand_quantize_dropout_fixed_seed)
+        runs: int | Tensor = self.num_quantizers
+        if self.drops_levels:
+            runs = self._dropout.levels_to_run(x.device, rand_quantize_dropout_fixed_seed)
         num_levels = runs if isinstance(runs, int) else self.num_quantizers
         quantized = torch.zeros_like(residual)
         first, all_codes = self._layer(0), []
@@ -213,15 +215,6 @@ class ResidualFSQ(nn.Module):
     @property
     def drops_levels(self) -> bool:
         return self.training and self.quantize_dropout and torch.is_grad_enabled()
-
-    def _levels_to_run(self, x: Tensor, seed: int | Tensor | None) -> int | Tensor:
-        """The number of levels that run, or in compiled code these levels, [L] bool."""
-        if not self.drops_levels:
-            return self.num_quantizers
-        seed = draw_seed(x.device) if seed is None else seed
-        if isinstance(seed, Tensor) and torch.compiler.is_compiling():
-            return self._dropout.draw_in_graph(seed)
-        return self._dropout.draw(int(seed))
 
     def _with_levels_last(self, indices: Tensor) -> Tensor:
         """Check indices and view them as [b, *spatial, n]."""

@@ -12,7 +12,7 @@ from ...layers.maps import long_indices
 from ...layers.projection import project, zeros_where_masked
 from .grouped import GroupedResidual
 from .layout import check_features
-from .levels import LevelDropout, draw_seed
+from .levels import LevelDropout
 from .lookup_free_quantization import LFQ, valid_vectors
 
 
@@ -169,7 +169,9 @@ class ResidualLFQ(nn.Module):
         check_features(x, self.dim, channel_first)
         vectors = x.movedim(1, -1) if channel_first else x
         valid = None if mask is None else valid_vectors(mask, vectors)
-        runs = self._levels_to_run(x.device, rand_quantize_dropout_fixed_seed)
+        runs: int | Tensor = self.num_quantizers
+        if self.drops_levels:
+            runs = self._dropout.levels_to_run(x.device, rand_quantize_dropout_fixed_seed)
         num_run = runs if isinstance(runs, int) else self.num_quantizers
         residual = project(self.project_in, vectors.to(torch.promote_types(x.dtype, torch.float32)))
         total, all_indices, losses = torch.zeros_like(residual), [], []
@@ -190,14 +192,6 @@ class ResidualLFQ(nn.Module):
             output = output.movedim(-1, 1)
         result = output, torch.stack(all_indices, -1), torch.stack(losses)
         return (*result, self.get_codes_from_indices(result[1])) if return_all_codes else result
-
-    def _levels_to_run(self, device: torch.device, seed: int | None) -> int | Tensor:
-        """The number of levels that run, or in compiled code these levels, [L] bool."""
-        if not self.drops_levels:
-            return self.num_quantizers
-        if torch.compiler.is_compiling() and seed is None:
-            return self._dropout.draw_in_graph(draw_seed(device))
-        return self._dropout.draw(int(draw_seed(device)) if seed is None else seed)
 
     @property
     def _levels(self) -> list[LFQ]:

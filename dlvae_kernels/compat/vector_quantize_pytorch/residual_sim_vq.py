@@ -8,9 +8,9 @@ from torch.nn.functional import pad
 
 from ...functional.gather_codes import gather_codes
 from ...functional.residual_quantize import ResidualGradient, residual_decode, residual_quantize
-from ...layers.maps import codes_to_map, long_indices
+from ...layers.maps import codes_to_map
 from .layout import indices_to_map, to_map
-from .levels import LevelDropout, draw_seed
+from .levels import LevelDropout, padded_indices
 from .sim_vq import SimVQ
 
 
@@ -105,7 +105,9 @@ class ResidualSimVQ(nn.Module):
             ValueError: the shape, dtype or device of x does not fit.
         """
         vectors, spatial = self._first._sequence(x)
-        levels = self._levels_to_run(x.device, rand_quantize_dropout_fixed_seed)
+        levels: int | Tensor = self.num_quantizers
+        if self.training and self.quantize_dropout:
+            levels = self._level_dropout().levels_to_run(x.device, rand_quantize_dropout_fixed_seed)
         num_levels, flags = (self.num_quantizers, levels) if isinstance(levels, Tensor) else (levels, None)
         # The options of the loss are those of the first level: the constructor gives all levels the same.
         first, missing = self._first, self.num_quantizers - num_levels
@@ -124,12 +126,14 @@ class ResidualSimVQ(nn.Module):
         Args:
             indices: integers [b, ..., l] of the first l <= L levels; zeros where an index is -1 or a level is missing.
         """
-        codes = gather_codes(self.codebooks, self._padded(indices)).movedim(-2, 0)
+        codes = gather_codes(self.codebooks, padded_indices(indices, self.num_quantizers)).movedim(-2, 0)
         return codes.movedim(-1, 2) if self.channel_first else codes
 
     def get_output_from_indices(self, indices: Tensor) -> Tensor:
         """The sum of the codes of all levels, in the layout of the input; `indices` as in `get_codes_from_indices`."""
-        return codes_to_map(residual_decode(self.codebooks, self._padded(indices)), not self.channel_first)
+        return codes_to_map(
+            residual_decode(self.codebooks, padded_indices(indices, self.num_quantizers)), not self.channel_first
+        )
 
     @property
     def _first(self) -> SimVQ:
@@ -142,21 +146,3 @@ class ResidualSimVQ(nn.Module):
 
     def _level_dropout(self) -> LevelDropout:
         return LevelDropout(self.num_quantizers, self.quantize_dropout_cutoff_index, self.quantize_dropout_multiple_of)
-
-    def _levels_to_run(self, device: torch.device, seed: int | None) -> int | Tensor:
-        """The number of levels that run, or in compiled code these levels, [L] bool."""
-        if not (self.training and self.quantize_dropout):
-            return self.num_quantizers
-        if torch.compiler.is_compiling() and seed is None:
-            return self._level_dropout().draw_in_graph(draw_seed(device))
-        return self._level_dropout().draw(int(draw_seed(device)) if seed is None else seed)
-
-    def _padded(self, indices: Tensor) -> Tensor:
-        """Indices of all levels, with -1 for the missing ones."""
-        indices = long_indices(indices)
-        if indices.ndim < 2 or not 1 <= indices.shape[-1] <= self.num_quantizers:
-            raise ValueError(
-                f"expected indices of shape [b, ..., l] with 1 <= l <= {self.num_quantizers} levels,"
-                f" got {tuple(indices.shape)}"
-            )
-        return pad(indices, (0, self.num_quantizers - indices.shape[-1]), value=-1)

@@ -19,7 +19,7 @@ from .codebook import codes_like
 from .grouped import GroupedResidual
 from .layout import check_features, indices_to_map, to_map, to_sequence
 from .level_codebooks import learn_levels, own_storage, stacked
-from .levels import LevelDropout, draw_seed
+from .levels import LevelDropout, padded_indices
 from .vector_quantize_pytorch import VectorQuantize
 
 
@@ -180,8 +180,7 @@ class ResidualVQ(nn.Module):
             vectors = project(self.project_in, zeros_where_masked(sequence, valid))
         levels: int | Tensor = self.num_quantizers
         if self.drops_levels and indices is None:
-            seed = rand_quantize_dropout_fixed_seed
-            levels = self._levels_to_run(draw_seed(x.device) if seed is None else seed)
+            levels = self._dropout.levels_to_run(x.device, rand_quantize_dropout_fixed_seed)
         if indices is None and self._is_fused(sample_codebook_temp):
             quantized, found, losses = self._quantize(vectors, valid, levels, freeze_codebook)
         else:
@@ -198,15 +197,9 @@ class ResidualVQ(nn.Module):
             (output, found, losses, self.get_codes_from_indices(found)) if return_all_codes else (output, found, losses)
         )
 
-    def _levels_to_run(self, seed: int | Tensor) -> int | Tensor:
-        """The number of levels that run, or in compiled code these levels, [L] bool."""
-        if isinstance(seed, Tensor) and torch.compiler.is_compiling():
-            return self._dropout.draw_in_graph(seed)
-        return self._dropout.draw(int(seed))
-
     def get_codes_from_indices(self, indices: Tensor) -> Tensor:
         """The codes of all levels at indices [b, ..., n] of the first n levels: [L, b, ..., D]; -1 gives zeros."""
-        indices = self._padded(indices)
+        indices = padded_indices(indices, self.num_quantizers)
         if self.uniform_codebook_size:
             return gather_codes(self._stacked(), indices).movedim(-2, 0)
         parts = zip(self.codebooks, indices.unbind(-1), strict=True)
@@ -215,18 +208,11 @@ class ResidualVQ(nn.Module):
     def get_output_from_indices(self, indices: Tensor) -> Tensor:
         """The output of `forward` for its indices, or for those of the first levels, in its layout."""
         if self.uniform_codebook_size:
-            codes = residual_decode(self._stacked(), self._padded(indices))
+            codes = residual_decode(self._stacked(), padded_indices(indices, self.num_quantizers))
         else:
             codes = self.get_codes_from_indices(indices).sum(0)
         output = zeros_where_masked(project(self.project_out, codes), (indices >= 0).any(-1))
         return output.movedim(-1, 1) if self._is_channel_first else output
-
-    def _padded(self, indices: Tensor) -> Tensor:
-        """Indices of the first levels [..., n] as those of all levels."""
-        missing = self.num_quantizers - indices.shape[-1]
-        if missing < 0:
-            raise ValueError(f"expected indices of at most {self.num_quantizers} levels, got {tuple(indices.shape)}")
-        return torch.nn.functional.pad(indices, (0, missing), value=-1) if missing else indices
 
     def _stacked(self) -> Tensor:
         """The codebooks of all levels, [L, K, D]: a copy in training, since a step changes them."""
