@@ -35,7 +35,7 @@ smoke: setup
 
 # Threads that wait let the other processes run. A process that has run out of tests takes some from the other.
 test: setup
-	OMP_WAIT_POLICY=passive $(PYTHON) -m pytest -n $(TEST_PROCESSES) --dist worksteal $(ARGS)
+	OMP_WAIT_POLICY=passive $(PYTHON) -m pytest -n $(TEST_PROCESSES) $(ARGS)
 
 # Tests of the C++ kernels without torch, on every instruction set that this processor supports.
 test-asan: build/asan/tests

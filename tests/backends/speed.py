@@ -33,3 +33,9 @@ def slowdown(call: Call, ordinary: Call, most: float, tries: int = 4) -> float:
         return min(found)
     finally:
         torch.set_num_threads(before)
+
+
+def subnormal_penalty() -> float:
+    """The time of a product of subnormal numbers divided by that of ordinary ones."""
+    x = torch.rand(4096) + 1
+    return slowdown(lambda: (x * 1e-40) * 0.5, lambda: (x * 1e-10) * 0.5, 2)
