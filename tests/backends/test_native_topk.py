@@ -234,8 +234,10 @@ def test_topk_few_rows_is_not_much_slower_than_plain_torch(instruction_set, metr
         pytest.skip("plain PyTorch takes the best instruction set")
     x, dictionary = torch.randn(n, 256), torch.randn(16384, 256)
     scores = (lambda: x @ dictionary.T) if metric == "dot" else (lambda: -torch.cdist(x, dictionary))
-    found = slowdown(lambda: topk_codes(x, dictionary, 8, metric=metric), lambda: scores().topk(8), 1.4)
-    assert found <= 1.4
+    # Products of one or two rows take 1.2 times as long as plain PyTorch on an Intel Xeon.
+    most = 1.4 if metric == "dot" and n <= 2 else 1.1
+    found = slowdown(lambda: topk_codes(x, dictionary, 8, metric=metric), lambda: scores().topk(8), most)
+    assert found <= most
 
 
 @pytest.mark.slow
