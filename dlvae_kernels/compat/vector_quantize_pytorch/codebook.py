@@ -12,7 +12,9 @@ from ...functional.autocast import without_autocast
 from ...functional.checks import check_between, check_size
 from ...functional.ema_update import ema_statistics
 from ...functional.gather_codes import gather_codes
-from ...functional.vector_quantize import VectorQuantizeOutput
+from ...functional.residual_quantize import ResidualQuantizeOutput
+from ...functional.rotation_trick import rotation_trick
+from ...functional.vector_quantize import Gradient, VectorQuantizeOutput
 from ...layers.codebook import Codebook as Engine
 from ...layers.codebook import is_recomputed
 from ...layers.distributed import all_reduce_sum, sample_vectors
@@ -293,7 +295,14 @@ def codes_like(codes: Tensor, vectors: Tensor) -> Tensor:
     return codes if vectors.dtype.itemsize < 4 else codes.to(vectors.dtype)
 
 
-def quantize_at(indices: Tensor, vectors: Tensor, codes: Tensor, valid: Tensor | None) -> VectorQuantizeOutput:
+def loss_of_both(out: VectorQuantizeOutput | ResidualQuantizeOutput) -> Tensor:
+    """The commitment loss, with the gradients of both losses."""
+    return out.commitment_loss + (out.codebook_loss - out.codebook_loss.detach())
+
+
+def quantize_at(
+    indices: Tensor, vectors: Tensor, codes: Tensor, valid: Tensor | None, gradient: Gradient
+) -> VectorQuantizeOutput:
     """The output of `vector_quantize` for given indices [..., H] of vectors [..., H, D], but for the counts."""
     is_valid = None if valid is None else valid[..., None].expand(indices.shape)
     if is_valid is not None:
@@ -306,6 +315,7 @@ def quantize_at(indices: Tensor, vectors: Tensor, codes: Tensor, valid: Tensor |
         (a - b).to(dtype).square().sum() / (count * x.shape[-1])
         for a, b in ((x.detach(), quantized), (x, quantized.detach()))
     )
-    # The value is the code, and the gradient that of x.
-    routed = quantized.detach().to(x.dtype) + (x - x.detach())
+    routed = quantized.detach().to(x.dtype)
+    # The value stays the code; the gradient becomes that of x.
+    routed = rotation_trick(x, routed) if gradient == "rotation" else routed + (x - x.detach())
     return VectorQuantizeOutput(routed, indices, codebook_loss, commitment_loss, indices.new_zeros(()))

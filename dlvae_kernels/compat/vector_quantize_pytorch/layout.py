@@ -20,6 +20,16 @@ def to_map(vectors: Tensor, spatial: torch.Size, channel_first: bool) -> Tensor:
     return vectors.movedim(-1, 1) if channel_first else vectors
 
 
+def to_masked_map(
+    vectors: Tensor, like: Tensor, valid: Tensor | None, zeros: bool, spatial: torch.Size, channel_first: bool
+) -> Tensor:
+    """`to_map` of vectors [b, n, d] in the dtype of the sequence `like`; where not `valid` [b, n], zeros or `like`."""
+    vectors = vectors.to(like.dtype)
+    if valid is not None:
+        vectors = torch.where(valid[..., None], vectors, torch.zeros_like(like) if zeros else like)
+    return to_map(vectors, spatial, channel_first)
+
+
 def indices_to_map(indices: Tensor, spatial: torch.Size) -> Tensor:
     """Indices [b, n, ...] as [b, *spatial, ...]."""
     return indices.reshape(indices.shape[0], *spatial, *indices.shape[2:])

@@ -15,9 +15,9 @@ from ...layers.codebook import is_recomputed
 from ...layers.projection import project, zeros_where_masked
 from ...layers.usage import CodebookUsage
 from .arguments import REFUSED, check_arguments
-from .codebook import codes_like
+from .codebook import codes_like, loss_of_both
 from .grouped import GroupedResidual
-from .layout import check_features, indices_to_map, to_map, to_sequence
+from .layout import check_features, indices_to_map, to_masked_map, to_sequence
 from .level_codebooks import learn_levels, own_storage, stacked
 from .levels import LevelDropout, padded_indices
 from .vector_quantize_pytorch import VectorQuantize
@@ -189,7 +189,8 @@ class ResidualVQ(nn.Module):
             options = {"sample_codebook_temp": sample_codebook_temp, "freeze_codebook": freeze_codebook or None}
             count = levels if isinstance(levels, int) else int(levels.sum())
             quantized, found, losses = self._quantize_by_level(vectors, valid, count, targets, options)
-        output = self._as_output(quantized, sequence, valid, spatial)
+        output, zeros = project(self.project_out, quantized), self.return_zeros_for_masked_padding
+        output = to_masked_map(output, sequence, valid, zeros, spatial, self._is_channel_first)
         if indices is not None:
             return output, losses.sum()
         found = indices_to_map(found, spatial)
@@ -258,11 +259,8 @@ class ResidualVQ(nn.Module):
             learn_levels(used, vectors.detach(), out.indices, codebooks.detach(), levels, valid, self.shared_codebook)
         losses = torch.zeros_like(out.commitment_loss)
         if self.training and first.commitment_weight > 0:
-            losses = out.commitment_loss
-            if first.learnable_codebook and not is_frozen:
-                # The value of one loss, with the gradients of both.
-                losses = losses + (out.codebook_loss - out.codebook_loss.detach())
-            losses = losses * first.commitment_weight
+            learns = first.learnable_codebook and not is_frozen
+            losses = (loss_of_both(out) if learns else out.commitment_loss) * first.commitment_weight
         return quantized, out.indices, losses
 
     def _quantize_by_level(
@@ -297,14 +295,6 @@ class ResidualVQ(nn.Module):
                 shared._codebook.update_ema()
             shared.expire_codes_(torch.cat(residuals, 1).detach())
         return quantized, torch.stack(indices, -1), torch.stack(losses)
-
-    def _as_output(self, quantized: Tensor, sequence: Tensor, valid: Tensor | None, spatial: torch.Size) -> Tensor:
-        """Quantized vectors as a map like the input."""
-        output = project(self.project_out, quantized).to(sequence.dtype)
-        if valid is not None:
-            masked = torch.zeros_like(sequence) if self.return_zeros_for_masked_padding else sequence
-            output = torch.where(valid[..., None], output, masked)
-        return to_map(output, spatial, self._is_channel_first)
 
 
 def _no_codes() -> NoReturn:

@@ -11,13 +11,12 @@ from torch.nn.functional import cross_entropy
 from ...functional.autocast import without_autocast
 from ...functional.checks import check_at_least, check_floating, check_same_device, check_size
 from ...functional.gather_codes import gather_codes
-from ...functional.rotation_trick import rotation_trick
-from ...functional.vector_quantize import VectorQuantizeOutput, vector_quantize
+from ...functional.vector_quantize import Gradient, VectorQuantizeOutput, vector_quantize
 from ...layers.projection import project, to_unit_length, zeros_where_masked
 from ...layers.usage import CodebookUsage
 from .arguments import check_arguments
-from .codebook import Codebook, EmaWeight, codes_like, quantize_at
-from .layout import check_features, indices_to_map, to_map, to_sequence
+from .codebook import Codebook, EmaWeight, codes_like, loss_of_both, quantize_at
+from .layout import check_features, indices_to_map, to_masked_map, to_sequence
 from .regularization import diversity_loss, orthogonal_loss
 
 
@@ -335,19 +334,16 @@ class VectorQuantize(nn.Module):
     ) -> VectorQuantizeOutput:
         """The nearest or sampled codes, with a gradient to the vectors if it `is_routed`, otherwise to the codes."""
         codes = codes_like(codes, vectors)
-        gradient = "rotation" if self.rotation_trick else "straight_through"
+        gradient: Gradient = "rotation" if is_routed and self.rotation_trick else "straight_through"
         if self.training and self.stochastic_sample_codes and temperature > 0:
-            out = quantize_at(self._codebook.sample(vectors, temperature), vectors, codes, valid)
+            out = quantize_at(self._codebook.sample(vectors, temperature), vectors, codes, valid, gradient)
         else:
             mask = None if valid is None else valid[..., None].expand(vectors.shape[:-1])
-            out = vector_quantize(vectors, codes, mask=mask)
-        if is_routed and gradient == "rotation":
-            x = zeros_where_masked(vectors, None if valid is None else valid[..., None])
-            return out._replace(quantized=rotation_trick(x, out.quantized.detach()))
-        if not is_routed:
-            found = gather_codes(codes, out.indices) if codes.requires_grad else out.quantized.detach()
-            return out._replace(quantized=found)
-        return out
+            out = vector_quantize(vectors, codes, mask=mask, gradient=gradient)
+        if is_routed:
+            return out
+        found = gather_codes(codes, out.indices) if codes.requires_grad else out.quantized.detach()
+        return out._replace(quantized=found)
 
     def _losses(
         self, out: VectorQuantizeOutput, indices: Tensor, similarities: Tensor | None, is_frozen: bool
@@ -361,10 +357,8 @@ class VectorQuantize(nn.Module):
                 diversity = diversity_loss(similarities, indices >= 0, self.codebook_diversity_temperature)
                 loss = loss + diversity * self.codebook_diversity_loss_weight
             if self.commitment_weight > 0:
-                commitment = out.commitment_loss
-                if self.learnable_codebook and not is_frozen:
-                    # The value of one loss, with the gradients of both.
-                    commitment = commitment + (out.codebook_loss - out.codebook_loss.detach())
+                learns = self.learnable_codebook and not is_frozen
+                commitment = loss_of_both(out) if learns else out.commitment_loss
                 loss = loss + commitment * self.commitment_weight
             if self.orthogonal_reg_weight > 0:
                 used = indices if self.orthogonal_reg_active_codes_only else None
@@ -378,11 +372,8 @@ class VectorQuantize(nn.Module):
     def _as_output(self, quantized: Tensor, sequence: Tensor, valid: Tensor | None, spatial: torch.Size) -> Tensor:
         """Quantized vectors of the codebooks as a map like the input."""
         merged = quantized.reshape(*sequence.shape[:2], self.heads * quantized.shape[-1])
-        output = project(self.project_out, merged).to(sequence.dtype)
-        if valid is not None:
-            masked = torch.zeros_like(sequence) if self.return_zeros_for_masked_padding else sequence
-            output = torch.where(valid[..., None], output, masked)
-        return to_map(output, spatial, self._is_channel_first)
+        output, zeros = project(self.project_out, merged), self.return_zeros_for_masked_padding
+        return to_masked_map(output, sequence, valid, zeros, spatial, self._is_channel_first)
 
     def _codes_at(self, indices: Tensor) -> Tensor:
         """The codes of indices [b, ...] or [b, ..., heads], those of all heads in one vector."""
